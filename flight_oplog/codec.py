@@ -1,0 +1,308 @@
+"""Batches of entries ⇄ content: pure functions between record batches and the bytes inside a record.
+
+Content is one complete Arrow IPC stream, schema message included, so a record can be read without anything else.
+Inside it batches are cut to about 2.5 MB: the size that travels best over Flight, so that a full scan hands decoded
+batches to the wire as they are.
+"""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flight_oplog.errors import CorruptLog
+from flight_oplog.schema import plain_field
+
+BATCH_BYTES = 2_500_000
+BATCH_ENTRIES = 65_536
+BOUND_STRING_CHARACTERS = 64
+
+Bounds = dict[str, dict[str, Any]]
+
+
+# Into normal form, and to a wider schema
+
+
+def conform(batch: pa.RecordBatch, target: pa.Schema) -> pa.RecordBatch:
+    """Return `batch` with exactly the columns and types of `target`: reordered, widened, missing columns null.
+
+    Values are kept exactly or ArrowInvalid is raised (a timestamp that does not fit the finer unit, for instance).
+    """
+    if batch.schema.equals(target, check_metadata=True):
+        return batch
+    columns = []
+    for field in target:
+        place = batch.schema.get_field_index(field.name)
+        columns.append(pa.nulls(batch.num_rows, field.type) if place < 0 else recast(batch.column(place), field.type))
+    return with_rows(columns, target, batch.num_rows)
+
+
+def with_rows(columns: Sequence[pa.Array], schema: pa.Schema, rows: int) -> pa.RecordBatch:
+    """Build a batch that keeps its row count even when it has no columns, as COUNT(*) asks for."""
+    if columns:
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
+    return pa.RecordBatch.from_struct_array(pa.Array.from_buffers(pa.struct([]), rows, [None], null_count=0))
+
+
+def recast(array: pa.Array, target: pa.DataType) -> pa.Array:
+    """Cast to a normal or wider type, by hand where Arrow's cast has no kernel or a wrong one.
+
+    pyarrow 26 casts list views to lists with too short an offsets buffer, and has no cast from run ends or extension
+    types inside other types.
+    """
+    if isinstance(array.type, pa.BaseExtensionType):
+        return recast(array.storage, target)
+    if array.type == target:
+        return array
+    for applies, rebuild in _BY_HAND:
+        if applies(array.type):
+            return rebuild(array, target)
+    return array.cast(target)
+
+
+def _lacks_cast(kind: pa.DataType) -> bool:
+    types = pa.types
+    return (
+        isinstance(kind, pa.BaseExtensionType)
+        or types.is_run_end_encoded(kind)
+        or types.is_list_view(kind)
+        or types.is_large_list_view(kind)
+        or (types.is_dictionary(kind) and _lacks_cast(kind.value_type))
+        or any(_lacks_cast(kind.field(i).type) for i in range(kind.num_fields))
+    )
+
+
+def _recast_list(array: pa.Array, target: pa.DataType) -> pa.Array:
+    lengths = pc.fill_null(pc.list_value_length(array), 0)
+    kind, width = (pa.LargeListArray, "int64") if pa.types.is_large_list(target) else (pa.ListArray, "int32")
+    values = recast(array.flatten(), target.value_type)
+    return kind.from_arrays(pa.array(_running_sum(lengths, width)), values, type=target, mask=array.is_null())
+
+
+def _running_sum(lengths: pa.Array, width: str) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, width)
+    np.cumsum(lengths.to_numpy(zero_copy_only=False), out=offsets[1:])
+    return offsets
+
+
+def _recast_fixed_size_list(array: pa.Array, target: pa.DataType) -> pa.Array:
+    size = target.list_size
+    values = recast(array.values.slice(array.offset * size, len(array) * size), target.value_type)
+    return pa.FixedSizeListArray.from_arrays(values, type=target, mask=array.is_null())
+
+
+def _recast_map(array: pa.Array, target: pa.DataType) -> pa.Array:
+    offsets = array.offsets.to_numpy()
+    first, last = int(offsets[0]), int(offsets[-1])
+    keys = recast(array.keys.slice(first, last - first), target.key_type)
+    items = recast(array.items.slice(first, last - first), target.item_type)
+    return pa.MapArray.from_arrays(pa.array(offsets - first, pa.int32()), keys, items, type=target, mask=array.is_null())
+
+
+def _recast_struct(array: pa.Array, target: pa.DataType) -> pa.Array:
+    children = []
+    for field in target:
+        place = array.type.get_field_index(field.name)
+        children.append(pa.nulls(len(array), field.type) if place < 0 else recast(array.field(place), field.type))
+    return pa.StructArray.from_arrays(children, fields=list(target), mask=array.is_null())
+
+
+_BY_HAND: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Array, pa.DataType], pa.Array]], ...] = (
+    (pa.types.is_run_end_encoded, lambda array, target: recast(pc.run_end_decode(array), target)),
+    (lambda kind: pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind), _recast_list),
+    (lambda kind: pa.types.is_dictionary(kind) and _lacks_cast(kind), lambda array, target: recast(array.dictionary_decode(), target)),
+    (lambda kind: pa.types.is_fixed_size_list(kind) and _lacks_cast(kind), _recast_fixed_size_list),
+    (lambda kind: (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _lacks_cast(kind), _recast_list),
+    (lambda kind: pa.types.is_map(kind) and _lacks_cast(kind), _recast_map),
+    (lambda kind: pa.types.is_struct(kind) and _lacks_cast(kind), _recast_struct),
+)
+
+
+# Content
+
+
+def cut(batch: pa.RecordBatch, bytes_max: int = BATCH_BYTES, entries_max: int = BATCH_ENTRIES) -> Iterator[pa.RecordBatch]:
+    """Yield slices of about `bytes_max` bytes and at most `entries_max` rows. No copy."""
+    rows = batch.num_rows
+    if rows == 0:
+        return
+    pieces = max(1, math.ceil(batch.nbytes / bytes_max), math.ceil(rows / entries_max))
+    step = max(1, math.ceil(rows / pieces))
+    for start in range(0, rows, step):
+        yield batch.slice(start, step)
+
+
+def gather(batches: Iterable[pa.RecordBatch], bytes_max: int = BATCH_BYTES, entries_max: int = BATCH_ENTRIES) -> Iterator[pa.RecordBatch]:
+    """Yield batches of about `bytes_max`: small ones joined, large ones cut. Rows keep their order."""
+    waiting: list[pa.RecordBatch] = []
+    size = rows = 0
+    for batch in batches:
+        if waiting and (size + batch.nbytes > bytes_max or rows + batch.num_rows > entries_max):
+            yield _joined(waiting)
+            waiting, size, rows = [], 0, 0
+        if batch.nbytes > bytes_max or batch.num_rows > entries_max:
+            yield from cut(batch, bytes_max, entries_max)
+        elif batch.num_rows:
+            waiting.append(batch)
+            size, rows = size + batch.nbytes, rows + batch.num_rows
+    if waiting:
+        yield _joined(waiting)
+
+
+def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
+
+
+def encode(batches: Iterable[pa.RecordBatch], schema: pa.Schema, compression: str) -> pa.Buffer:
+    """Return the content of one record: an Arrow IPC stream of `batches`, all of `schema`."""
+    options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, schema, options=options) as writer:
+        for batch in gather(batches):
+            writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def decode(content: pa.Buffer, entries: int, where: str, columns: Sequence[str] | None = None) -> list[pa.RecordBatch]:
+    """Return the batches of a record's content, in their stored types; only `columns` are decompressed when given.
+
+    Raises CorruptLog naming `where` when the bytes are no whole IPC stream or do not hold exactly `entries` rows:
+    a damaged record is never read as fewer rows.
+    """
+    try:
+        options = pa.ipc.IpcReadOptions()
+        if columns is not None:
+            names = pa.ipc.read_schema(content).names
+            options = pa.ipc.IpcReadOptions(included_fields=[i for i, name in enumerate(names) if name in columns])
+            # included_fields=[] means every field, so a record that has none of the columns is not opened at all.
+            if not options.included_fields:
+                return [with_rows([], pa.schema([]), entries)]
+        with pa.ipc.open_stream(content, options=options) as reader:
+            batches = [_plain(batch) for batch in reader]
+            whole = _ends_cleanly(content)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptLog(f"{where}: content is not a readable Arrow IPC stream ({type(error).__name__}); restore the file") from error
+    rows = sum(batch.num_rows for batch in batches)
+    if rows != entries or not whole:
+        raise CorruptLog(f"{where}: content holds {rows} of {entries} entries; restore the file")
+    return batches
+
+
+def _ends_cleanly(content: pa.Buffer) -> bool:
+    """An IPC stream that was cut between two messages reads without an error; only the end-of-stream marker tells."""
+    return content.size >= 8 and content.slice(content.size - 8).to_pybytes() == b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+
+def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Undo pyarrow's revival of registered extension types: inside the log they are their storage type and a name."""
+    if not any(_lacks_cast(field.type) for field in batch.schema):
+        return batch
+    fields = [plain_field(field) for field in batch.schema]
+    columns = [recast(column, field.type) for column, field in zip(batch.columns, fields, strict=True)]
+    return pa.RecordBatch.from_arrays(columns, schema=pa.schema(fields))
+
+
+def digest(content: pa.Buffer) -> str:
+    """SHA-256 of content, in hex."""
+    return hashlib.sha256(content).hexdigest()
+
+
+# Bounds
+
+
+def bounds(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> Bounds:
+    """Return, for each top-level column, {"nulls": n} and, where they are known, "min" and "max" as JSON values.
+
+    Sound, not tight: every non-null value lies within [min, max]. A column with a NaN or an infinity has none.
+    """
+    found: Bounds = {}
+    for place, field in enumerate(schema):
+        column = pa.chunked_array([batch.column(place) for batch in batches], type=field.type)
+        found[field.name] = {"nulls": column.null_count} | _limits(column, field)
+    return found
+
+
+def _limits(column: pa.ChunkedArray, field: pa.Field) -> dict[str, Any]:
+    write = _bound_writer(field.type)
+    if write is None or column.null_count == len(column):
+        return {}
+    if pa.types.is_floating(field.type) and not pc.all(pc.is_finite(column)).as_py():
+        return {}
+    limits = pc.min_max(column)
+    low, high = write(limits["min"], False), write(limits["max"], True)
+    return {} if low is None or high is None else {"min": low, "max": high}
+
+
+def _bound_writer(kind: pa.DataType) -> Callable[[pa.Scalar, bool], Any] | None:
+    types = pa.types
+    if types.is_boolean(kind) or types.is_integer(kind) or types.is_float32(kind) or types.is_float64(kind):
+        return lambda scalar, upper: scalar.as_py()
+    if types.is_decimal128(kind) or types.is_decimal256(kind):
+        return lambda scalar, upper: str(scalar.as_py())
+    if types.is_date32(kind) or types.is_time32(kind):
+        return lambda scalar, upper: scalar.cast(pa.int32()).as_py()
+    if types.is_timestamp(kind) or types.is_time64(kind) or types.is_date64(kind):
+        return lambda scalar, upper: scalar.cast(pa.int64()).as_py()
+    if types.is_string(kind) or types.is_large_string(kind):
+        return lambda scalar, upper: _truncated(scalar.as_py(), upper)
+    return None
+
+
+def _truncated(text: str, upper: bool) -> str | None:
+    """Cut a string bound soundly: a lower one to its prefix, an upper one to the next string after the prefix."""
+    if len(text) <= BOUND_STRING_CHARACTERS:
+        return text
+    prefix = text[:BOUND_STRING_CHARACTERS]
+    if not upper:
+        return prefix
+    for place in range(len(prefix) - 1, -1, -1):
+        following = ord(prefix[place]) + 1
+        if 0xD800 <= following <= 0xDFFF:  # surrogates are no characters; the next one above them is
+            following = 0xE000
+        if following <= 0x10FFFF:
+            return prefix[:place] + chr(following)
+    return None
+
+
+def bound_scalar(value: Any, kind: pa.DataType) -> pa.Scalar:
+    """Read back one bound that `bounds` wrote for a column of type `kind`."""
+    if pa.types.is_decimal(kind):
+        return pa.scalar(decimal.Decimal(value), kind)
+    if pa.types.is_date32(kind) or pa.types.is_time32(kind):
+        return pa.scalar(value, pa.int32()).cast(kind)
+    if pa.types.is_timestamp(kind) or pa.types.is_time64(kind) or pa.types.is_date64(kind):
+        return pa.scalar(value, pa.int64()).cast(kind)
+    return pa.scalar(value, kind)
+
+
+def bounds_json(found: Bounds) -> str:
+    return json.dumps(found, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def time_range(found: Bounds, schema: pa.Schema, column: str | None) -> tuple[datetime.datetime | None, datetime.datetime | None]:
+    """Return (min_time, max_time) of the event-time column in UTC, widened to whole microseconds; None = unknown.
+
+    Times outside the years 1 to 9999 are unknown: other readers of the outer table could not show them.
+    """
+    limits = found.get(column, {}) if column else {}
+    if "min" not in limits:
+        return None, None
+    unit = schema.field(column).type.unit
+    scale = {"s": 1_000_000, "ms": 1_000, "us": 1, "ns": 1}[unit]
+    low, high = limits["min"] * scale, limits["max"] * scale
+    if unit == "ns":
+        low, high = low // 1000, -(-high // 1000)
+    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    try:
+        return epoch + datetime.timedelta(microseconds=low), epoch + datetime.timedelta(microseconds=high)
+    except OverflowError:
+        return None, None

@@ -1,0 +1,107 @@
+"""The settings table. Flags, environment variables, file keys, `flight-oplog config` and the README's table derive
+from the fields of `Config`; nothing else in the package reads the environment.
+
+A setting comes from, first match wins: a command-line flag, `FLIGHT_OPLOG_<NAME>`, the TOML file, the default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flight_oplog.errors import RequestError
+
+MIB = 1 << 20
+ENVIRONMENT_PREFIX = "FLIGHT_OPLOG_"
+
+
+def setting(default: Any, help: str, *, least: int | None = None, choices: tuple[str, ...] | None = None) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every setting, its default and what it means. Immutable; a change is `dataclasses.replace`."""
+
+    data: str = setting("oplog-data", "folder that holds the log; created when it does not exist")
+    listen: str = setting("grpc://127.0.0.1:8815", "address to serve on; port 0 picks a free one")
+    insecure: bool = setting(False, "serve beyond loopback although there is no authentication")
+    compression: str = setting("lz4", "compression inside new records", choices=("none", "lz4", "zstd"))
+    schema_rule: str = setting("additive", "how topics evolve", choices=("additive", "strict"))
+    record_bytes_max: int = setting(32 * MIB, "entries gathered in one record, bytes in memory", least=1)
+    record_entries_max: int = setting(1 << 20, "entries gathered in one record", least=1)
+    batch_bytes_max: int = setting(256 * MIB, "one batch a client may send, bytes in memory", least=1)
+    append_bytes_max: int = setting(64 << 30, "one append, bytes in memory summed over its batches", least=1)
+    queue_bytes_max: int = setting(256 * MIB, "entries held in memory for appends under way; past it they spill", least=1)
+    columns_max: int = setting(2000, "columns of one topic, nested fields counted", least=1)
+    topics_max: int = setting(10_000, "topics of one log", least=1)
+    sql_bytes_max: int = setting(1 * MIB, "one SQL text", least=1)
+    calls_max: int = setting(256, "calls served at once; the next one is refused as UNAVAILABLE", least=1)
+    statement_seconds_max: int = setting(3600, "one query, first batch to last", least=1)
+    statement_bytes_max: int = setting(2048 * MIB, "memory of one query's sorts, joins and aggregates; past it they spill", least=1)
+    ticket_seconds_max: int = setting(3600, "a query's ticket can be redeemed this long", least=1)
+    message_bytes_max: int = setting(3 * MIB, "one result batch on the wire; clients refuse more than 4 MiB", least=1)
+    cache_bytes_max: int = setting(128 * MIB, "decoded columns kept in memory", least=0)
+    drain_seconds_max: int = setting(30, "calls under way may finish this long after SIGTERM", least=0)
+
+    def __post_init__(self) -> None:
+        for field in SETTINGS:
+            _check(field, getattr(self, field.name))
+
+
+SETTINGS: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(Config)
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    wanted = type(field.default)
+    if type(value) is not wanted:
+        raise RequestError(f"setting {field.name}: {value!r} is not of type {wanted.__name__}")
+    least, choices = field.metadata["least"], field.metadata["choices"]
+    if least is not None and value < least:
+        raise RequestError(f"setting {field.name}: {value} is less than {least}")
+    if choices is not None and value not in choices:
+        raise RequestError(f"setting {field.name}: {value!r} is not one of {', '.join(choices)}")
+
+
+def parse(field: dataclasses.Field[Any], text: str) -> Any:
+    """Read one setting from text, as a flag or an environment variable gives it."""
+    try:
+        if isinstance(field.default, bool):
+            return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+        return int(text) if isinstance(field.default, int) else text
+    except (KeyError, ValueError):
+        raise RequestError(f"setting {field.name}: {text!r} is not of type {type(field.default).__name__}") from None
+
+
+def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ, file: str | None = None) -> Config:
+    """Resolve the settings. `flags` holds only what was given on the command line.
+
+    Raises RequestError that names the setting and its source for an unknown key, a wrong type or a value out of range.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        values.update(_read_file(file))
+    for field in SETTINGS:
+        if (text := environment.get(ENVIRONMENT_PREFIX + field.name.upper())) is not None:
+            values[field.name] = parse(field, text)
+    values.update(flags)
+    return Config(**values)
+
+
+def _read_file(file: str) -> dict[str, Any]:
+    try:
+        with open(file, "rb") as stream:
+            values = tomllib.load(stream)
+    except OSError as error:
+        raise RequestError(f"settings file {file}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RequestError(f"settings file {file}: {error}") from None
+    known = {field.name for field in SETTINGS}
+    for name in values:
+        if name not in known:
+            raise RequestError(f"settings file {file}: there is no setting {name!r}")
+    return values

@@ -1,0 +1,534 @@
+"""The log, usable in process without a server: append, snapshot, topics, verify, close.
+
+Threads. Any number of threads append. Each append gathers its batches in an `AppendWriter`: what fits in one record
+stays in memory, the rest is encoded and written to a data file of its own that nobody sees yet. Closing it hands the
+append to the one committer thread, which takes everything that waits, numbers it, and makes one Delta commit of it.
+While that commit is on its way the next group gathers: a quiet log answers at once, a busy one makes bigger commits.
+
+An append is whole or nothing: an error before its receipt means that none of its entries will ever be visible, except
+OutcomeUnknown, which says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from flight_oplog import codec
+from flight_oplog.config import Config
+from flight_oplog.errors import CorruptLog, OplogError, OutcomeUnknown, RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, check_topic, evolve, normal_schema, schema_id
+from flight_oplog.store import Conflict, Record, Snapshot, StagedFile, Store, Topic
+
+log = logging.getLogger("flight_oplog.oplog")
+
+CONFLICTS_MAX = 50
+
+Appendable = pa.RecordBatch | pa.Table | pa.RecordBatchReader
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What an append returns once it is durable and visible: its run is [first_offset, first_offset + entries)."""
+
+    topic: str
+    first_offset: int
+    entries: int
+    table_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One finding of `verify`: `severity` is "error" for damage, "note" for what is known and harmless."""
+
+    severity: str
+    where: str
+    what: str
+
+
+class OpLog:
+    """An open log. Thread-safe. Close it, or use it as a context manager, so that waiting appends are committed."""
+
+    def __init__(self, store: Store, config: Config) -> None:
+        self.config = config
+        self._store = store
+        self._memory = _Budget(config.queue_bytes_max)
+        self._committer = _Committer(store, config)
+
+    @classmethod
+    def open(cls, uri: str, config: Config | None = None) -> OpLog:
+        """Open the log in a folder (a path or file:// URI), creating it when the folder is missing or empty.
+
+        Raises NotALog when the folder holds something else or a newer format_version.
+        """
+        return cls(Store.open(uri), config or Config(data=uri))
+
+    def append(self, topic: str, entries: Appendable) -> Receipt:
+        """Append all of `entries` as one append and return its receipt: durable, whole, visible to the next snapshot.
+
+        Raises RequestError, SchemaMismatch or TooLarge when the entries must change, TryAgain when the storage
+        refused; in each case nothing was written.
+        """
+        writer = self.writer(topic, entries.schema)
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(writer.abandon)
+            for batch in entries.to_batches() if isinstance(entries, pa.Table) else _batches(entries):
+                writer.write(batch)
+            return writer.commit()
+
+    def writer(self, topic: str, schema: pa.Schema) -> AppendWriter:
+        """Begin an append whose batches come one by one. Raises before anything is sent when the schema cannot be."""
+        check_topic(topic)
+        normal = normal_schema(schema, self.config.columns_max)
+        snapshot = self._store.snapshot()
+        current = snapshot.topics.get(topic)
+        if current is None and len(snapshot.topics) >= self.config.topics_max:
+            raise TooLarge(f"topic {topic!r} would be one more than topics_max ({self.config.topics_max}); nothing was written")
+        evolve(topic, current.schema if current else None, normal, self.config.schema_rule)
+        return AppendWriter(self, topic, normal)
+
+    def snapshot(self) -> Snapshot:
+        """Return the log as of the newest commit, this process's or another's."""
+        return self._store.snapshot()
+
+    def snapshot_at(self, table_version: int) -> Snapshot:
+        """Return the log as of an earlier commit. Raises NotFound when it cannot be read any more."""
+        return self._store.snapshot_at(table_version)
+
+    def topics(self) -> list[Topic]:
+        """Return the topics of the newest snapshot, by name; the log's own begin with _."""
+        return sorted(self.snapshot().topics.values(), key=lambda topic: topic.name)
+
+    def verify(self) -> list[Problem]:
+        """Read everything and return what is wrong; an empty list means every byte is as it was acknowledged."""
+        snapshot = self._store.refresh()
+        problems = [problem for topic in snapshot.topics.values() for problem in _verify_topic(snapshot, topic)]
+        # A file that is staged right now looks like an orphan; it is a note, not damage, either way.
+        problems += [Problem("note", path, "no commit names this data file; it can be removed") for path in self._store.orphans()]
+        return problems
+
+    def close(self) -> None:
+        """Commit what waits, then stop. Appends after this raise TryAgain."""
+        self._committer.stop()
+
+    def __enter__(self) -> OpLog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _batches(entries: pa.RecordBatch | pa.RecordBatchReader) -> Iterable[pa.RecordBatch]:
+    return [entries] if isinstance(entries, pa.RecordBatch) else entries
+
+
+class AppendWriter:
+    """One append under way: `write` its batches, then `commit` or `abandon` it. For one thread."""
+
+    def __init__(self, oplog: OpLog, topic: str, schema: pa.Schema) -> None:
+        self.topic = topic
+        self._oplog = oplog
+        self._config = oplog.config
+        self._schema = schema
+        self._schema_id = schema_id(schema)
+        self._started = datetime.datetime.now(datetime.UTC)
+        self._waiting: list[pa.RecordBatch] = []
+        self._waiting_bytes = self._waiting_entries = self._reserved = 0
+        self._bytes = self._entries = 0
+        self._staged: StagedFile | None = None
+        self._owned = True
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Take one batch. Raises RequestError or TooLarge for a batch that cannot be stored; abandon the append then."""
+        if batch.nbytes > self._config.batch_bytes_max:
+            raise TooLarge(
+                f"topic {self.topic!r}: a batch of {batch.nbytes} bytes is over batch_bytes_max ({self._config.batch_bytes_max}); "
+                "send smaller batches; nothing was written"
+            )
+        self._bytes += batch.nbytes
+        if self._bytes > self._config.append_bytes_max:
+            raise TooLarge(
+                f"topic {self.topic!r}: the append is over append_bytes_max ({self._config.append_bytes_max}); "
+                "send it as several; nothing was written"
+            )
+        try:
+            batch.validate(full=True)
+            plain = codec.conform(batch, self._schema)
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise RequestError(f"topic {self.topic!r}: a batch is not valid Arrow data ({_line(error)}); nothing was written") from error
+        for piece in codec.cut(plain, self._config.record_bytes_max, self._config.record_entries_max):
+            self._take(piece)
+
+    def _take(self, piece: pa.RecordBatch) -> None:
+        full = self._waiting_bytes + piece.nbytes > self._config.record_bytes_max
+        if self._waiting and (full or self._waiting_entries + piece.num_rows > self._config.record_entries_max):
+            self._spill()
+        if not self._oplog._memory.take(piece.nbytes):
+            # Memory is used up by other appends: this one holds none and goes on through the disk.
+            self._waiting.append(piece)
+            self._waiting_entries += piece.num_rows
+            self._spill()
+            return
+        self._reserved += piece.nbytes
+        self._waiting.append(piece)
+        self._waiting_bytes += piece.nbytes
+        self._waiting_entries += piece.num_rows
+
+    def _spill(self) -> None:
+        """Write the waiting batches to this append's own data file, as one record."""
+        if self._staged is None:
+            self._staged = self._oplog._store.stage(self.topic)
+        self._staged.add(self._record())
+        self._entries += self._waiting_entries
+        self._release()
+
+    def _record(self) -> Record:
+        event_time = _event_time(self._oplog._store.snapshot(), self.topic, self._schema)
+        owner = {"entries": self._waiting_entries, "timestamp": self._started}
+        return make_record(self._waiting, self._schema, self._schema_id, [owner], event_time, self._config.compression)
+
+    def _release(self) -> None:
+        self._oplog._memory.give_back(self._reserved)
+        self._waiting, self._waiting_bytes, self._waiting_entries, self._reserved = [], 0, 0, 0
+
+    def commit(self) -> Receipt:
+        """Make the append durable and visible, whole, and return its receipt. Blocks until then."""
+        if self._staged is not None and self._waiting:
+            self._spill()
+        append = _Append(self.topic, self._schema, self._schema_id, self._started, self._waiting, self._staged)
+        append.entries = self._entries + self._waiting_entries
+        self._owned = False
+        try:
+            return self._oplog._committer.submit(append).result()
+        finally:
+            self._release()
+
+    def abandon(self) -> None:
+        """Drop the append if it was not handed to the committer. Safe to call at any time, any number of times."""
+        if self._owned:
+            self._owned = False
+            self._release()
+            if self._staged is not None:
+                self._staged.abandon()
+
+
+@dataclass(slots=True, eq=False)
+class _Append:
+    """An append handed to the committer: small ones as batches in memory, long ones as a staged file."""
+
+    topic: str
+    schema: pa.Schema
+    schema_id: str
+    started: datetime.datetime
+    batches: list[pa.RecordBatch]
+    staged: StagedFile | None
+    entries: int = 0
+    receipt: Future[Receipt] = field(default_factory=Future)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(batch.nbytes for batch in self.batches)
+
+    def bounds(self) -> list[codec.Bounds]:
+        return self.staged.bounds if self.staged is not None else [codec.bounds(self.batches, self.schema)]
+
+
+class _Committer:
+    """The one thread that commits. Strategy at the top of this module."""
+
+    def __init__(self, store: Store, config: Config) -> None:
+        self._store = store
+        self._config = config
+        self._queue: queue.SimpleQueue[_Append | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
+        self._thread.start()
+
+    def submit(self, append: _Append) -> Future[Receipt]:
+        with self._gate:
+            if self._stopped:
+                if append.staged is not None:
+                    append.staged.abandon()
+                raise TryAgain("the log is closed; nothing was written; try again when the server is back")
+            self._queue.put(append)
+        return append.receipt
+
+    def stop(self) -> None:
+        with self._gate:
+            if not self._stopped:
+                self._stopped = True
+                self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        open_ = True
+        while open_:
+            group = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    group.append(self._queue.get_nowait())
+            open_ = None not in group
+            appends = [append for append in group if append is not None]
+            if appends:
+                self._commit_group(appends)
+
+    def _commit_group(self, appends: list[_Append]) -> None:
+        """Give every append of the group its receipt or its error; never raises."""
+        try:
+            for _ in range(CONFLICTS_MAX):
+                try:
+                    self._try_commit(appends)
+                    return
+                except Conflict:
+                    self._store.refresh()
+            raise TryAgain(f"other servers committed first {CONFLICTS_MAX} times; nothing was written; try again")
+        except BaseException as error:
+            if not isinstance(error, OplogError):
+                log.exception("committing a group of %d appends", len(appends))
+                error = TryAgain("the commit failed, see the server's log; nothing was written; try again")
+            for append in appends:
+                if not append.receipt.done():
+                    if append.staged is not None and not isinstance(error, OutcomeUnknown):
+                        append.staged.abandon()
+                    append.receipt.set_exception(error)
+
+    def _try_commit(self, appends: list[_Append]) -> None:
+        """Number the appends after the newest snapshot and commit them as its next version."""
+        group = _Group(self._store, self._config)
+        try:
+            for append in appends:
+                if not append.receipt.done():
+                    group.place(append)
+            staged = group.finish()
+            version = group.base.table_version
+            if staged:
+                version = self._store.commit(group.base, staged, group.next_offsets).table_version
+        except BaseException as error:
+            if not isinstance(error, OutcomeUnknown):
+                group.abandon()
+            raise
+        for append, first_offset in group.placed:
+            append.receipt.set_result(Receipt(append.topic, first_offset, append.entries, version))
+
+
+class _Group:
+    """Appends that share a commit, numbered from one snapshot. Built again from scratch after a conflict."""
+
+    def __init__(self, store: Store, config: Config) -> None:
+        self.base = store.snapshot()
+        self.placed: list[tuple[_Append, int]] = []
+        self.next_offsets: dict[str, int] = {}
+        self._store = store
+        self._config = config
+        self._schemas: dict[str, pa.Schema] = {}
+        self._new_schemas: dict[tuple[str, str], pa.Schema] = {}
+        self._gathering: dict[str, list[_Append]] = {}
+        self._files: list[tuple[StagedFile, int]] = []
+        self._ours: list[StagedFile] = []
+
+    def place(self, append: _Append) -> None:
+        """Give the append its offsets, or its receipt the error that its schema earns."""
+        topic = append.topic
+        current = self._schemas.get(topic) or (self.base.topics[topic].schema if topic in self.base.topics else None)
+        try:
+            merged = evolve(topic, current, append.schema, self._config.schema_rule)
+            self._check_widening(topic, current, append, merged)
+        except RequestError as error:
+            if append.staged is not None:
+                append.staged.abandon()
+            append.receipt.set_exception(error)
+            return
+        self._schemas[topic] = merged
+        if topic not in self.base.topics or append.schema_id not in self.base.topics[topic].schemas:
+            self._new_schemas.setdefault((topic, append.schema_id), append.schema)
+        first_offset = self._next(topic)
+        self.placed.append((append, first_offset))
+        if append.staged is not None:
+            self._flush(topic)
+            self._files.append((append.staged, first_offset))
+        elif append.entries:
+            self._gathering.setdefault(topic, []).append(append)
+        if append.entries:
+            self.next_offsets[topic] = first_offset + append.entries
+
+    def _next(self, topic: str) -> int:
+        known = self.base.topics.get(topic)
+        return self.next_offsets.get(topic, known.next_offset if known else 0)
+
+    def _check_widening(self, topic: str, current: pa.Schema | None, append: _Append, merged: pa.Schema) -> None:
+        """Refuse a change of time unit that some value, old or new, would not survive: reading must never fail later."""
+        for name in _rescaled(append.schema, merged):
+            for found in append.bounds():
+                _check_rescale(topic, name, found, append.schema, merged)
+        if current is None or not (rescaled := _rescaled(current, merged)):
+            return
+        earlier = [other.bounds() for other, _ in self.placed if other.topic == topic]
+        for name in rescaled:
+            for found in (found for of_append in earlier for found in of_append):
+                _check_rescale(topic, name, found, current, merged)
+            for record in self.base.records(topic) if topic in self.base.topics else ():
+                _check_rescale(topic, name, record.bounds, self.base.topics[topic].schemas[record.schema_id], merged)
+
+    def _flush(self, topic: str) -> None:
+        """Write the topic's gathered small appends as one file, a record for each run of one schema."""
+        gathered = self._gathering.pop(topic, [])
+        if not gathered:
+            return
+        staged = self._store.stage(topic)
+        self._ours.append(staged)
+        first = next(offset for append, offset in self.placed if append is gathered[0])
+        self._files.append((staged, first))
+        for run in _runs(gathered, self._config):
+            batches = [batch for append in run for batch in append.batches]
+            owners = [{"entries": append.entries, "timestamp": append.started} for append in run]
+            event_time = _event_time(self.base, topic, run[0].schema)
+            staged.add(make_record(batches, run[0].schema, run[0].schema_id, owners, event_time, self._config.compression))
+
+    def finish(self) -> list[StagedFile]:
+        """Write what is still in memory, register new schemas, number every file and make it durable."""
+        for topic in list(self._gathering):
+            self._flush(topic)
+        if self._new_schemas:
+            self._register()
+        for staged, first_offset in self._files:
+            staged.finish(first_offset)
+        return [staged for staged, _ in self._files]
+
+    def _register(self) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        rows = []
+        counts = {name: len(topic.schemas) for name, topic in self.base.topics.items()}
+        for (topic, fingerprint), schema in self._new_schemas.items():
+            number = counts[topic] = counts.get(topic, 0) + 1
+            rows.append(
+                {
+                    "topic": topic,
+                    "schema_id": fingerprint,
+                    "number": number,
+                    "schema": schema.serialize().to_pybytes(),
+                    "first_seen": now,
+                }
+            )
+        batch = pa.RecordBatch.from_pylist(rows, SCHEMAS_SCHEMA)
+        staged = self._store.stage(SCHEMAS_TOPIC)
+        self._ours.append(staged)
+        owner = {"entries": len(rows), "timestamp": now}
+        staged.add(make_record([batch], SCHEMAS_SCHEMA, schema_id(SCHEMAS_SCHEMA), [owner], "first_seen", self._config.compression))
+        first = self._next(SCHEMAS_TOPIC)
+        self._files.append((staged, first))
+        self.next_offsets[SCHEMAS_TOPIC] = first + len(rows)
+
+    def abandon(self) -> None:
+        """Remove the files this group made; the appends' own files stay for another try."""
+        for staged in self._ours:
+            staged.abandon()
+
+
+def _runs(appends: list[_Append], config: Config) -> Iterator[list[_Append]]:
+    """Split appends into neighbours that one record can hold: same schema, within the record limits."""
+    run: list[_Append] = []
+    size = entries = 0
+    for append in appends:
+        over = size + append.nbytes > config.record_bytes_max or entries + append.entries > config.record_entries_max
+        if run and (append.schema_id != run[0].schema_id or over):
+            yield run
+            run, size, entries = [], 0, 0
+        run.append(append)
+        size, entries = size + append.nbytes, entries + append.entries
+    if run:
+        yield run
+
+
+def make_record(
+    batches: list[pa.RecordBatch],
+    schema: pa.Schema,
+    fingerprint: str,
+    appends: list[dict[str, Any]],
+    event_time: str | None,
+    compression: str,
+) -> Record:
+    """Encode batches of one schema as one record."""
+    found = codec.bounds(batches, schema)
+    low, high = codec.time_range(found, schema, event_time)
+    entries = sum(batch.num_rows for batch in batches)
+    return Record(entries, fingerprint, appends, found, low, high, codec.encode(batches, schema, compression))
+
+
+def _event_time(snapshot: Snapshot, topic: str, schema: pa.Schema) -> str | None:
+    """The topic's event-time column, if entries of `schema` have it as a timestamp."""
+    known = snapshot.topics.get(topic)
+    name = known.event_time if known else None
+    if name is None:
+        name = next((field.name for field in schema if pa.types.is_timestamp(field.type)), None)
+    return name if name in schema.names and pa.types.is_timestamp(schema.field(name).type) else None
+
+
+def _rescaled(narrow: pa.Schema, wide: pa.Schema) -> list[str]:
+    """Columns whose time unit the wide schema changes, at the top level."""
+    return [f.name for f in narrow if pa.types.is_timestamp(f.type) and wide.field(f.name).type != f.type]
+
+
+def _check_rescale(topic: str, column: str, found: codec.Bounds, schema: pa.Schema, wide: pa.Schema) -> None:
+    limits = found.get(column, {})
+    if "min" not in limits or column not in schema.names:
+        return
+    narrow, target = schema.field(column).type, wide.field(column).type
+    try:
+        pa.array([limits["min"], limits["max"]], pa.int64()).cast(narrow).cast(target)
+    except pa.ArrowInvalid:
+        raise SchemaMismatch(
+            f"topic {topic!r}: column {column!r} would become {target}, which cannot hold all of its {narrow} values; "
+            "the additive rule allows only widening that keeps every value exact; nothing was written"
+        ) from None
+
+
+def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
+    expected = topic.first_offset
+    for file in topic.files:
+        try:
+            for record in snapshot.store.records(file):
+                if record.first_offset != expected:
+                    yield Problem("error", record.where, f"expected offset {expected}: runs overlap or leave a gap")
+                expected = record.first_offset + record.entries
+                if record.schema_id not in topic.schemas:
+                    yield Problem("error", record.where, f"schema_id {record.schema_id} is not registered")
+                if sum(owner["entries"] for owner in record.appends) != record.entries:
+                    yield Problem("error", record.where, "the appends do not add up to the entries")
+                codec.decode(snapshot.store.content(record), record.entries, record.where)
+        except CorruptLog as error:
+            yield Problem("error", f"topic {topic.name!r}", str(error))
+    if expected != topic.next_offset:
+        yield Problem("error", f"topic {topic.name!r}", f"records end at offset {expected}, the log says {topic.next_offset}")
+
+
+class _Budget:
+    """Bytes that appends under way may hold in memory together. `take` never blocks, so nobody waits on a slow client."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._left = bytes_max
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> bool:
+        with self._lock:
+            if size > self._left:
+                return False
+            self._left -= size
+            return True
+
+    def give_back(self, size: int) -> None:
+        with self._lock:
+            self._left += size
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
