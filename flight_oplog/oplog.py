@@ -372,10 +372,10 @@ class _Group:
                 _check_rescale(topic, name, found, append.schema, merged)
         if current is None or not (rescaled := _rescaled(current, merged)):
             return
-        earlier = [other.bounds() for other, _ in self.placed if other.topic == topic]
+        earlier = [(other.schema, found) for other, _ in self.placed if other.topic == topic for found in other.bounds()]
         for name in rescaled:
-            for found in (found for of_append in earlier for found in of_append):
-                _check_rescale(topic, name, found, current, merged)
+            for schema, found in earlier:
+                _check_rescale(topic, name, found, schema, merged)
             for record in self.base.records(topic) if topic in self.base.topics else ():
                 _check_rescale(topic, name, record.bounds, self.base.topics[topic].schemas[record.schema_id], merged)
 

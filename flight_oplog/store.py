@@ -80,6 +80,8 @@ class RecordMeta:
     entries: int
     schema_id: str
     appends: list[dict[str, Any]]
+    min_time: datetime.datetime | None
+    max_time: datetime.datetime | None
     bounds: codec.Bounds
     digest: str
 
@@ -162,14 +164,16 @@ class Store:
     # Opening
 
     @classmethod
-    def open(cls, root: str) -> Store:
-        """Open the log in the folder `root`, or create it there when the folder is missing or empty.
+    def open(cls, root: str, create: bool = True) -> Store:
+        """Open the log in the folder `root`; with `create`, make one there when the folder is missing or empty.
 
         Raises NotALog when the folder holds something else or a newer format, TryAgain when it cannot be reached.
         """
         root = os.path.abspath(root.removeprefix("file://"))
         try:
             if not DeltaTable.is_deltatable(root):
+                if not create:
+                    raise NotALog(f"{root}: there is no log here")
                 cls._create(root)
             table = DeltaTable(root)
         except TableNotFoundError:
@@ -326,6 +330,8 @@ class Store:
                 entries=row["entries"],
                 schema_id=row["schema_id"],
                 appends=row["appends"],
+                min_time=row["min_time"],
+                max_time=row["max_time"],
                 bounds=json.loads(row["bounds"]) if row["bounds"] else {},
                 digest=row["digest"],
             )
@@ -494,7 +500,7 @@ class StagedFile:
             )
             self.entries += record.entries
         table = pa.Table.from_pylist(rows, pa.schema([f for f in _FILE_SCHEMA if f.name != "content"]))
-        contents = _binary_array([record.content for record in self._pending])
+        contents = binary_array([record.content for record in self._pending])
         self._pending, self._pending_bytes = [], 0
         try:
             if self._writer is None:
@@ -637,7 +643,7 @@ def _spans(metadata: pq.RowGroupMetaData, group: int) -> list[tuple[int, tuple[i
     return [(group, (chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size))]
 
 
-def _binary_array(contents: Sequence[pa.Buffer]) -> pa.Array:
+def binary_array(contents: Sequence[pa.Buffer]) -> pa.Array:
     """Return the contents as one binary array; a single one is not copied."""
     if len(contents) == 1:
         offsets = pa.py_buffer(struct.pack("<ii", 0, contents[0].size))

@@ -1,0 +1,51 @@
+# `make` lists the targets. Everything runs in .venv, made on first use from the hashed lock in .ci/requirements.txt.
+
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+DATA ?= oplog-data
+
+.PHONY: help setup demo serve test check lint types bench dist lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+
+setup: .venv/ready ## make .venv with pinned dependencies and this package
+
+.venv/ready: .ci/requirements.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "flight_oplog needs Python 3.11 or newer on the PATH" >&2; exit 1; }
+	@echo "setting up .venv (about a minute the first time)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: setup ## set up, stream real data in, ask SQL questions through ADBC
+	@$(BIN)/python clients/python/demo.py
+
+serve: setup ## serve the log in DATA (default oplog-data) on grpc://127.0.0.1:8815
+	@$(BIN)/flight-oplog serve --data $(DATA)
+
+test: setup ## set up and pass the tests
+	@$(BIN)/python -m pytest
+
+lint: setup
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+
+types: setup
+	@$(BIN)/mypy
+
+check: lint types test ## lint, types and tests
+
+bench: setup ## ratios to peers, all in one run (10 M entries; ENTRIES=n for fewer)
+	@$(BIN)/python tests/bench/bench.py
+
+dist: setup ## build the wheel into dist/
+	@$(BIN)/python -m build --no-isolation --wheel --outdir dist . >/dev/null && ls dist/*.whl
+
+lock: setup ## pin the newest allowed dependencies, with hashes
+	@$(BIN)/python -m pip install --quiet pip-tools
+	@$(BIN)/pip-compile --quiet --upgrade --generate-hashes --allow-unsafe --strip-extras --no-emit-index-url --no-emit-find-links --no-emit-trusted-host --no-header --no-annotate --extra dev --output-file .ci/requirements.txt pyproject.toml
+
+clean: ## remove .venv, caches and demo data
+	@rm -rf .venv .demo dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,364 @@
+"""The commands a person types. Exit codes: 0 done, 1 refused or damaged, 2 wrong usage; errors are one line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from flight_oplog import __version__
+from flight_oplog.client import Client
+from flight_oplog.config import SETTINGS, Config, load, parse
+from flight_oplog.engine import Engine
+from flight_oplog.errors import OplogError, RequestError
+from flight_oplog.oplog import OpLog
+from flight_oplog.server import Server
+from flight_oplog.store import Store
+
+DEFAULT_SERVER = "grpc://127.0.0.1:8815"
+ROWS_SHOWN = 100
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        command: Callable[[argparse.Namespace], int] = options.command
+        return command(options)
+    except OplogError as error:
+        print(f"flight-oplog: error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # somebody closed our output, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="flight-oplog", description="An append-only operation log: Arrow in, Delta underneath, SQL out.")
+    parser.add_argument("--version", action="version", version=f"flight-oplog {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a log over Arrow Flight and Flight SQL")
+    _add_settings(serve, [field.name for field in SETTINGS])
+    serve.set_defaults(command=_serve)
+
+    sql = commands.add_parser("sql", help="run a query and print its result")
+    sql.add_argument("query")
+    sql.add_argument("--format", choices=("table", "csv", "json", "arrow"), default="table", help="how to print (default: table)")
+    sql.add_argument("--rows", type=int, default=ROWS_SHOWN, help=f"rows a table shows at most (default: {ROWS_SHOWN})")
+    _add_where(sql)
+    sql.set_defaults(command=_sql)
+
+    ingest = commands.add_parser("ingest", help="append files to a topic: Parquet, CSV, NDJSON, Arrow; each file is one append")
+    ingest.add_argument("topic")
+    ingest.add_argument("files", nargs="+", metavar="FILE")
+    ingest.add_argument("--server", default=DEFAULT_SERVER, help=f"address of the server (default: {DEFAULT_SERVER})")
+    ingest.set_defaults(command=_ingest)
+
+    topics = commands.add_parser("topics", help="list the topics")
+    _add_where(topics)
+    topics.set_defaults(command=_topics)
+
+    verify = commands.add_parser("verify", help="read a whole log and report damage; the server may run meanwhile")
+    _add_settings(verify, ["data"])
+    verify.set_defaults(command=_verify)
+
+    config = commands.add_parser("config", help="show every setting, its value and what it means")
+    _add_settings(config, [field.name for field in SETTINGS])
+    config.set_defaults(command=_config)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, names: list[str]) -> None:
+    parser.add_argument("--config", metavar="FILE", help="TOML file with settings")
+    for field in SETTINGS:
+        if field.name in names:
+            flag = "--" + field.name.replace("_", "-")
+            if isinstance(field.default, bool):
+                parser.add_argument(flag, dest=field.name, action="store_const", const=True, help=field.metadata["help"])
+            else:
+                text = f"{field.metadata['help']} (default: {field.default})"
+                parser.add_argument(flag, dest=field.name, metavar="VALUE", help=text)
+
+
+def _settings(options: argparse.Namespace) -> Config:
+    flags: dict[str, Any] = {}
+    for field in SETTINGS:
+        value = getattr(options, field.name, None)
+        if value is not None:
+            flags[field.name] = parse(field, value) if isinstance(value, str) else value
+    return load(flags, file=options.config)
+
+
+def _add_where(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--server", default=DEFAULT_SERVER, help=f"address of the server (default: {DEFAULT_SERVER})")
+    where.add_argument("--data", help="folder of the log, to read without a server")
+
+
+# serve
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = _settings(options)
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set():
+            os._exit(128 + number)  # a second signal ends at once; what was acknowledged is on disk
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    with OpLog.open(config.data, config) as oplog:
+        server = Server(oplog, config)
+        print(server.uri, flush=True)
+        if config.insecure:
+            print("warning: --insecure: anybody who reaches this address may read and append", file=sys.stderr)
+        while not stop.wait(0.5):
+            pass
+        drained = server.drain(config.drain_seconds_max)
+    if not drained:
+        print("flight-oplog: stopped before every call had ended; nothing acknowledged was lost", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # gRPC threads of a stalled client would hold the interpreter up
+
+
+# sql, topics
+
+
+def _sql(options: argparse.Namespace) -> int:
+    with _result(options, options.query) as (schema, batches):
+        _PRINTERS[options.format](schema, batches, options.rows)
+    return 0
+
+
+def _topics(options: argparse.Namespace) -> int:
+    query = "SELECT topic, entries, next_offset, columns, schemas, files, records, file_bytes, min_time, max_time FROM system.topics ORDER BY topic"
+    with _result(options, query) as (schema, batches):
+        _print_table(schema, batches, 1 << 30)
+    return 0
+
+
+@contextlib.contextmanager
+def _result(options: argparse.Namespace, query: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    """Run a query, on a server through ADBC as any tool would, or in process on a folder."""
+    if options.data is not None:
+        config = Config(data=options.data)
+        with OpLog(Store.open(options.data, create=False), config) as oplog:
+            running = Engine(config).run(query, oplog.snapshot())
+            yield running.schema, running.batches
+        return
+    import adbc_driver_flightsql.dbapi as adbc  # half a second to load, and most commands do without
+    from adbc_driver_manager import Error
+
+    try:
+        with adbc.connect(options.server, autocommit=True) as connection, connection.cursor() as cursor:
+            cursor.execute(query)
+            reader = cursor.fetch_record_batch()
+            yield reader.schema, reader
+    except Error as error:
+        raise RequestError(_adbc_message(error, options.server)) from None
+
+
+def _adbc_message(error: Exception, server: str) -> str:
+    text = str(error).split(". Detail: ")[0]
+    if "connection refused" in text or "Unavailable; " in text:
+        return f"no server answers at {server}; start one with: flight-oplog serve"
+    return text.split("[FlightSQL] ")[-1]
+
+
+def _print_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
+    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    table = Table(header_style="bold", row_styles=None)
+    for f in schema:
+        right = pa.types.is_integer(f.type) or pa.types.is_floating(f.type) or pa.types.is_decimal(f.type)
+        table.add_column(escape(f.name), justify="right" if right else "left", overflow="fold")
+    shown = total = 0
+    for batch in batches:
+        total += batch.num_rows
+        for row in batch.slice(0, max(0, rows_max - shown)).to_pylist():
+            table.add_row(*(escape(_cell(value)) for value in row.values()))
+            shown += 1
+    console.print(table)
+    rows = f"{total:,} row" + ("" if total == 1 else "s")
+    console.print(rows if shown == total else f"{rows}, the first {shown} shown; --format csv prints all", style="dim")
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "∅"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.1f}"
+    if isinstance(value, bytes):
+        return value[:32].hex() + ("…" if len(value) > 32 else "")
+    return str(value)
+
+
+def _print_csv(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
+    writer = csv.writer(sys.stdout)
+    writer.writerow(schema.names)
+    for batch in batches:
+        for row in batch.to_pylist():
+            writer.writerow("" if value is None else value for value in row.values())
+
+
+def _print_json(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
+    for batch in batches:
+        for row in batch.to_pylist():
+            print(json.dumps(row, default=str, ensure_ascii=False))
+
+
+def _print_arrow(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
+    with pa.ipc.new_stream(sys.stdout.buffer, schema) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+
+
+_PRINTERS = {"table": _print_table, "csv": _print_csv, "json": _print_json, "arrow": _print_arrow}
+
+
+# ingest
+
+
+def _ingest(options: argparse.Namespace) -> int:
+    with Client(options.server) as client:
+        for file in options.files:
+            schema, batches = _open_file(file)
+            with _progress(file) as advance:
+                receipt = client.append(options.topic, schema, batches, advance)
+            last = receipt.first_offset + receipt.entries
+            print(f"{file}: {receipt.entries:,} entries in topic {receipt.topic}, offsets [{receipt.first_offset}, {last})")
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(file: str) -> Iterator[Callable[[pa.RecordBatch], None]]:
+    """Show a bar on a terminal, nothing elsewhere. The end is not known before the file is read, so it counts bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[rows]:,} entries"), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task(os.path.basename(file), total=None, rows=0)
+        rows = 0
+
+        def advance(batch: pa.RecordBatch) -> None:
+            nonlocal rows
+            rows += batch.num_rows
+            progress.update(task, advance=batch.nbytes, rows=rows)
+
+        yield advance
+
+
+def _open_file(file: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    """Open a file by its ending. Raises RequestError naming the file when it cannot be read."""
+    ending = os.path.splitext(file)[1].lower()
+    if ending not in _OPENERS:
+        raise RequestError(f"{file}: the ending {ending!r} is not one of {', '.join(_OPENERS)}")
+    try:
+        schema, batches = _OPENERS[ending](file)
+    except OSError as error:
+        raise RequestError(f"{file}: {error.strerror or error}") from None
+    except pa.ArrowException as error:
+        raise RequestError(f"{file}: {str(error).splitlines()[0]}") from None
+    return schema, _named(file, batches)
+
+
+def _named(file: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from batches
+    except pa.ArrowException as error:
+        raise RequestError(f"{file}: {str(error).splitlines()[0]}; nothing of this file was written") from None
+
+
+def _open_parquet(file: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    parquet = pq.ParquetFile(file)
+    return parquet.schema_arrow, parquet.iter_batches()
+
+
+def _open_arrow(file: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    source = pa.OSFile(file)
+    if source.read_at(6, 0) == b"ARROW1":
+        reader = pa.ipc.open_file(source)
+        return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
+    stream = pa.ipc.open_stream(source)
+    return stream.schema, iter(stream)
+
+
+def _open_text(opener: Callable[[str], Any]) -> Callable[[str], tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+    def open_(file: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+        reader = opener(file)
+        return reader.schema, iter(reader)
+
+    return open_
+
+
+_OPENERS: dict[str, Callable[[str], tuple[pa.Schema, Iterator[pa.RecordBatch]]]] = {
+    ".parquet": _open_parquet,
+    ".csv": _open_text(pa.csv.open_csv),
+    ".ndjson": _open_text(pa.json.open_json),
+    ".jsonl": _open_text(pa.json.open_json),
+    ".json": _open_text(pa.json.open_json),
+    ".arrow": _open_arrow,
+    ".arrows": _open_arrow,
+    ".feather": _open_arrow,
+    ".ipc": _open_arrow,
+}
+
+
+# verify, config
+
+
+def _verify(options: argparse.Namespace) -> int:
+    config = _settings(options)
+    with OpLog(Store.open(config.data, create=False), config) as oplog:
+        problems = oplog.verify()
+        snapshot = oplog.snapshot()
+    for problem in problems:
+        print(f"{problem.severity}: {problem.where}: {problem.what}")
+    errors = sum(problem.severity == "error" for problem in problems)
+    topics = snapshot.topics.values()
+    records = sum(file.records for topic in topics for file in topic.files)
+    print(
+        f"table_version {snapshot.table_version}: {len(topics)} topics, {records:,} records, "
+        f"{sum(topic.entries for topic in topics):,} entries: " + (f"{errors} errors" if errors else "all as acknowledged")
+    )
+    return 1 if errors else 0
+
+
+def _config(options: argparse.Namespace) -> int:
+    values = dataclasses.asdict(_settings(options))
+    table = Table("setting", "value", "default", "what it means", header_style="bold")
+    for field in SETTINGS:
+        table.add_row(field.name, str(values[field.name]), str(field.default), field.metadata["help"])
+    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

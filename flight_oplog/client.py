@@ -1,0 +1,85 @@
+"""A small Python client: append to a topic over plain Flight, query over Flight SQL.
+
+Any Arrow Flight or ADBC client does the same; this one serves the command line and shows how little it takes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+
+import pyarrow as pa
+import pyarrow.flight as fl
+
+from flight_oplog import codec
+from flight_oplog.errors import NotFound, OplogError, RequestError, TryAgain, Unsupported
+from flight_oplog.oplog import Receipt
+
+# Room under the 16 MiB that other servers and proxies on the way accept.
+MESSAGE_BYTES = 8 << 20
+
+_ERRORS: tuple[tuple[type[Exception], type[OplogError]], ...] = (
+    (pa.ArrowKeyError, NotFound),
+    (pa.ArrowNotImplementedError, Unsupported),
+    (fl.FlightUnavailableError, TryAgain),
+    (pa.ArrowInvalid, RequestError),
+)
+
+
+class Client:
+    """A connection to a server. Thread-safe; close it or use it as a context manager."""
+
+    def __init__(self, uri: str) -> None:
+        try:
+            self._flight = fl.connect(uri)
+        except (pa.ArrowException, ValueError) as error:
+            raise RequestError(f"server {uri!r}: not an address of the form grpc://host:port") from error
+
+    def append(
+        self, topic: str, schema: pa.Schema, batches: Iterable[pa.RecordBatch], sent: Callable[[pa.RecordBatch], None] = lambda batch: None
+    ) -> Receipt:
+        """Send all batches as one append and return its receipt: whole and durable, or an error and nothing written.
+
+        `sent` is called after each piece went out, for progress.
+        """
+        options = fl.FlightCallOptions(headers=[(b"oplog-acks", b"true")])
+        try:
+            writer, acks = self._flight.do_put(fl.FlightDescriptor.for_path(topic), schema, options)
+            with writer:
+                for batch in batches:
+                    for piece in codec.cut(batch, MESSAGE_BYTES, batch.num_rows):
+                        writer.write_batch(piece)
+                        sent(piece)
+                writer.done_writing()
+                ack = acks.read()
+        except (pa.ArrowException, OSError) as error:
+            raise _translated(error) from None
+        if ack is None:
+            raise OplogError(f"topic {topic!r}: the server ended the stream without a receipt; look whether the entries are there")
+        return Receipt(**json.loads(ack.to_pybytes()))
+
+    def read(self, topic: str, start: int = 0) -> Iterator[pa.RecordBatch]:
+        """Yield a topic's entries from offset `start` on, in offset order."""
+        ticket = fl.Ticket(json.dumps({"topic": topic, "from": start}).encode())
+        try:
+            for chunk in self._flight.do_get(ticket):
+                yield chunk.data
+        except (pa.ArrowException, OSError) as error:
+            raise _translated(error) from None
+
+    def close(self) -> None:
+        self._flight.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _translated(error: Exception) -> OplogError:
+    message = str(error.args[0] if error.args else error).split(". Detail: ")[0].split(". gRPC client debug context")[0]
+    for theirs, ours in _ERRORS:
+        if isinstance(error, theirs):
+            return ours(message)
+    return OplogError(message)

@@ -1,0 +1,301 @@
+"""SQL over one snapshot, in DataFusion. The only importer of datafusion.
+
+Each statement gets a session of its own: 0.2 ms, and nothing a client says can outlive its statement. Results are
+pulled through asyncio rather than through DataFusion's C stream, because that one buffers without bound and cannot be
+stopped; stopping a query takes cancelling the pull and dropping every reference to its stream and its plan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions
+from datafusion.catalog import CatalogProvider, SchemaProvider
+
+from flight_oplog import codec
+from flight_oplog.config import Config
+from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
+from flight_oplog.provider import ColumnCache, EntriesTable, RecordsTable, ScanContext, ScanCounts, topics_table
+from flight_oplog.schema import plain_field
+from flight_oplog.store import Snapshot
+
+log = logging.getLogger("flight_oplog.engine")
+
+CATALOG = "oplog"
+POLL_SECONDS = 0.05
+# A batch waits at most this long for company before it goes out.
+PACE_SECONDS = 0.05
+
+_READ_ONLY = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)
+_SETTINGS = {
+    "datafusion.execution.batch_size": "32768",
+    "datafusion.execution.parquet.schema_force_view_types": "false",
+    "datafusion.sql_parser.map_string_types_to_utf8view": "false",
+    "datafusion.catalog.information_schema": "true",
+    "datafusion.catalog.create_default_catalog_and_schema": "false",
+    "datafusion.catalog.default_catalog": CATALOG,
+    "datafusion.catalog.default_schema": "public",
+}
+
+Stopped = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A planned query: its text, the snapshot it is pinned to and the schema of its result."""
+
+    sql: str
+    snapshot: Snapshot
+    schema: pa.Schema
+
+
+@dataclass
+class Running:
+    """A query under way: iterate `batches`; `counts` tells what its scans have touched so far, by table."""
+
+    schema: pa.Schema
+    batches: Iterator[pa.RecordBatch]
+    counts: dict[str, ScanCounts] = field(default_factory=dict)
+
+
+class Engine:
+    """Plans and runs statements. Thread-safe."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._cache = ColumnCache(config.cache_bytes_max)
+        self._partitions = os.cpu_count() or 1
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
+
+    def prepare(self, sql: str, snapshot: Snapshot) -> Statement:
+        """Plan `sql` against `snapshot` without running anything and return its schema.
+
+        Raises RequestError for bad SQL, NotFound for an unknown table, Unsupported for what the log does not do.
+        """
+        return Statement(sql, snapshot, _wire_schema(self._plan(sql, snapshot)[0].schema()))
+
+    def run(self, sql: str, snapshot: Snapshot, stopped: Stopped = lambda: False) -> Running:
+        """Start `sql` against `snapshot`. Batches hold at most `message_bytes_max` bytes; their schema is `prepare`'s.
+
+        `stopped` is asked about every 50 ms; once it is true the work ends and the iterator raises Cancelled. Closing
+        the iterator, or losing it, ends the work too.
+        """
+        frame, context = self._plan(sql, snapshot)
+        schema = _wire_schema(frame.schema())
+        deadline = time.monotonic() + self._config.statement_seconds_max
+        try:
+            puller = _Puller(self._loop, frame.execute_stream(), context)
+        except Exception as error:
+            raise _translated(error, context) from error
+        del frame  # it holds the plan, and the plan holds running tasks
+        batches = self._pull(puller, context, schema, deadline, stopped)
+        return Running(schema, _paced(batches, self._config.message_bytes_max), context.counts)
+
+    def _plan(self, sql: str, snapshot: Snapshot) -> tuple[Any, ScanContext]:
+        if (size := len(sql.encode())) > self._config.sql_bytes_max:
+            raise TooLarge(f"the SQL text has {size} bytes; sql_bytes_max is {self._config.sql_bytes_max}")
+        context = ScanContext(self._cache, self._partitions)
+        # A spill pool of its own bounds each statement; spilled runs go to the system's temporary folder.
+        runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(self._config.statement_bytes_max)
+        session = SessionContext(SessionConfig(_SETTINGS).with_target_partitions(self._partitions), runtime)
+        session.register_catalog_provider(CATALOG, _Catalog(snapshot, context))
+        try:
+            return session.sql(sql, options=_READ_ONLY), context
+        except Exception as error:
+            raise _translated(error, context) from error
+
+    def _pull(
+        self, puller: _Puller, context: ScanContext, schema: pa.Schema, deadline: float, stopped: Stopped
+    ) -> Iterator[pa.RecordBatch]:
+        try:
+            while True:
+                try:
+                    batch = puller.next(lambda: stopped() or time.monotonic() > deadline)
+                except Cancelled:
+                    if time.monotonic() > deadline:
+                        raise TooLarge(
+                            f"the query ran longer than statement_seconds_max ({self._config.statement_seconds_max}); ask for less"
+                        ) from None
+                    raise
+                except Exception as error:
+                    raise _translated(error, context) from error
+                if batch is None:
+                    return
+                if batch.num_rows:
+                    yield _to_wire(batch, schema)
+        finally:
+            puller.close()
+
+
+class _Puller:
+    """Pulls one DataFusion stream through the event loop, so that waiting for a batch can be given up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, stream: Any, context: ScanContext) -> None:
+        self._loop = loop
+        self._stream = [stream]
+        self._context = context
+
+    async def _next(self) -> pa.RecordBatch | None:
+        try:
+            return (await self._stream[0].__anext__()).to_pyarrow()
+        except StopAsyncIteration:
+            return None
+
+    def next(self, stopped: Stopped) -> pa.RecordBatch | None:
+        future = asyncio.run_coroutine_threadsafe(self._next(), self._loop)
+        while not concurrent.futures.wait([future], POLL_SECONDS).done:
+            if stopped():
+                future.cancel()
+                self.close()
+                raise Cancelled("the query was stopped")
+        return future.result()
+
+    def close(self) -> None:
+        self._context.stopped.set()
+        self._stream.clear()
+
+
+def _paced(batches: Iterator[pa.RecordBatch], bytes_max: int) -> Iterator[pa.RecordBatch]:
+    """Yield batches of a size that travels well: large ones cut, small ones joined unless that would keep them waiting."""
+    waiting: list[pa.RecordBatch] = []
+    size = 0
+    since = time.monotonic() - PACE_SECONDS  # the first batch goes out at once
+    for batch in batches:
+        if batch.nbytes > bytes_max // 2:
+            if waiting:
+                yield pa.concat_batches(waiting)
+                waiting, size = [], 0
+            yield from codec.cut(batch, bytes_max, batch.num_rows)
+        else:
+            waiting.append(batch)
+            size += batch.nbytes
+            if size > bytes_max // 2 or time.monotonic() - since > PACE_SECONDS:
+                yield waiting[0] if len(waiting) == 1 else pa.concat_batches(waiting)
+                waiting, size = [], 0
+            else:
+                continue
+        since = time.monotonic()
+    if waiting:
+        yield waiting[0] if len(waiting) == 1 else pa.concat_batches(waiting)
+
+
+def _wire_schema(schema: pa.Schema) -> pa.Schema:
+    """Return the result's schema as every client can read it: no views, no dictionaries, all nullable."""
+    return pa.schema([plain_field(field) for field in schema])
+
+
+def _to_wire(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    if batch.schema.equals(schema, check_metadata=True):
+        return batch
+    columns = [codec.recast(column, f.type) for column, f in zip(batch.columns, schema, strict=True)]
+    return codec.with_rows(columns, schema, batch.num_rows)
+
+
+# Names
+
+
+_SYSTEM = {"topics": topics_table}
+
+
+def tables(snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
+    """Yield (SQL schema, table, type) of every table SQL can name, `information_schema` aside; the default schema first."""
+    own = sorted(snapshot.topics)
+    yield from (("public", name, "TABLE") for name in own if not name.startswith("_"))
+    yield from ((db_schema, name, "TABLE") for db_schema in ("log", "records") for name in own)
+    yield from (("system", name, "SYSTEM TABLE") for name in _SYSTEM)
+
+
+def table_schema(snapshot: Snapshot, db_schema: str, name: str) -> pa.Schema:
+    """Return the schema of one of `tables`."""
+    return _table(snapshot, db_schema, name, ScanContext(ColumnCache(0), 1)).schema
+
+
+def _table(snapshot: Snapshot, db_schema: str, name: str, context: ScanContext) -> ds.Dataset:
+    if db_schema == "system":
+        return ds.dataset(_SYSTEM[name](snapshot))
+    topic = snapshot.topic(name)
+    if db_schema == "records":
+        return RecordsTable(snapshot, topic, context)
+    return EntriesTable(snapshot, topic, context, with_log_columns=db_schema == "log")
+
+
+class _Catalog(CatalogProvider):
+    def __init__(self, snapshot: Snapshot, context: ScanContext) -> None:
+        names: dict[str, list[str]] = {"public": [], "log": [], "records": [], "system": []}
+        for db_schema, name, _ in tables(snapshot):
+            names[db_schema].append(name)
+        self._schemas = {db_schema: _Schema(snapshot, db_schema, of_schema, context) for db_schema, of_schema in names.items()}
+
+    def schema_names(self) -> set[str]:
+        return set(self._schemas)
+
+    def schema(self, name: str) -> Any:
+        return self._schemas.get(name)
+
+
+class _Schema(SchemaProvider):
+    """One SQL schema; its tables are made when a statement names them."""
+
+    def __init__(self, snapshot: Snapshot, db_schema: str, names: list[str], context: ScanContext) -> None:
+        self._snapshot = snapshot
+        self._db_schema = db_schema
+        self._names = names
+        self._context = context
+
+    @property
+    def table_names(self) -> list[str]:  # type: ignore[override]
+        # Declared a method upstream, yet information_schema reads it as an attribute that holds a sequence.
+        return self._names
+
+    def table(self, name: str) -> Any:
+        return _table(self._snapshot, self._db_schema, name, self._context) if name in self._names else None
+
+    def table_exist(self, name: str) -> bool:
+        return name in self._names
+
+
+# Errors: DataFusion tells its kinds apart only by the words they begin with.
+
+_NO_TABLE = re.compile(r"table '?([^']*)'? not found", re.IGNORECASE)
+_APPEND_ONLY = re.compile(r"not supported: (Delete|Update|Merge|Truncate)", re.IGNORECASE)
+_REFUSED = re.compile(r"(DDL|DML|Statement) not supported: *(\w*)")
+_PREFIX = re.compile(r"^(DataFusion error: |Error during planning: |Execution error: |Schema error: |External error: |External\(|Arrow error: |caused by\s*)+")
+
+
+def _translated(error: Exception, context: ScanContext) -> OplogError:
+    if isinstance(error, OplogError):
+        return error
+    for failure in context.failures:
+        if isinstance(failure, OplogError):
+            return failure
+    text = " ".join(str(error).split())
+    if (found := _NO_TABLE.search(text)) is not None:
+        return NotFound(f"table {found[1]!r} does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters")
+    if _APPEND_ONLY.search(text):
+        return Unsupported("the log is append-only: rows are never updated, deleted, merged or truncated")
+    if (refused := _REFUSED.search(text)) is not None:
+        return Unsupported(f"{refused[2] or refused[1]} is not served: statements may only read (SELECT, EXPLAIN, SHOW, DESCRIBE)")
+    if "Resources exhausted" in text:
+        return TryAgain("the query needs more memory than statement_bytes_max and could not spill; ask for less or raise it")
+    message = _PREFIX.sub("", text)[:1500]
+    if context.failures and not isinstance(context.failures[0], pa.ArrowInvalid | pa.ArrowNotImplementedError):
+        log.error("a scan failed", exc_info=context.failures[0])
+        return OplogError("the query failed while reading; the server's log says why")
+    if "Internal error" in text or "panicked" in text:
+        log.error("DataFusion: %s", text)
+        return OplogError(f"the query failed inside the engine: {message}")
+    if "not implemented" in text.lower() or "notimplemented" in text.lower():
+        return Unsupported(f"the query uses something that is not implemented: {message}")
+    return RequestError(f"the query cannot be answered: {message}")

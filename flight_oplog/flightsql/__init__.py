@@ -1,0 +1,1 @@
+"""The Flight SQL protocol: bytes ⇄ values (`wire`), sealed handles (`handles`), what each command does (`service`)."""

@@ -1,0 +1,45 @@
+"""Sealed handles: what a ticket or a prepared statement stands for, carried by the client itself.
+
+A handle is one version byte, an HMAC-SHA256 tag and a JSON body with its kind and expiry. The server keeps nothing,
+so no client can make it forget or fill up; a client cannot alter what it carries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import time
+from typing import Any
+
+from flight_oplog.errors import NotFound, RequestError
+
+_VERSION = b"\x01"
+_TAG_BYTES = 32
+
+
+class Sealer:
+    """Seals and opens handles with one secret key."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def seal(self, kind: str, body: dict[str, Any], seconds: float) -> bytes:
+        """Return a handle that `open` accepts for `seconds` from now."""
+        text = json.dumps({"kind": kind, "expires": time.time() + seconds, **body}, separators=(",", ":")).encode()
+        return _VERSION + self._tag(text) + text
+
+    def open(self, kind: str, handle: bytes) -> dict[str, Any]:
+        """Return the body of a handle. Raises RequestError for what was never sealed here, NotFound when it expired."""
+        tag, text = handle[1 : 1 + _TAG_BYTES], handle[1 + _TAG_BYTES :]
+        if handle[:1] != _VERSION or not hmac.compare_digest(tag, self._tag(text)):
+            raise RequestError(f"the {kind} handle was not made by this server, or was altered; ask for a new one")
+        body: dict[str, Any] = json.loads(text)
+        if body.pop("kind") != kind:
+            raise RequestError(f"the handle is not a {kind} handle; ask for a new one")
+        if body.pop("expires") < time.time():
+            raise NotFound(f"the {kind} handle has expired; ask for a new one")
+        return body
+
+    def _tag(self, text: bytes) -> bytes:
+        return hmac.digest(self._key, text, hashlib.sha256)

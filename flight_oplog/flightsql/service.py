@@ -1,0 +1,163 @@
+"""What each Flight SQL command does: ROUTES has one row for each. No sockets, no threads, no gRPC.
+
+`flight_info` plans a command and answers with the result's schema and a ticket; `get` redeems a ticket. A query's
+ticket names its SQL and the snapshot it was planned on, so what comes back is what was promised, whatever was
+committed in between.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from flight_oplog import __version__
+from flight_oplog.config import Config
+from flight_oplog.engine import Engine, Stopped, table_schema, tables
+from flight_oplog.errors import RequestError, Unsupported
+from flight_oplog.flightsql import metadata, wire
+from flight_oplog.flightsql.handles import Sealer
+from flight_oplog.oplog import OpLog
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The answer to a command: the exact schema of its result, and the ticket that fetches it."""
+
+    schema: pa.Schema
+    ticket: bytes
+
+
+@dataclass(frozen=True)
+class Result:
+    """A result on its way: batches of exactly `schema`, none over `message_bytes_max`."""
+
+    schema: pa.Schema
+    batches: Iterator[pa.RecordBatch]
+
+
+class Service:
+    """Flight SQL over one open log. Thread-safe; keeps nothing between calls."""
+
+    def __init__(self, oplog: OpLog, engine: Engine, config: Config) -> None:
+        self._oplog = oplog
+        self._engine = engine
+        self._config = config
+        self._sealer = Sealer(secrets.token_bytes(32))
+
+    def flight_info(self, command: bytes) -> Planned:
+        """Plan the command in a descriptor."""
+        message = wire.unpack(command)
+        return self._route(message, "flight_info")(self, message, command)
+
+    def get(self, ticket: bytes, stopped: Stopped) -> Result:
+        """Fetch what a ticket stands for; see `Engine.run` for `stopped`."""
+        message = wire.unpack(ticket)
+        return self._route(message, "get")(self, message, stopped)
+
+    def action(self, kind: str, body: bytes) -> list[bytes]:
+        """Perform one of the protocol's actions and return its results."""
+        if kind not in ACTIONS:
+            raise Unsupported(f"the action {kind[:100]!r} is not served")
+        message = wire.unpack(body)
+        if type(message) is not ACTIONS[kind].message:
+            raise RequestError(f"the action {kind} takes another message than {type(message).__name__}")
+        result: list[bytes] = ACTIONS[kind].perform(self, message)
+        return result
+
+    def actions(self) -> list[tuple[str, str]]:
+        """Return (type, description) of every action served."""
+        return [(name, f"Flight SQL: takes {act.message.__name__}") for name, act in ACTIONS.items()]
+
+    def _route(self, message: Any, way: str) -> Callable[..., Any]:
+        route = ROUTES.get(type(message))
+        handler = getattr(route, way) if route else None
+        if handler is None:
+            raise Unsupported(f"{type(message).__name__} is not served here")
+        found: Callable[..., Any] = handler
+        return found
+
+    # Queries
+
+    def _plan_sql(self, sql: str) -> Planned:
+        statement = self._engine.prepare(sql, self._oplog.snapshot())
+        body = {"sql": sql, "table_version": statement.snapshot.table_version}
+        handle = self._sealer.seal("statement", body, self._config.ticket_seconds_max)
+        return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
+
+    def _plan_statement(self, message: wire.CommandStatementQuery, command: bytes) -> Planned:
+        if message.transaction_id:
+            raise Unsupported("transactions are not served; send the statement without a transaction_id")
+        return self._plan_sql(message.query)
+
+    def _plan_prepared(self, message: wire.CommandPreparedStatementQuery, command: bytes) -> Planned:
+        return self._plan_sql(self._sealer.open("prepared statement", message.prepared_statement_handle)["sql"])
+
+    def _get_statement(self, message: wire.TicketStatementQuery, stopped: Stopped) -> Result:
+        body = self._sealer.open("statement", message.statement_handle)
+        snapshot = self._oplog.snapshot_at(body["table_version"])
+        running = self._engine.run(body["sql"], snapshot, stopped)
+        return Result(running.schema, running.batches)
+
+    def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest) -> list[bytes]:
+        statement = self._engine.prepare(message.query, self._oplog.snapshot())
+        handle = self._sealer.seal("prepared statement", {"sql": message.query}, self._config.ticket_seconds_max)
+        schema, no_parameters = (s.serialize().to_pybytes() for s in (statement.schema, pa.schema([])))
+        return [wire.pack(wire.ActionCreatePreparedStatementResult(handle, schema, no_parameters, is_update=False))]
+
+    def _close_prepared(self, message: wire.ActionClosePreparedStatementRequest) -> list[bytes]:
+        return []  # the client carries the statement; there is nothing to free
+
+    # Metadata
+
+    def _db_schemas(self, message: wire.CommandGetDbSchemas) -> pa.RecordBatch:
+        return metadata.db_schemas(message, {db_schema for db_schema, _, _ in tables(self._oplog.snapshot())})
+
+    def _tables(self, message: wire.CommandGetTables) -> pa.RecordBatch:
+        snapshot = self._oplog.snapshot()
+        return metadata.tables(message, tables(snapshot), lambda db_schema, name: table_schema(snapshot, db_schema, name))
+
+
+@dataclass(frozen=True)
+class Route:
+    """How a command is served; None where the protocol has no such use of it."""
+
+    flight_info: Callable[[Service, Any, bytes], Planned] | None
+    get: Callable[[Service, Any, Stopped], Result] | None
+
+
+@dataclass(frozen=True)
+class Act:
+    """How an action is served, and the message its body holds."""
+
+    message: type[Any]
+    perform: Callable[[Service, Any], list[bytes]]
+
+
+def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:
+    """Route of a command whose ticket is the command itself and whose result is one small batch."""
+
+    def get(service: Service, message: Any, stopped: Stopped) -> Result:
+        batch = answer(service, message)
+        return Result(batch.schema, iter([batch]))
+
+    return Route(lambda service, message, command: Planned(answer(service, message).schema, command), get)
+
+
+ROUTES: dict[type[Any], Route] = {
+    wire.CommandStatementQuery: Route(Service._plan_statement, None),
+    wire.TicketStatementQuery: Route(None, Service._get_statement),
+    wire.CommandPreparedStatementQuery: Route(Service._plan_prepared, None),
+    wire.CommandGetCatalogs: _fixed(lambda service, message: metadata.catalogs()),
+    wire.CommandGetDbSchemas: _fixed(Service._db_schemas),
+    wire.CommandGetTables: _fixed(Service._tables),
+    wire.CommandGetTableTypes: _fixed(lambda service, message: metadata.table_types()),
+    wire.CommandGetSqlInfo: _fixed(lambda service, message: metadata.sql_info(message, __version__)),
+}
+ACTIONS: dict[str, Act] = {
+    "CreatePreparedStatement": Act(wire.ActionCreatePreparedStatementRequest, Service._create_prepared),
+    "ClosePreparedStatement": Act(wire.ActionClosePreparedStatementRequest, Service._close_prepared),
+}

@@ -1,0 +1,186 @@
+"""Flight SQL messages as frozen dataclasses, and their protobuf bytes. Pure; the only importer of protobuf.
+
+Follows FlightSql.proto of Apache Arrow (package arrow.flight.protocol.sql). Each class below declares one message:
+its field names, numbers and kinds, from which the protobuf descriptors are built at import. There is no generated
+code, so any protobuf runtime works, and the private descriptor pool cannot clash with another copy of the protocol in
+the same process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from flight_oplog.errors import RequestError, Unsupported
+
+PACKAGE = "arrow.flight.protocol.sql"
+_TYPE_URL = f"type.googleapis.com/{PACKAGE}."
+
+
+def wire(number: int, kind: str) -> Any:
+    """Declare a field: its number and kind; `?` marks an optional one (None when absent), `*` a repeated one."""
+    default: Any = None if kind.endswith("?") else () if kind.endswith("*") else _DEFAULTS[kind]
+    return dataclasses.field(default=default, metadata={"number": number, "kind": kind})
+
+
+_DEFAULTS: dict[str, Any] = {"string": "", "bytes": b"", "bool": False, "uint32": 0, "int64": 0}
+
+
+# Commands, in descriptors and tickets
+
+
+@dataclass(frozen=True)
+class CommandStatementQuery:
+    query: str = wire(1, "string")
+    transaction_id: bytes | None = wire(2, "bytes?")
+
+
+@dataclass(frozen=True)
+class TicketStatementQuery:
+    statement_handle: bytes = wire(1, "bytes")
+
+
+@dataclass(frozen=True)
+class CommandPreparedStatementQuery:
+    prepared_statement_handle: bytes = wire(1, "bytes")
+
+
+@dataclass(frozen=True)
+class CommandGetCatalogs:
+    pass
+
+
+@dataclass(frozen=True)
+class CommandGetDbSchemas:
+    catalog: str | None = wire(1, "string?")
+    db_schema_filter_pattern: str | None = wire(2, "string?")
+
+
+@dataclass(frozen=True)
+class CommandGetTables:
+    catalog: str | None = wire(1, "string?")
+    db_schema_filter_pattern: str | None = wire(2, "string?")
+    table_name_filter_pattern: str | None = wire(3, "string?")
+    table_types: tuple[str, ...] = wire(4, "string*")
+    include_schema: bool = wire(5, "bool")
+
+
+@dataclass(frozen=True)
+class CommandGetTableTypes:
+    pass
+
+
+@dataclass(frozen=True)
+class CommandGetSqlInfo:
+    info: tuple[int, ...] = wire(1, "uint32*")
+
+
+# Actions
+
+
+@dataclass(frozen=True)
+class ActionCreatePreparedStatementRequest:
+    query: str = wire(1, "string")
+    transaction_id: bytes | None = wire(2, "bytes?")
+
+
+@dataclass(frozen=True)
+class ActionCreatePreparedStatementResult:
+    prepared_statement_handle: bytes = wire(1, "bytes")
+    dataset_schema: bytes = wire(2, "bytes")
+    parameter_schema: bytes = wire(3, "bytes")
+    is_update: bool | None = wire(4, "bool?")
+
+
+@dataclass(frozen=True)
+class ActionClosePreparedStatementRequest:
+    prepared_statement_handle: bytes = wire(1, "bytes")
+
+
+_CLASSES: dict[str, type[Any]] = {
+    cls.__name__: cls
+    for cls in (
+        CommandStatementQuery,
+        TicketStatementQuery,
+        CommandPreparedStatementQuery,
+        CommandGetCatalogs,
+        CommandGetDbSchemas,
+        CommandGetTables,
+        CommandGetTableTypes,
+        CommandGetSqlInfo,
+        ActionCreatePreparedStatementRequest,
+        ActionCreatePreparedStatementResult,
+        ActionClosePreparedStatementRequest,
+    )
+}
+
+
+def _descriptors() -> dict[str, Any]:
+    types = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="flight_oplog.proto", package=PACKAGE, syntax="proto3")
+    for name, cls in _CLASSES.items():
+        message = file.message_type.add(name=name)
+        for field in dataclasses.fields(cls):
+            kind = field.metadata["kind"]
+            added = message.field.add(name=field.name, number=field.metadata["number"])
+            added.type = getattr(types, f"TYPE_{kind.rstrip('?*').upper()}")
+            added.label = types.LABEL_REPEATED if kind.endswith("*") else types.LABEL_OPTIONAL
+            if kind.endswith("?"):
+                added.proto3_optional = True
+                added.oneof_index = len(message.oneof_decl)
+                message.oneof_decl.add(name=f"_{field.name}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.AddSerializedFile(file.SerializeToString())
+    return {name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in _CLASSES}
+
+
+_MESSAGES = _descriptors()
+
+
+def pack(value: Any) -> bytes:
+    """Return `value` as the bytes of a google.protobuf.Any, as commands, tickets and action bodies travel."""
+    name = type(value).__name__
+    message = _MESSAGES[name]()
+    for field in dataclasses.fields(value):
+        content = getattr(value, field.name)
+        if field.metadata["kind"].endswith("*"):
+            getattr(message, field.name).extend(content)
+        elif content is not None:
+            setattr(message, field.name, content)
+    wrapped: bytes = any_pb2.Any(type_url=_TYPE_URL + name, value=message.SerializeToString(deterministic=True)).SerializeToString()
+    return wrapped
+
+
+def unpack(data: bytes) -> Any:
+    """Return the message inside the bytes of an Any.
+
+    Raises RequestError for bytes that are none, Unsupported for a message this server does not know.
+    """
+    wrapper = any_pb2.Any()
+    try:
+        wrapper.ParseFromString(data)
+    except DecodeError:
+        raise RequestError("the command is not a Flight SQL message") from None
+    if not wrapper.type_url.startswith(_TYPE_URL):
+        raise RequestError("the command is not a Flight SQL message")
+    name = wrapper.type_url.removeprefix(_TYPE_URL)
+    if name not in _CLASSES:
+        raise Unsupported(f"the Flight SQL message {name[:100]!r} is not served")
+    message = _MESSAGES[name]()
+    try:
+        message.ParseFromString(wrapper.value)
+    except DecodeError:
+        raise RequestError(f"the Flight SQL message {name} is malformed") from None
+    return _CLASSES[name](**{field.name: _value(message, field) for field in dataclasses.fields(_CLASSES[name])})
+
+
+def _value(message: Any, field: dataclasses.Field[Any]) -> Any:
+    kind = field.metadata["kind"]
+    if kind.endswith("?") and not message.HasField(field.name):
+        return None
+    content = getattr(message, field.name)
+    return tuple(content) if kind.endswith("*") else content

@@ -1,0 +1,447 @@
+"""A topic of a snapshot as a table that DataFusion scans.
+
+DataFusion takes any Python subclass of `pyarrow.dataset.Dataset` as a table. While planning it hands over the columns
+it needs and the filters it could translate, and asks for fragments; each fragment becomes one partition of the scan
+and is pulled batch by batch. Filters arrive with the promise that the table applies them fully, so every batch is
+filtered here.
+
+A scan narrows in steps, each cheaper than the next: files by the event-time range in the Delta log, records by the
+bounds beside their content, columns by the projection; only then is content fetched, checked and decoded. Decoded
+columns are kept in a cache bounded in bytes: data files never change, so an entry can never be stale.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from pyarrow.fs import LocalFileSystem
+
+from flight_oplog import codec
+from flight_oplog.schema import RECORD_SCHEMA
+from flight_oplog.store import DataFile, RecordMeta, Snapshot, Topic, binary_array
+
+_TIME = pa.timestamp("us", "UTC")
+LOG_FIELDS = (
+    pa.field("_offset", pa.int64()),
+    pa.field("_timestamp", _TIME),
+    pa.field("_producer", pa.string()),
+    pa.field("_sequence", pa.int64()),
+    pa.field("_schema_id", pa.string()),
+)
+_LOG_NAMES = frozenset(f.name for f in LOG_FIELDS)
+_ROWS_PER_RECORDS_BATCH = 1024
+
+
+@dataclass
+class ScanCounts:
+    """What one scan looked at. Filled while it runs; exact once it has ended."""
+
+    files: int = 0
+    files_pruned: int = 0
+    records: int = 0
+    records_pruned: int = 0
+    records_read: int = 0
+    content_bytes: int = 0
+
+
+@dataclass
+class ScanContext:
+    """What the scans of one statement share: how wide to run, when to stop, what went wrong, what was touched."""
+
+    cache: ColumnCache
+    partitions: int
+    stopped: threading.Event = field(default_factory=threading.Event)
+    failures: list[Exception] = field(default_factory=list)
+    counts: dict[str, ScanCounts] = field(default_factory=dict)
+
+
+class ColumnCache:
+    """Decoded columns of records, least recently used out first, never more than `bytes_max`. Thread-safe."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.hits = self.misses = 0
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self._records: OrderedDict[tuple[str, int], _Decoded] = OrderedDict()
+
+    def columns(self, snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts) -> _Decoded:
+        """Return at least `names` of the record's stored columns, from memory or freshly decoded."""
+        key = (record.file.path, record.row)
+        with self._lock:
+            known = self._records.get(key)
+            if known is not None and all(name in known.columns for name in names):
+                self._records.move_to_end(key)
+                self.hits += 1
+                return known
+            self.misses += 1
+        decoded = _decode(snapshot, record, names if known is None else [n for n in names if n not in known.columns], counts)
+        if known is not None:
+            decoded = _Decoded(known.lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes)
+        self._keep(key, decoded)
+        return decoded
+
+    def _keep(self, key: tuple[str, int], decoded: _Decoded) -> None:
+        with self._lock:
+            if (before := self._records.pop(key, None)) is not None:
+                self._bytes -= before.nbytes
+            if decoded.nbytes > self._bytes_max:
+                return
+            self._records[key] = decoded
+            self._bytes += decoded.nbytes
+            while self._bytes > self._bytes_max:
+                self._bytes -= self._records.popitem(last=False)[1].nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    """Stored columns of one record, each as a list of arrays of `lengths` rows."""
+
+    lengths: list[int]
+    columns: dict[str, list[pa.Array]]
+    nbytes: int
+
+
+def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts) -> _Decoded:
+    content = snapshot.store.content(record)
+    counts.content_bytes += content.size
+    batches = codec.decode(content, record.entries, record.where, names)
+    if all(_inside(content, array) for batch in batches for array in batch.columns):
+        # Uncompressed content: every column is a view into the same bytes, so all of them cost no more than one.
+        batches = codec.decode(content, record.entries, record.where)
+        nbytes = content.size
+    else:
+        nbytes = sum(batch.nbytes for batch in batches)
+    columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names} if batches else {}
+    return _Decoded([batch.num_rows for batch in batches], columns, nbytes)
+
+
+def _inside(content: pa.Buffer, array: pa.Array) -> bool:
+    return all(
+        content.address <= buffer.address < content.address + content.size for buffer in array.buffers() if buffer is not None and buffer.size
+    )
+
+
+class _Scanner:
+    """The part of a pyarrow Scanner that DataFusion uses."""
+
+    def __init__(self, schema: pa.Schema, columns: Sequence[str] | None, batches: Callable[[pa.Schema], Iterator[pa.RecordBatch]]) -> None:
+        self.projected_schema = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+        self._batches = batches
+
+    def to_batches(self) -> Iterator[pa.RecordBatch]:
+        return self._batches(self.projected_schema)
+
+
+class _Fragment:
+    """One partition of a scan."""
+
+    def __init__(self, table: _Table, records: Sequence[RecordMeta]) -> None:
+        self._table = table
+        self._records = records
+
+    def scanner(self, schema: Any = None, columns: Any = None, filter: Any = None, batch_size: Any = None, **_: Any) -> _Scanner:
+        def batches(projected: pa.Schema) -> Iterator[pa.RecordBatch]:
+            try:
+                yield from self._table.scan(self._records, projected, filter)
+            except Exception as error:
+                self._table.context.failures.append(error)
+                raise
+
+        return _Scanner(self._table.schema, columns, batches)
+
+
+class _Table(ds.Dataset):
+    """Base of the tables over a topic: `schema`, and batches of it for a run of records."""
+
+    def __init__(self, snapshot: Snapshot, topic: Topic, schema: pa.Schema, context: ScanContext, label: str) -> None:
+        # pyarrow's own __init__ refuses subclasses; nothing of it is needed.
+        self._snapshot = snapshot
+        self._topic = topic
+        self._schema = schema
+        self.context = context
+        self.counts = context.counts.setdefault(f"{label}.{topic.name}", ScanCounts())
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self._schema
+
+    def scanner(self, columns: Sequence[str] | None = None, filter: Any = None, **_: Any) -> _Scanner:
+        return _Scanner(self._schema, columns, lambda projected: iter(()))
+
+    def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
+        records = self._surviving(filter)
+        return iter([_Fragment(self, dealt) for dealt in _deal(records, self.context.partitions)])
+
+    def _surviving(self, filter: pc.Expression | None) -> list[RecordMeta]:
+        files = list(self._topic.files)
+        kept = files if filter is None else _prune(self._schema, filter, [(f, self._file_guarantee(f)) for f in files])
+        records = [record for file in kept for record in self._snapshot.store.records(file)]
+        if filter is None:
+            survivors = records
+        else:
+            survivors = _prune(self._schema, filter, [(r, self._record_guarantee(r)) for r in records])
+        self.counts.files += len(files)
+        self.counts.files_pruned += len(files) - len(kept)
+        self.counts.records += len(records)
+        self.counts.records_pruned += len(records) - len(survivors)
+        return survivors
+
+    def _file_guarantee(self, file: DataFile) -> pc.Expression | None:
+        return None
+
+    def _record_guarantee(self, record: RecordMeta) -> pc.Expression | None:
+        return None
+
+    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+        """Yield filtered batches of exactly the projected columns."""
+        names = list(projected.names)
+        wanted = names if filter is None else names + [n for n in _columns_of(filter, self._schema) if n not in names]
+        for record in records:
+            for batch in self.batches(record, wanted):
+                if self.context.stopped.is_set():
+                    return
+                if filter is not None:
+                    batch = batch.filter(filter)
+                if batch.num_rows:
+                    yield codec.with_rows([batch.column(name) for name in names], projected, batch.num_rows)
+
+    def batches(self, record: RecordMeta, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        raise NotImplementedError
+
+
+class EntriesTable(_Table):
+    """A topic's entries: exactly the clients' columns, or with the log's own beside them."""
+
+    def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext, with_log_columns: bool) -> None:
+        schema = pa.schema([*topic.schema, *LOG_FIELDS]) if with_log_columns else topic.schema
+        super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
+
+    def _file_guarantee(self, file: DataFile) -> pc.Expression | None:
+        name = self._topic.event_time
+        if name is None or file.min_time is None or file.max_time is None:
+            return None
+        kind = self._schema.field(name).type
+        if kind.unit != "us":  # the Delta log keeps microseconds; other units are pruned by the records' own bounds
+            return None
+        low, high = (pa.scalar(time, _TIME).cast(pa.int64()).cast(kind) for time in (file.min_time, file.max_time))
+        return _between(name, low, high)
+
+    def _record_guarantee(self, record: RecordMeta) -> pc.Expression | None:
+        stored = self._topic.schemas[record.schema_id]
+        parts = []
+        for name, limits in record.bounds.items():
+            if "min" not in limits:
+                continue
+            target = self._schema.field(name).type
+            low, high = (codec.bound_scalar(limits[end], stored.field(name).type).cast(target) for end in ("min", "max"))
+            parts.append(_between(name, low, high) if limits["nulls"] else (pc.field(name) >= low) & (pc.field(name) <= high))
+        if "_offset" in self._schema.names:
+            offset = pc.field("_offset")
+            parts.append((offset >= record.first_offset) & (offset < record.first_offset + record.entries))
+        guarantee = None
+        for part in parts:
+            guarantee = part if guarantee is None else guarantee & part
+        return guarantee
+
+    def batches(self, record: RecordMeta, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        schema = pa.schema([self._schema.field(name) for name in names])
+        if not names:
+            yield codec.with_rows([], schema, record.entries)
+            return
+        stored = self._topic.schemas[record.schema_id]
+        of_entries = [name for name in names if name in stored.names and name not in _LOG_NAMES]
+        if of_entries:
+            self.counts.records_read += 1
+            decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts)
+        else:
+            decoded = _Decoded([record.entries], {}, 0)
+        own = _log_columns(record, [name for name in names if name in _LOG_NAMES])
+        start = 0
+        for place, rows in enumerate(decoded.lengths):
+            columns = []
+            for out in schema:
+                if out.name in own:
+                    columns.append(own[out.name].slice(start, rows))
+                elif out.name in of_entries:
+                    columns.append(codec.recast(decoded.columns[out.name][place], out.type))
+                else:
+                    columns.append(pa.nulls(rows, out.type))
+            start += rows
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+class RecordsTable(_Table):
+    """The outer rows of a topic. Content is fetched only when the query asks for it."""
+
+    def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext) -> None:
+        super().__init__(snapshot, topic, RECORD_SCHEMA, context, "records")
+
+    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+        names = list(projected.names)
+        wanted = names if filter is None else names + [n for n in _columns_of(filter, self._schema) if n not in names]
+        step = 1 if "content" in wanted else _ROWS_PER_RECORDS_BATCH
+        schema = pa.schema([self._schema.field(name) for name in wanted])
+        for start in range(0, len(records), step):
+            if self.context.stopped.is_set():
+                return
+            rows = [self._row(record, "content" in wanted) for record in records[start : start + step]]
+            arrays = [
+                binary_array([row["content"] for row in rows]) if f.name == "content" else pa.array([row[f.name] for row in rows], f.type)
+                for f in schema
+            ]
+            batch = codec.with_rows(arrays, schema, len(rows))
+            if filter is not None:
+                batch = batch.filter(filter)
+            if batch.num_rows:
+                yield codec.with_rows([batch.column(name) for name in names], projected, batch.num_rows)
+
+    def _row(self, record: RecordMeta, with_content: bool) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "topic": self._topic.name,
+            "first_offset": record.first_offset,
+            "entries": record.entries,
+            "schema_id": record.schema_id,
+            "appends": record.appends,
+            "min_time": record.min_time,
+            "max_time": record.max_time,
+            "bounds": codec.bounds_json(record.bounds),
+            "digest": record.digest,
+        }
+        if with_content:
+            self.counts.records_read += 1
+            content = self._snapshot.store.content(record)
+            self.counts.content_bytes += content.size
+            row["content"] = content
+        return row
+
+
+def topic_batches(snapshot: Snapshot, topic: Topic, start: int, bytes_max: int) -> Iterator[pa.RecordBatch]:
+    """Yield a topic's entries from offset `start` on, in offset order, without SQL and without filling the cache."""
+    table = EntriesTable(snapshot, topic, ScanContext(ColumnCache(0), 1), with_log_columns=False)
+    for record in snapshot.records(topic.name):
+        if record.first_offset + record.entries <= start:
+            continue
+        skip = max(0, start - record.first_offset)
+        for batch in table.batches(record, topic.schema.names):
+            if skip < batch.num_rows:
+                yield from codec.cut(batch.slice(skip), bytes_max, batch.num_rows)
+            skip = max(0, skip - batch.num_rows)
+
+
+def topics_table(snapshot: Snapshot) -> pa.Table:
+    """`system.topics`: one row a topic, from the Delta log alone."""
+    rows = []
+    for topic in sorted(snapshot.topics.values(), key=lambda topic: topic.name):
+        times = [(f.min_time, f.max_time) for f in topic.files]
+        known = bool(times) and all(low is not None and high is not None for low, high in times)
+        rows.append(
+            {
+                "topic": topic.name,
+                "entries": topic.entries,
+                "first_offset": topic.first_offset,
+                "next_offset": topic.next_offset,
+                "columns": len(topic.schema),
+                "schemas": len(topic.schemas),
+                "files": len(topic.files),
+                "records": sum(f.records for f in topic.files),
+                "file_bytes": sum(f.size for f in topic.files),
+                "min_time": min(low for low, _ in times if low is not None) if known else None,
+                "max_time": max(high for _, high in times if high is not None) if known else None,
+            }
+        )
+    return pa.Table.from_pylist(rows, _TOPICS_SCHEMA)
+
+
+_TOPICS_SCHEMA = pa.schema(
+    [
+        ("topic", pa.string()),
+        ("entries", pa.int64()),
+        ("first_offset", pa.int64()),
+        ("next_offset", pa.int64()),
+        ("columns", pa.int64()),
+        ("schemas", pa.int64()),
+        ("files", pa.int64()),
+        ("records", pa.int64()),
+        ("file_bytes", pa.int64()),
+        ("min_time", _TIME),
+        ("max_time", _TIME),
+    ]
+)
+
+
+def _log_columns(record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array]:
+    """Return the log's own columns for all entries of a record."""
+    counts = [owner["entries"] for owner in record.appends]
+    found: dict[str, pa.Array] = {}
+    for name in names:
+        if name == "_offset":
+            found[name] = pa.array(np.arange(record.first_offset, record.first_offset + record.entries))
+        elif name == "_schema_id":
+            found[name] = pa.repeat(pa.scalar(record.schema_id), record.entries)
+        else:
+            kind = next(f.type for f in LOG_FIELDS if f.name == name)
+            values = pa.array([owner[name.removeprefix("_")] for owner in record.appends], kind)
+            found[name] = values.take(pa.array(np.repeat(np.arange(len(counts)), counts)))
+    return found
+
+
+def _between(name: str, low: pa.Scalar, high: pa.Scalar) -> pc.Expression:
+    """A column's guarantee: within [low, high] or null."""
+    column = pc.field(name)
+    return ((column >= low) & (column <= high)) | column.is_null()
+
+
+_FORMAT = ds.IpcFileFormat()
+_FILESYSTEM = LocalFileSystem()
+
+
+def _prune(schema: pa.Schema, filter: pc.Expression, guarded: Sequence[tuple[Any, pc.Expression | None]]) -> list[Any]:
+    """Return the items whose guarantee does not rule out `filter`, by Arrow's own simplification of expressions.
+
+    Arrow offers it only through the fragments of a file system dataset; these fragments name no real files.
+    """
+    always = pc.scalar(True)
+    fragments = [
+        _FORMAT.make_fragment(str(number), _FILESYSTEM, always if guarantee is None else guarantee)
+        for number, (_, guarantee) in enumerate(guarded)
+    ]
+    dataset = ds.FileSystemDataset(fragments, schema, _FORMAT, _FILESYSTEM)
+    return [guarded[int(fragment.path)][0] for fragment in dataset.get_fragments(filter)]
+
+
+def _columns_of(filter: pc.Expression, schema: pa.Schema) -> list[str]:
+    """Return the columns a filter reads. An expression cannot be walked from Python; it can only fail to bind."""
+    text = str(filter)
+    empty = schema.empty_table()
+    found = []
+    for name in schema.names:
+        if name in text:
+            try:
+                empty.drop_columns([name]).filter(filter)
+            except pa.ArrowInvalid:
+                found.append(name)
+    return found
+
+
+def _deal(records: Sequence[RecordMeta], partitions: int) -> list[Sequence[RecordMeta]]:
+    """Split records into at most `partitions` runs of neighbours with about the same number of entries."""
+    total = sum(record.entries for record in records)
+    if partitions <= 1 or len(records) <= 1:
+        return [records]
+    dealt: list[list[RecordMeta]] = [[]]
+    given = 0
+    for record in records:
+        if given >= total * len(dealt) / partitions and len(dealt) < partitions:
+            dealt.append([])
+        dealt[-1].append(record)
+        given += record.entries
+    return list(dealt)
