@@ -7,6 +7,7 @@ next writer may leave it out. So two schemas are the same schema exactly when th
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import re
 
@@ -110,13 +111,47 @@ def plain_field(field: pa.Field, depth: int = 1) -> pa.Field:
     """Return the normal form of one field."""
     if depth > NESTING_MAX:
         raise RequestError(f"column types may nest {NESTING_MAX} deep")
-    metadata = {k: v for k, v in (field.metadata or {}).items() if k.startswith(b"ARROW:extension:")}
-    kind = field.type
+    kind, metadata = field.type, field.metadata or {}
     if isinstance(kind, pa.BaseExtensionType):
-        metadata[b"ARROW:extension:name"] = kind.extension_name.encode()
-        metadata[b"ARROW:extension:metadata"] = kind.__arrow_ext_serialize__()
-        kind = kind.storage_type
+        kind, metadata = kind.storage_type, _exported_metadata(field)
+    metadata = {key: value for key, value in metadata.items() if key.startswith(b"ARROW:extension:")}
     return pa.field(field.name, _normal_type(kind, depth), metadata=metadata or None)
+
+
+class _ArrowSchema(ctypes.Structure):
+    """The head of struct ArrowSchema of the Arrow C data interface."""
+
+    _fields_ = (("format", ctypes.c_char_p), ("name", ctypes.c_char_p), ("metadata", ctypes.c_void_p))
+
+
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = (ctypes.py_object, ctypes.c_char_p)
+
+
+def _exported_metadata(field: pa.Field) -> dict[bytes, bytes]:
+    """Return a field's metadata as it leaves pyarrow, extension name and parameters included.
+
+    pyarrow shows the parameters of its built-in extension types (uuid, opaque, …) nowhere in Python; the C data
+    interface carries them: a count, then a length and the bytes of each key and each value.
+    """
+    capsule = field.__arrow_c_schema__()
+    place = _ArrowSchema.from_address(_capsule_pointer(capsule, b"arrow_schema")).metadata
+
+    def number() -> int:
+        nonlocal place
+        value = ctypes.c_int32.from_address(place).value
+        place += 4
+        return value
+
+    def text() -> bytes:
+        nonlocal place
+        length = number()
+        value = ctypes.string_at(place, length)
+        place += length
+        return value
+
+    return {text(): text() for _ in range(number())} if place else {}
 
 
 def _normal_type(kind: pa.DataType, depth: int) -> pa.DataType:
@@ -178,7 +213,7 @@ def evolve(topic: str, current: pa.Schema | None, incoming: pa.Schema, rule: str
             continue
         mine = merged[place]
         joined = _join_field(mine, field)
-        if joined is None or (rule == "strict" and joined != mine):
+        if joined is None or (rule == "strict" and field.type != mine.type):
             raise SchemaMismatch(
                 f"topic {topic!r}: column {field.name!r} is {_describe(mine)} in the topic and {_describe(field)} in this append; "
                 f"{_RULES[rule]}; nothing was written"
