@@ -290,8 +290,9 @@ def _translated(error: Exception, context: ScanContext) -> OplogError:
     if "Resources exhausted" in text:
         return TryAgain("the query needs more memory than statement_bytes_max and could not spill; ask for less or raise it")
     message = _PREFIX.sub("", text)[:1500]
-    if context.failures and not isinstance(context.failures[0], pa.ArrowInvalid | pa.ArrowNotImplementedError):
-        log.error("a scan failed", exc_info=context.failures[0])
+    strange = context.failures and not isinstance(context.failures[0], pa.ArrowInvalid | pa.ArrowNotImplementedError)
+    if strange or "Traceback" in text:  # a fault of this program; its text would show the server's insides
+        log.error("a scan failed: %s", text, exc_info=context.failures[0] if context.failures else None)
         return OplogError("the query failed while reading; the server's log says why")
     if "Internal error" in text or "panicked" in text:
         log.error("DataFusion: %s", text)

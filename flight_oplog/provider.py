@@ -178,7 +178,11 @@ class _Table(ds.Dataset):
         return _Scanner(self._schema, columns, lambda projected: iter(()))
 
     def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
-        records = self._surviving(filter)
+        try:
+            records = self._surviving(filter)
+        except Exception as error:
+            self.context.failures.append(error)
+            raise
         return iter([_Fragment(self, dealt) for dealt in _deal(records, self.context.partitions)])
 
     def _surviving(self, filter: pc.Expression | None) -> list[RecordMeta]:

@@ -170,6 +170,8 @@ class Store:
         Raises NotALog when the folder holds something else or a newer format, TryAgain when it cannot be reached.
         """
         root = os.path.abspath(root.removeprefix("file://"))
+        if os.path.exists(root) and not os.path.isdir(root):
+            raise NotALog(f"{root}: is a file, not a folder; choose an empty or a new folder")
         try:
             if not DeltaTable.is_deltatable(root):
                 if not create:
@@ -189,7 +191,7 @@ class Store:
 
     @staticmethod
     def _create(root: str) -> None:
-        if os.path.exists(root) and (not os.path.isdir(root) or os.listdir(root)):
+        if os.path.isdir(root) and os.listdir(root):
             raise NotALog(f"{root}: exists and is not a flight_oplog log; choose an empty or a new folder")
         os.makedirs(root, exist_ok=True)
         try:
@@ -352,7 +354,7 @@ class Store:
             column = parquet.read_row_group(record.row_group, columns=["content"]).column(0)
             first = sum(parquet.metadata.row_group(g).num_rows for g in range(record.row_group))
             scalar = column[record.row - first]
-            if not isinstance(scalar, pa.BinaryScalar) or not scalar.is_valid:
+            if not (pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)) or not scalar.is_valid:
                 raise CorruptLog(f"{record.where}: content is {scalar.type}, not binary; restore the file")
             return scalar.as_buffer()
 

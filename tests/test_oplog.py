@@ -1,0 +1,220 @@
+"""The log in process: appends whole or not at all, numbered densely, evolving by rule."""
+
+import datetime
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from conftest import SEED, rows
+
+from flight_oplog import Config, OpLog, Receipt
+from flight_oplog.engine import Engine
+from flight_oplog.errors import RequestError, SchemaMismatch, TooLarge, TryAgain
+
+Query = Callable[..., list[dict[str, Any]]]
+
+
+def everything_in(folder: Path) -> list[str]:
+    return sorted(os.path.join(where, name) for where, _, names in os.walk(folder) for name in names)
+
+
+def test_receipts_give_dense_offsets_and_each_commit_is_visible_at_once(log: OpLog, query: Query) -> None:
+    assert log.append("events", SEED) == Receipt("events", 0, 2, 1)
+    assert log.append("events", pa.Table.from_batches([SEED, SEED])) == Receipt("events", 2, 4, 2)
+    assert log.append("other", SEED) == Receipt("other", 0, 2, 3)
+    assert query("SELECT count(*) AS n FROM events") == [{"n": 6}]
+    assert query("SELECT min(_offset) AS low, max(_offset) AS high, count(DISTINCT _offset) AS n FROM log.events") == [{"low": 0, "high": 5, "n": 6}]
+
+
+@pytest.mark.parametrize("entries", [pa.table({"a": pa.array([], pa.int64())}), pa.RecordBatchReader.from_batches(pa.schema([("a", pa.int64())]), [])])
+def test_an_append_of_nothing_makes_the_topic_known_and_takes_no_offset(log: OpLog, query: Query, entries: Any) -> None:
+    assert log.append("empty", entries) == Receipt("empty", 0, 0, 1)
+    assert query("SELECT * FROM empty") == []
+    assert query("SELECT count(*) AS n FROM log.empty") == [{"n": 0}]
+    assert log.append("empty", pa.table({"a": pa.array([], pa.int64())})) == Receipt("empty", 0, 0, 1)
+    assert log.append("empty", pa.table({"a": [7]})) == Receipt("empty", 0, 1, 2)
+
+
+def test_three_writers_with_compatible_schemas_read_as_one_table(log: OpLog, query: Query) -> None:
+    log.append("m", pa.record_batch({"id": pa.array([1], pa.int32()), "v": pa.array([0.5], pa.float32())}))
+    log.append("m", pa.record_batch({"v": pa.array([0.1], pa.float64()), "host": ["a"], "id": pa.array([2**40], pa.int64())}))
+    log.append("m", pa.record_batch({"id": pa.array([3], pa.uint8()), "tags": [["x", "y"]]}))
+    assert query("SELECT * FROM m ORDER BY id") == [
+        {"id": 1, "v": 0.5, "host": None, "tags": None},
+        {"id": 3, "v": None, "host": None, "tags": ["x", "y"]},
+        {"id": 2**40, "v": 0.1, "host": "a", "tags": None},
+    ]
+    assert query("SELECT id FROM m WHERE host IS NULL AND id < 10 ORDER BY id") == [{"id": 1}, {"id": 3}]
+    assert log.snapshot().topic("m").schema == pa.schema(
+        [("id", pa.int64()), ("v", pa.float64()), ("host", pa.string()), ("tags", pa.list_(pa.string()))]
+    )
+
+
+def test_a_refused_append_leaves_nothing_behind(log: OpLog, folder: Path, query: Query) -> None:
+    log.append("events", SEED)
+    before = everything_in(folder)
+    with pytest.raises(SchemaMismatch) as caught:
+        log.append("events", pa.record_batch({"name": [1], "extra": [2]}))
+    assert str(caught.value) == (
+        "topic 'events': column 'name' is string in the topic and int64 in this append; "
+        "the additive rule allows only widening that keeps every value exact; nothing was written"
+    )
+    assert everything_in(folder) == before
+    assert log.append("events", SEED) == Receipt("events", 2, 2, 2)
+    assert query("SELECT * FROM events LIMIT 1")[0].keys() == {"name", "node_id"}
+
+
+def test_two_incompatible_writers_at_once_get_one_winner(folder: Path) -> None:
+    """Both pass the first check; the committer's own check, on the newest schema, decides."""
+    with OpLog.open(str(folder)) as log:
+        text, number = log.writer("t", pa.schema([("a", pa.string())])), log.writer("t", pa.schema([("a", pa.int64())]))
+        text.write(pa.record_batch({"a": ["x"]}))
+        number.write(pa.record_batch({"a": [1]}))
+        assert text.commit() == Receipt("t", 0, 1, 1)
+        with pytest.raises(SchemaMismatch, match="column 'a' is string in the topic and int64 in this append"):
+            number.commit()
+        assert log.append("t", pa.record_batch({"a": ["y"]})).first_offset == 1
+
+
+def test_the_strict_rule_holds_for_a_log_that_asks_for_it(folder: Path) -> None:
+    with OpLog.open(str(folder), Config(schema_rule="strict")) as log:
+        log.append("t", pa.record_batch({"a": [1]}))
+        with pytest.raises(SchemaMismatch, match="the strict rule allows no new columns"):
+            log.append("t", pa.record_batch({"a": [1], "b": [2]}))
+
+
+def test_a_time_unit_changes_only_while_every_value_survives(log: OpLog, query: Query) -> None:
+    far = pa.array([datetime.datetime(9999, 1, 1)], pa.timestamp("s"))
+    near = pa.array([datetime.datetime(2024, 1, 1)], pa.timestamp("s"))
+    fine = pa.array([datetime.datetime(2024, 1, 1, 0, 0, 0, 5)], pa.timestamp("ns"))
+    log.append("far", pa.record_batch({"t": far}))
+    with pytest.raises(SchemaMismatch) as caught:
+        log.append("far", pa.record_batch({"t": fine}))
+    assert str(caught.value) == (
+        "topic 'far': column 't' would become timestamp[ns], which cannot hold all of its timestamp[s] values; "
+        "the additive rule allows only widening that keeps every value exact; nothing was written"
+    )
+    log.append("near", pa.record_batch({"t": near}))
+    log.append("near", pa.record_batch({"t": fine}))
+    with pytest.raises(SchemaMismatch):
+        log.append("near", pa.record_batch({"t": far}))
+    assert query("SELECT count(*) AS n, count(t) AS t FROM near") == [{"n": 2, "t": 2}]
+
+
+def test_long_appends_go_through_the_disk_and_stay_whole(folder: Path, engine: Engine) -> None:
+    with OpLog.open(str(folder), Config(record_bytes_max=10_000, queue_bytes_max=5_000)) as log:
+        writer = log.writer("t", pa.schema([("a", pa.int64())]))
+        for start in range(0, 100_000, 1000):
+            writer.write(pa.record_batch({"a": list(range(start, start + 1000))}))
+        assert rows(engine, log.snapshot(), "SELECT count(*) AS n FROM system.topics") == [{"n": 0}]
+        assert writer.commit() == Receipt("t", 0, 100_000, 1)
+        assert rows(engine, log.snapshot(), "SELECT count(*) AS n, sum(a) AS s FROM t") == [{"n": 100_000, "s": 4999950000}]
+        abandoned = log.writer("b", pa.schema([("a", pa.binary())]))
+        committed = everything_in(folder)
+        abandoned.write(pa.record_batch({"a": [os.urandom(17 << 20)]}))
+        abandoned.write(pa.record_batch({"a": [b""]}))
+        assert len(everything_in(folder)) == len(committed) + 1
+        abandoned.abandon()
+        abandoned.abandon()
+        assert everything_in(folder) == committed
+
+
+def test_limits_are_passed_by_one_and_no_more(folder: Path) -> None:
+    batch = pa.record_batch({"a": pa.array(range(100), pa.int64())})
+    with OpLog.open(str(folder), Config(batch_bytes_max=800, append_bytes_max=1600, topics_max=3)) as log:
+        log.append("a", batch)
+        log.append("a", pa.Table.from_batches([batch, batch]))
+        with pytest.raises(TooLarge) as caught:
+            log.append("a", pa.record_batch({"a": pa.array(range(101), pa.int64())}))
+        assert str(caught.value) == (
+            "topic 'a': a batch of 808 bytes is over batch_bytes_max (800); send smaller batches; nothing was written"
+        )
+        with pytest.raises(TooLarge) as caught:
+            log.append("a", pa.Table.from_batches([batch, batch, batch.slice(0, 1)]))
+        assert str(caught.value) == "topic 'a': the append is over append_bytes_max (1600); send it as several; nothing was written"
+        log.append("b", batch)  # with _schemas, the third topic
+        with pytest.raises(TooLarge) as caught:
+            log.append("c", batch)
+        assert str(caught.value) == "topic 'c' would be one more than topics_max (3); nothing was written"
+        assert [(topic.name, topic.entries) for topic in log.topics()] == [("_schemas", 2), ("a", 300), ("b", 100)]
+
+
+def test_bytes_that_are_no_text_are_refused(log: OpLog) -> None:
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")])
+    with pytest.raises(RequestError, match="a batch is not valid Arrow data"):
+        log.append("t", pa.RecordBatch.from_arrays([bad], ["s"]))
+    assert log.topics() == []
+
+
+def test_many_threads_get_disjoint_dense_runs(folder: Path, engine: Engine) -> None:
+    with OpLog.open(str(folder)) as log:
+        receipts: list[tuple[Receipt, int]] = []
+
+        def work(worker: int) -> None:
+            for turn in range(10):
+                mark = worker * 100 + turn
+                batch = pa.record_batch({"mark": [mark] * (turn + 1)})
+                receipts.append((log.append("even" if turn % 2 else "odd", batch), mark))
+
+        threads = [threading.Thread(target=work, args=(worker,)) for worker in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for topic in ("even", "odd"):
+            runs = sorted((r.first_offset, r.entries, mark) for r, mark in receipts if r.topic == topic)
+            expected = [(offset, mark) for first, entries, mark in runs for offset in range(first, first + entries)]
+            assert [offset for offset, _ in expected] == list(range(len(expected)))
+            stored = rows(engine, log.snapshot(), f"SELECT _offset, mark FROM log.{topic} ORDER BY _offset")
+            assert [(row["_offset"], row["mark"]) for row in stored] == expected
+        assert log.snapshot().table_version < 80, "appends that wait together share a commit"
+
+
+def test_two_logs_on_one_folder_stay_dense_and_ordered(folder: Path, engine: Engine) -> None:
+    with OpLog.open(str(folder)) as one, OpLog.open(str(folder)) as two:
+        receipts: list[tuple[int, int]] = []
+
+        def work(log: OpLog, mark: int) -> None:
+            for turn in range(12):
+                receipts.append((log.append("t", pa.record_batch({"mark": [mark + turn]})).first_offset, mark + turn))
+
+        threads = [threading.Thread(target=work, args=(log, mark)) for log, mark in ((one, 0), (two, 100))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stored = rows(engine, one.snapshot(), "SELECT _offset, mark FROM log.t ORDER BY _offset")
+        assert [(row["_offset"], row["mark"]) for row in stored] == sorted(receipts)
+        assert [row["_offset"] for row in stored] == list(range(24))
+        assert rows(engine, two.snapshot(), "SELECT count(*) AS n FROM t") == [{"n": 24}]
+
+
+def test_a_closed_log_takes_no_more_appends(folder: Path) -> None:
+    log = OpLog.open(str(folder))
+    writer = log.writer("t", SEED.schema)
+    writer.write(SEED)
+    log.close()
+    log.close()
+    with pytest.raises(TryAgain) as caught:
+        writer.commit()
+    assert str(caught.value) == "the log is closed; nothing was written; try again when the server is back"
+
+
+def test_verify_finds_a_gap(tmp_path: Path) -> None:
+    import json
+
+    folder = tmp_path / "gap"
+    with OpLog.open(str(folder)) as log:
+        for _ in range(3):
+            log.append("t", pa.record_batch({"a": [1]}))
+    path = folder / "_delta_log" / f"{2:020}.json"
+    lines = [line for line in path.read_text().splitlines() if "add" not in json.loads(line)]
+    path.write_text("\n".join(lines))
+    with OpLog.open(str(folder)) as log:
+        assert [problem.what for problem in log.verify() if problem.severity == "error"] == [
+            "expected offset 1: runs overlap or leave a gap",
+        ]
