@@ -92,6 +92,15 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ, 
     return Config(**values)
 
 
+def provide_engine_threads() -> None:
+    """Give DataFusion more threads than there are cores. Call before its first use; a number already set stands.
+
+    A nested-loop join may run for minutes without a pause in which it could be stopped, and keeps its thread that
+    long. With a thread for each core, DataFusion's default, two such queries would hold up everybody.
+    """
+    os.environ.setdefault("TOKIO_WORKER_THREADS", str(16 + 2 * (os.cpu_count() or 1)))
+
+
 def _read_file(file: str) -> dict[str, Any]:
     try:
         with open(file, "rb") as stream:

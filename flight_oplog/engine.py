@@ -24,7 +24,7 @@ from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOpti
 from datafusion.catalog import CatalogProvider, SchemaProvider
 
 from flight_oplog import codec
-from flight_oplog.config import Config
+from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.provider import ColumnCache, EntriesTable, RecordsTable, ScanContext, ScanCounts, topics_table
 from flight_oplog.schema import plain_field
@@ -73,6 +73,7 @@ class Engine:
     """Plans and runs statements. Thread-safe."""
 
     def __init__(self, config: Config) -> None:
+        provide_engine_threads()
         self._config = config
         self._cache = ColumnCache(config.cache_bytes_max)
         self._partitions = os.cpu_count() or 1

@@ -399,9 +399,9 @@ def _log_columns(record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array
 
 
 def _between(name: str, low: pa.Scalar, high: pa.Scalar) -> pc.Expression:
-    """A column's guarantee: within [low, high] or null."""
+    """A column's guarantee: within [low, high] or null, in the form that Arrow's simplification understands."""
     column = pc.field(name)
-    return ((column >= low) & (column <= high)) | column.is_null()
+    return ((column >= low) | column.is_null()) & ((column <= high) | column.is_null())
 
 
 _FORMAT = ds.IpcFileFormat()

@@ -1,0 +1,254 @@
+"""SQL over a snapshot: names, isolation, projection and filters that reach the provider, refusals."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from conftest import SEED, rows
+
+from flight_oplog import Config, OpLog
+from flight_oplog.engine import Engine
+from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, Unsupported
+
+Query = Callable[..., list[dict[str, Any]]]
+
+
+def counts(engine: Engine, log: OpLog, sql: str) -> Any:
+    """Run `sql` and return what its only scan touched."""
+    running = engine.run(sql, log.snapshot())
+    for _ in running.batches:
+        pass
+    [found] = running.counts.values()
+    return found
+
+
+def test_namespaces_show_entries_log_columns_records_and_topics(log: OpLog, query: Query) -> None:
+    log.append("events", SEED)
+    assert query("SELECT * FROM events") == query("SELECT * FROM oplog.public.events") == SEED.to_pylist()
+    [first, second] = query("SELECT * FROM log.events ORDER BY _offset")
+    assert list(first) == ["name", "node_id", "_offset", "_timestamp", "_producer", "_sequence", "_schema_id"]
+    assert (first["_offset"], second["_offset"], first["_producer"], first["_sequence"]) == (0, 1, None, None)
+    assert query("SELECT first_offset, entries, octet_length(encode(content, 'hex')) > 1000 AS big FROM records.events") == [
+        {"first_offset": 0, "entries": 2, "big": True}
+    ]
+    assert query("SELECT topic, entries, next_offset, columns, schemas, files, records FROM system.topics ORDER BY topic") == [
+        {"topic": "_schemas", "entries": 1, "next_offset": 1, "columns": 5, "schemas": 1, "files": 1, "records": 1},
+        {"topic": "events", "entries": 2, "next_offset": 2, "columns": 2, "schemas": 1, "files": 1, "records": 1},
+    ]
+    assert query("SELECT topic, number FROM log._schemas") == [{"topic": "events", "number": 1}]
+    with pytest.raises(NotFound):
+        query("SELECT * FROM _schemas")
+
+
+def test_information_schema_lists_tables_and_columns(log: OpLog, query: Query) -> None:
+    log.append("events", SEED)
+    named = query("SELECT table_schema, table_name FROM information_schema.tables WHERE table_schema <> 'information_schema' ORDER BY 1, 2")
+    assert [(row["table_schema"], row["table_name"]) for row in named] == [
+        ("log", "_schemas"),
+        ("log", "events"),
+        ("public", "events"),
+        ("records", "_schemas"),
+        ("records", "events"),
+        ("system", "topics"),
+    ]
+    columns = query(
+        "SELECT column_name, data_type, is_nullable FROM information_schema.columns WHERE table_schema = 'public' ORDER BY ordinal_position"
+    )
+    assert columns == [
+        {"column_name": "name", "data_type": "Utf8", "is_nullable": "YES"},
+        {"column_name": "node_id", "data_type": "Utf8", "is_nullable": "YES"},
+    ]
+    assert [row["column_name"] for row in query("DESCRIBE events")] == ["name", "node_id"]
+    assert ("public", "events") in {(row["table_schema"], row["table_name"]) for row in query("SHOW TABLES")}
+
+
+def test_a_query_is_pinned_to_its_snapshot(log: OpLog, engine: Engine) -> None:
+    log.append("events", SEED)
+    snapshot = log.snapshot()
+    running = engine.run("SELECT count(*) AS n FROM events AS a, events AS b", snapshot)
+    later = engine.run("SELECT * FROM events", snapshot)
+    log.append("events", SEED)
+    log.append("more", SEED)
+    assert pa.Table.from_batches(running.batches).to_pylist() == [{"n": 4}], "both scans see the same two entries"
+    assert pa.Table.from_batches(later.batches).num_rows == 2
+    assert rows(engine, log.snapshot(), "SELECT count(*) AS n FROM events AS a, events AS b") == [{"n": 16}]
+    with pytest.raises(NotFound):
+        rows(engine, snapshot, "SELECT * FROM more")
+
+
+def test_count_reads_no_content(log: OpLog, engine: Engine) -> None:
+    log.append("t", pa.record_batch({"a": list(range(1000))}))
+    log.append("t", pa.record_batch({"a": list(range(500))}))
+    found = counts(engine, log, "SELECT count(*) FROM t")
+    assert (found.records, found.records_read, found.content_bytes) == (2, 0, 0)
+    found = counts(engine, log, "SELECT count(*) FROM log.t WHERE _offset >= 1200")
+    assert (found.records, found.records_pruned, found.content_bytes) == (2, 1, 0)
+
+
+def test_filters_prune_files_and_records_before_content_is_read(log: OpLog, engine: Engine) -> None:
+    day = 86_400_000_000
+    for number in range(5):
+        times = pa.array([number * day + i for i in range(10)], pa.timestamp("us", "UTC"))
+        log.append("t", pa.record_batch({"at": times, "n": [number * 10 + i for i in range(10)], "s": [f"k{number}-{i}" for i in range(10)]}))
+    found = counts(engine, log, "SELECT * FROM t WHERE at >= '1970-01-04T00:00:00Z' AND at < '1970-01-05T00:00:00Z'")
+    assert (found.files, found.files_pruned, found.records_read) == (5, 4, 1)
+    found = counts(engine, log, "SELECT at FROM t WHERE n IN (7, 33)")
+    assert (found.records, found.records_pruned, found.records_read) == (5, 3, 2)
+    found = counts(engine, log, "SELECT at FROM t WHERE s = 'k2-3' OR n = 49")
+    assert (found.records_pruned, found.records_read) == (3, 2)
+    found = counts(engine, log, "SELECT at FROM t WHERE s > 'k9'")
+    assert (found.records_pruned, found.records_read) == (5, 0)
+    found = counts(engine, log, "SELECT at FROM t WHERE n IS NULL")
+    assert (found.records_pruned, found.records_read) == (5, 0)
+
+
+def test_only_the_columns_a_query_needs_are_decoded(folder: Any) -> None:
+    engine = Engine(Config())
+    with OpLog.open(str(folder)) as log:
+        log.append("t", pa.record_batch({"a": [1, 2], "b": ["x", "y"], "c": [[1], [2]]}))
+        rows(engine, log.snapshot(), "SELECT a FROM t WHERE b = 'x'")
+        [decoded] = engine._cache._records.values()
+        assert set(decoded.columns) == {"a", "b"}
+
+
+def test_the_cache_never_changes_an_answer(folder: Any) -> None:
+    with OpLog.open(str(folder)) as log:
+        for number in range(4):
+            log.append("t", pa.record_batch({"a": list(range(number, 1000, 4)), "s": [str(i) * 10 for i in range(number, 1000, 4)]}))
+        expected = None
+        for size in (0, 20_000, 1 << 30):
+            engine = Engine(Config(cache_bytes_max=size))
+            for _ in range(2):
+                found = [
+                    rows(engine, log.snapshot(), sql)
+                    for sql in (
+                        "SELECT * FROM t ORDER BY a",
+                        "SELECT sum(a) AS x FROM t WHERE s LIKE '1%'",
+                        "SELECT count(*) AS n, max(s) AS m FROM t WHERE a % 7 = 0",
+                    )
+                ]
+                expected = expected or found
+                assert found == expected
+            assert engine._cache._bytes <= size
+            assert (engine._cache.hits > 0) == (size > 100_000)
+
+
+def test_an_unqualified_name_that_does_not_exist_is_not_found(query: Query) -> None:
+    with pytest.raises(NotFound) as caught:
+        query("SELECT * FROM nope")
+    assert str(caught.value) == (
+        "table 'oplog.public.nope' does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters"
+    )
+
+
+READING_ONLY = "is not served: statements may only read (SELECT, EXPLAIN, SHOW, DESCRIBE)"
+APPEND_ONLY = "the log is append-only: rows are never updated, deleted, merged or truncated"
+REFUSED = {
+    "INSERT INTO events VALUES ('a', 'b')": READING_ONLY,
+    "DELETE FROM events": APPEND_ONLY,
+    "UPDATE events SET name = 'x'": APPEND_ONLY,
+    "TRUNCATE TABLE events": APPEND_ONLY,
+    "CREATE TABLE x AS SELECT 1": READING_ONLY,
+    "CREATE VIEW x AS SELECT 1": READING_ONLY,
+    "CREATE EXTERNAL TABLE x STORED AS CSV LOCATION '/etc/passwd'": READING_ONLY,
+    "COPY events TO '/tmp/flight_oplog_copy.parquet'": READING_ONLY,
+    "COPY (SELECT 1) TO '/tmp/flight_oplog_copy' STORED AS CSV": READING_ONLY,
+    "DROP TABLE events": READING_ONLY,
+    "SET datafusion.execution.batch_size = 1": READING_ONLY,
+    "PREPARE p AS SELECT 1": READING_ONLY,
+}
+
+
+@pytest.mark.parametrize("sql", REFUSED)
+def test_statements_that_do_more_than_read_are_refused(log: OpLog, query: Query, sql: str) -> None:
+    log.append("events", SEED)
+    with pytest.raises(Unsupported) as caught:
+        query(sql)
+    assert str(caught.value).endswith(REFUSED[sql])
+    assert query("SELECT * FROM events") == SEED.to_pylist()
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "file:///etc/passwd", "/etc/hostname.csv", "s3://bucket/x.parquet"])
+def test_a_path_is_never_a_table(query: Query, name: str) -> None:
+    with pytest.raises(NotFound, match="does not exist"):
+        query(f"SELECT * FROM '{name}'")
+    for function in ("read_csv", "read_parquet", "parquet_metadata", "list_files_cache"):
+        with pytest.raises(OplogError):
+            query(f"SELECT * FROM {function}('{name}')")
+
+
+@pytest.mark.parametrize("sql", ["", ";", "SELEC 1", "SELECT 1; SELECT 2", "SELECT nope FROM events", "SELECT $1", "SELECT 1/0"])
+def test_bad_sql_is_the_callers_to_change(log: OpLog, query: Query, sql: str) -> None:
+    log.append("events", SEED)
+    with pytest.raises((RequestError, Unsupported)) as caught:
+        query(sql)
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_sql_text_one_byte_over_the_limit_is_refused(log: OpLog) -> None:
+    engine = Engine(Config(sql_bytes_max=10))
+    assert rows(engine, log.snapshot(), "SELECT 1 a") == [{"a": 1}]
+    with pytest.raises(TooLarge) as caught:
+        engine.prepare("SELECT 1 ab", log.snapshot())
+    assert str(caught.value) == "the SQL text has 11 bytes; sql_bytes_max is 10"
+
+
+ENDLESS = "SELECT sum(value % 7) AS n FROM generate_series(1, 1000000000000)"
+
+
+def test_a_query_that_is_stopped_ends_soon(log: OpLog, engine: Engine) -> None:
+    stop_at = time.monotonic() + 0.3
+    running = engine.run(ENDLESS, log.snapshot(), lambda: time.monotonic() > stop_at)
+    with pytest.raises(Cancelled):
+        list(running.batches)
+    assert time.monotonic() - stop_at < 2
+
+
+def test_a_query_over_its_time_is_ended_with_the_limits_name(log: OpLog) -> None:
+    engine = Engine(Config(statement_seconds_max=1))
+    with pytest.raises(TooLarge) as caught:
+        list(engine.run(ENDLESS, log.snapshot()).batches)
+    assert str(caught.value) == "the query ran longer than statement_seconds_max (1); ask for less"
+
+
+def test_a_sort_larger_than_its_memory_spills_and_still_answers(log: OpLog) -> None:
+    engine = Engine(Config(statement_bytes_max=20 << 20))
+    sql = "SELECT value FROM generate_series(1, 5000000) ORDER BY value * 7919 % 5000011"
+    assert sum(batch.num_rows for batch in engine.run(sql, log.snapshot()).batches) == 5_000_000
+
+
+def test_result_batches_fit_a_message_and_match_the_planned_schema(log: OpLog, engine: Engine) -> None:
+    log.append("t", pa.record_batch({"s": ["x" * 1000] * 20_000, "i": list(range(20_000))}))
+    for sql in ("SELECT * FROM t", "SELECT s FROM t WHERE i % 2 = 0", "SELECT t.* FROM t, t AS u WHERE t.i = u.i", "SELECT i FROM t LIMIT 0"):
+        statement = engine.prepare(sql, log.snapshot())
+        running = engine.run(sql, log.snapshot())
+        for batch in running.batches:
+            assert batch.schema.equals(statement.schema, check_metadata=True)
+            assert 0 < batch.nbytes <= 3 << 20
+
+
+RESULTS = [
+    "SELECT arrow_cast('a', 'Utf8View') AS v, arrow_cast('a', 'Dictionary(Int32, Utf8)') AS d",
+    "SELECT [1, 2] AS l, struct(1 AS x, 'a' AS y) AS s",
+    "SELECT interval '1 day' AS i, arrow_cast(5, 'Duration(Second)') AS d",
+    "SELECT 1.5::decimal(10, 2) AS d, NULL AS n, true AS b",
+    "SELECT arrow_cast('2024-01-01T00:00:00', 'Timestamp(Nanosecond, Some(\"UTC\"))') AS t, date '2024-01-01' AS d, time '01:02:03' AS t2",
+    "EXPLAIN SELECT 1",
+    "EXPLAIN ANALYZE SELECT 1",
+]
+
+
+@pytest.mark.parametrize("sql", RESULTS)
+def test_results_of_any_type_come_as_clients_can_read_them(log: OpLog, engine: Engine, sql: str) -> None:
+    statement = engine.prepare(sql, log.snapshot())
+    running = engine.run(sql, log.snapshot())
+    batches = list(running.batches)
+    assert sum(batch.num_rows for batch in batches) >= 1
+    assert all(batch.schema.equals(statement.schema, check_metadata=True) for batch in batches)
+    for field in statement.schema:
+        assert field.nullable
+        assert not pa.types.is_dictionary(field.type)
+        assert "view" not in str(field.type)
