@@ -8,6 +8,7 @@ import csv
 import dataclasses
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -30,7 +31,7 @@ from flight_oplog.config import SETTINGS, Config, load, parse
 from flight_oplog.engine import Engine
 from flight_oplog.errors import OplogError, RequestError
 from flight_oplog.oplog import OpLog
-from flight_oplog.server import Server
+from flight_oplog.server import Server, check_listen
 from flight_oplog.store import Store
 
 DEFAULT_SERVER = "grpc://127.0.0.1:8815"
@@ -132,6 +133,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    check_listen(config)
     with OpLog.open(config.data, config) as oplog:
         server = Server(oplog, config)
         print(server.uri, flush=True)
@@ -180,7 +182,9 @@ def _result(options: argparse.Namespace, query: str) -> Iterator[tuple[pa.Schema
             cursor.execute(query)
             reader = cursor.fetch_record_batch()
             yield reader.schema, reader
-    except Error as error:
+    except BrokenPipeError:
+        raise
+    except (Error, pa.ArrowException, OSError) as error:
         raise RequestError(_adbc_message(error, options.server)) from None
 
 
@@ -192,7 +196,7 @@ def _adbc_message(error: Exception, server: str) -> str:
 
 
 def _print_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
-    console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
+    console = _console()
     table = Table(header_style="bold", row_styles=None)
     for f in schema:
         right = pa.types.is_integer(f.type) or pa.types.is_floating(f.type) or pa.types.is_decimal(f.type)
@@ -200,12 +204,36 @@ def _print_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max:
     shown = total = 0
     for batch in batches:
         total += batch.num_rows
-        for row in batch.slice(0, max(0, rows_max - shown)).to_pylist():
-            table.add_row(*(escape(_cell(value)) for value in row.values()))
+        for row in _rows(batch.slice(0, max(0, rows_max - shown))):
+            table.add_row(*(escape(_cell(value)) for value in row))
             shown += 1
     console.print(table)
     rows = f"{total:,} row" + ("" if total == 1 else "s")
     console.print(rows if shown == total else f"{rows}, the first {shown} shown; --format csv prints all", style="dim")
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[tuple[Any, ...]]:
+    """Yield rows as tuples, since names may repeat; a value Python has no type for comes as its text."""
+    return zip(*(_values(column) for column in batch.columns), strict=True)
+
+
+def _values(column: pa.Array) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):
+        values = column.cast(pa.string()).to_pylist()
+    return values
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _console() -> Console:
+    """A console as wide as the terminal, or as its content where there is none."""
+    return Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
 
 
 def _cell(value: Any) -> str:
@@ -226,14 +254,15 @@ def _print_csv(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: i
     writer = csv.writer(sys.stdout)
     writer.writerow(schema.names)
     for batch in batches:
-        for row in batch.to_pylist():
-            writer.writerow("" if value is None else value for value in row.values())
+        for row in _rows(batch):
+            writer.writerow("" if value is None else value for value in row)
 
 
 def _print_json(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
+    names = [name if schema.names.index(name) == place else f"{name}:{place}" for place, name in enumerate(schema.names)]
     for batch in batches:
-        for row in batch.to_pylist():
-            print(json.dumps(row, default=str, ensure_ascii=False))
+        for row in _rows(batch):
+            print(json.dumps(dict(zip(names, map(_json, row), strict=True)), default=str, ensure_ascii=False))
 
 
 def _print_arrow(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
@@ -283,7 +312,8 @@ def _open_file(file: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     try:
         schema, batches = _OPENERS[ending](file)
     except OSError as error:
-        raise RequestError(f"{file}: {error.strerror or error}") from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise RequestError(f"{file}: {reason}") from None
     except pa.ArrowException as error:
         raise RequestError(f"{file}: {str(error).splitlines()[0]}") from None
     return schema, _named(file, batches)
@@ -292,7 +322,7 @@ def _open_file(file: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
 def _named(file: str, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     try:
         yield from batches
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise RequestError(f"{file}: {str(error).splitlines()[0]}; nothing of this file was written") from None
 
 
@@ -303,7 +333,9 @@ def _open_parquet(file: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
 
 def _open_arrow(file: str) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     source = pa.OSFile(file)
-    if source.read_at(6, 0) == b"ARROW1":
+    magic = source.read(6)
+    source.seek(0)
+    if magic == b"ARROW1":
         reader = pa.ipc.open_file(source)
         return reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
     stream = pa.ipc.open_stream(source)
@@ -353,12 +385,19 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _config(options: argparse.Namespace) -> int:
     values = dataclasses.asdict(_settings(options))
-    table = Table("setting", "value", "default", "what it means", header_style="bold")
+    table = Table(header_style="bold")
+    for heading in ("setting", "value", "default"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what it means")
     for field in SETTINGS:
-        table.add_row(field.name, str(values[field.name]), str(field.default), field.metadata["help"])
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+        table.add_row(*map(escape, (field.name, str(values[field.name]), str(field.default), field.metadata["help"])))
+    _console().print(table)
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def entry() -> None:
+    """Run `main` and end the process without waiting for the query engine's threads."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

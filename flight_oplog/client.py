@@ -30,6 +30,7 @@ class Client:
     """A connection to a server. Thread-safe; close it or use it as a context manager."""
 
     def __init__(self, uri: str) -> None:
+        self._uri = uri
         try:
             self._flight = fl.connect(uri)
         except (pa.ArrowException, ValueError) as error:
@@ -42,18 +43,20 @@ class Client:
 
         `sent` is called after each piece went out, for progress.
         """
-        options = fl.FlightCallOptions(headers=[(b"oplog-acks", b"true")])
+        options = fl.FlightCallOptions(headers=[(b"oplog-acks", b"true"), (b"oplog-commit", b"explicit")])
         try:
             writer, acks = self._flight.do_put(fl.FlightDescriptor.for_path(topic), schema, options)
+            # pyarrow cannot abort a stream: however a writer goes, the server sees a good end. Hence the last word.
             with writer:
                 for batch in batches:
                     for piece in codec.cut(batch, MESSAGE_BYTES, batch.num_rows):
                         writer.write_batch(piece)
                         sent(piece)
+                writer.write_metadata(b'{"commit": true}')
                 writer.done_writing()
                 ack = acks.read()
         except (pa.ArrowException, OSError) as error:
-            raise _translated(error) from None
+            raise self._translated(error) from None
         if ack is None:
             raise OplogError(f"topic {topic!r}: the server ended the stream without a receipt; look whether the entries are there")
         return Receipt(**json.loads(ack.to_pybytes()))
@@ -65,7 +68,13 @@ class Client:
             for chunk in self._flight.do_get(ticket):
                 yield chunk.data
         except (pa.ArrowException, OSError) as error:
-            raise _translated(error) from None
+            raise self._translated(error) from None
+
+    def _translated(self, error: Exception) -> OplogError:
+        message = str(error.args[0] if error.args else error).split(". Detail: ")[0].split(". gRPC client debug context")[0]
+        if isinstance(error, fl.FlightUnavailableError) and "failed to connect" in message:
+            return TryAgain(f"no server answers at {self._uri}; start one with: flight-oplog serve")
+        return next((ours(message) for theirs, ours in _ERRORS if isinstance(error, theirs)), OplogError(message))
 
     def close(self) -> None:
         self._flight.close()
@@ -75,11 +84,3 @@ class Client:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _translated(error: Exception) -> OplogError:
-    message = str(error.args[0] if error.args else error).split(". Detail: ")[0].split(". gRPC client debug context")[0]
-    for theirs, ours in _ERRORS:
-        if isinstance(error, theirs):
-            return ours(message)
-    return OplogError(message)

@@ -56,8 +56,8 @@ def with_rows(columns: Sequence[pa.Array], schema: pa.Schema, rows: int) -> pa.R
 def recast(array: pa.Array, target: pa.DataType) -> pa.Array:
     """Cast to a normal or wider type, by hand where Arrow's cast has no kernel or a wrong one.
 
-    pyarrow 26 casts list views to lists with too short an offsets buffer, and has no cast from run ends or extension
-    types inside other types.
+    pyarrow 26 casts list views to lists with too short an offsets buffer, and has no cast from dictionaries of nested
+    values, from run ends or from extension types inside other types.
     """
     if isinstance(array.type, pa.BaseExtensionType):
         return recast(array.storage, target)
@@ -76,9 +76,21 @@ def _lacks_cast(kind: pa.DataType) -> bool:
         or types.is_run_end_encoded(kind)
         or types.is_list_view(kind)
         or types.is_large_list_view(kind)
-        or (types.is_dictionary(kind) and _lacks_cast(kind.value_type))
+        or types.is_dictionary(kind)
         or any(_lacks_cast(kind.field(i).type) for i in range(kind.num_fields))
     )
+
+
+def _recast_dictionary(array: pa.Array, target: pa.DataType) -> pa.Array:
+    return recast(array.dictionary, target).take(array.indices)
+
+
+def _recast_run_ends(array: pa.Array, target: pa.DataType) -> pa.Array:
+    """Decode the runs' places instead of their values: pyarrow decodes runs of few types, and takes from any."""
+    values = recast(array.values, target)
+    kind = pa.run_end_encoded(array.type.run_end_type, pa.int64())
+    children = [array.run_ends, pa.array(range(len(values)), pa.int64())]
+    return values.take(pc.run_end_decode(pa.Array.from_buffers(kind, len(array), [None], 0, array.offset, children)))
 
 
 def _recast_list(array: pa.Array, target: pa.DataType) -> pa.Array:
@@ -117,9 +129,9 @@ def _recast_struct(array: pa.Array, target: pa.DataType) -> pa.Array:
 
 
 _BY_HAND: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Array, pa.DataType], pa.Array]], ...] = (
-    (pa.types.is_run_end_encoded, lambda array, target: recast(pc.run_end_decode(array), target)),
+    (pa.types.is_run_end_encoded, _recast_run_ends),
     (lambda kind: pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind), _recast_list),
-    (lambda kind: pa.types.is_dictionary(kind) and _lacks_cast(kind), lambda array, target: recast(array.dictionary_decode(), target)),
+    (pa.types.is_dictionary, _recast_dictionary),
     (lambda kind: pa.types.is_fixed_size_list(kind) and _lacks_cast(kind), _recast_fixed_size_list),
     (lambda kind: (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and _lacks_cast(kind), _recast_list),
     (lambda kind: pa.types.is_map(kind) and _lacks_cast(kind), _recast_map),
@@ -131,14 +143,17 @@ _BY_HAND: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Array, pa.Data
 
 
 def cut(batch: pa.RecordBatch, bytes_max: int = BATCH_BYTES, entries_max: int = BATCH_ENTRIES) -> Iterator[pa.RecordBatch]:
-    """Yield slices of about `bytes_max` bytes and at most `entries_max` rows. No copy."""
+    """Yield slices of at most `bytes_max` bytes and `entries_max` rows; a row that is larger goes alone. No copy."""
     rows = batch.num_rows
     if rows == 0:
         return
-    pieces = max(1, math.ceil(batch.nbytes / bytes_max), math.ceil(rows / entries_max))
-    step = max(1, math.ceil(rows / pieces))
-    for start in range(0, rows, step):
-        yield batch.slice(start, step)
+    pieces = max(math.ceil(batch.nbytes / bytes_max), math.ceil(rows / entries_max))
+    if rows == 1 or pieces <= 1:
+        yield batch
+        return
+    step = math.ceil(rows / pieces)
+    for start in range(0, rows, step):  # rows may differ in size, so each piece is looked at again
+        yield from cut(batch.slice(start, step), bytes_max, entries_max)
 
 
 def gather(batches: Iterable[pa.RecordBatch], bytes_max: int = BATCH_BYTES, entries_max: int = BATCH_ENTRIES) -> Iterator[pa.RecordBatch]:

@@ -16,6 +16,7 @@ from typing import Any
 from flight_oplog.errors import RequestError
 
 MIB = 1 << 20
+NUMBER_MAX = 1 << 40  # no limit needs more, and seconds beyond it overflow the system's clocks
 ENVIRONMENT_PREFIX = "FLIGHT_OPLOG_"
 
 
@@ -40,6 +41,7 @@ class Config:
     columns_max: int = setting(2000, "columns of one topic, nested fields counted", least=1)
     topics_max: int = setting(10_000, "topics of one log", least=1)
     sql_bytes_max: int = setting(1 * MIB, "one SQL text", least=1)
+    sql_operators_max: int = setting(1000, "operators and joining words of one SQL text; deeper trees overflow the stack", least=1)
     calls_max: int = setting(256, "calls served at once; the next one is refused as UNAVAILABLE", least=1)
     statement_seconds_max: int = setting(3600, "one query, first batch to last", least=1)
     statement_bytes_max: int = setting(2048 * MIB, "memory of one query's sorts, joins and aggregates; past it they spill", least=1)
@@ -54,6 +56,7 @@ class Config:
 
 
 SETTINGS: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(Config)
+_NAMES = frozenset(field.name for field in SETTINGS)
 
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
@@ -63,6 +66,8 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     least, choices = field.metadata["least"], field.metadata["choices"]
     if least is not None and value < least:
         raise RequestError(f"setting {field.name}: {value} is less than {least}")
+    if isinstance(value, int) and value > NUMBER_MAX:
+        raise RequestError(f"setting {field.name}: {value} is more than {NUMBER_MAX}")
     if choices is not None and value not in choices:
         raise RequestError(f"setting {field.name}: {value!r} is not one of {', '.join(choices)}")
 
@@ -88,6 +93,9 @@ def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ, 
     for field in SETTINGS:
         if (text := environment.get(ENVIRONMENT_PREFIX + field.name.upper())) is not None:
             values[field.name] = parse(field, text)
+    for name in environment:
+        if name.startswith(ENVIRONMENT_PREFIX) and name.removeprefix(ENVIRONMENT_PREFIX).lower() not in _NAMES:
+            raise RequestError(f"environment variable {name}: there is no such setting")
     values.update(flags)
     return Config(**values)
 
@@ -107,10 +115,9 @@ def _read_file(file: str) -> dict[str, Any]:
             values = tomllib.load(stream)
     except OSError as error:
         raise RequestError(f"settings file {file}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RequestError(f"settings file {file}: {error}") from None
-    known = {field.name for field in SETTINGS}
     for name in values:
-        if name not in known:
+        if name not in _NAMES:
             raise RequestError(f"settings file {file}: there is no setting {name!r}")
     return values

@@ -26,7 +26,7 @@ from datafusion.catalog import CatalogProvider, SchemaProvider
 from flight_oplog import codec
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
-from flight_oplog.provider import ColumnCache, EntriesTable, RecordsTable, ScanContext, ScanCounts, topics_table
+from flight_oplog.provider import CannotFilter, ColumnCache, EntriesTable, RecordsTable, ScanContext, ScanCounts, topics_table
 from flight_oplog.schema import plain_field
 from flight_oplog.store import Snapshot
 
@@ -93,29 +93,56 @@ class Engine:
         `stopped` is asked about every 50 ms; once it is true the work ends and the iterator raises Cancelled. Closing
         the iterator, or losing it, ends the work too.
         """
-        frame, context = self._plan(sql, snapshot)
+        try:
+            frame, stream, context = self._start(sql, snapshot)
+        except CannotFilter:
+            frame, stream, context = self._start(sql, snapshot, push_filters=False)
         schema = _wire_schema(frame.schema())
         deadline = time.monotonic() + self._config.statement_seconds_max
-        try:
-            puller = _Puller(self._loop, frame.execute_stream(), context)
-        except Exception as error:
-            raise _translated(error, context) from error
-        del frame  # it holds the plan, and the plan holds running tasks
+        puller = _Puller(self._loop, stream, context)
+        del frame, stream  # the frame holds the plan, the plan holds running tasks
         batches = self._pull(puller, context, schema, deadline, stopped)
         return Running(schema, _paced(batches, self._config.message_bytes_max), context.counts)
 
-    def _plan(self, sql: str, snapshot: Snapshot) -> tuple[Any, ScanContext]:
-        if (size := len(sql.encode())) > self._config.sql_bytes_max:
-            raise TooLarge(f"the SQL text has {size} bytes; sql_bytes_max is {self._config.sql_bytes_max}")
+    def _start(self, sql: str, snapshot: Snapshot, push_filters: bool = True) -> tuple[Any, Any, ScanContext]:
+        frame, context = self._plan(sql, snapshot, push_filters)
+        try:
+            return frame, frame.execute_stream(), context
+        except Exception as error:
+            if any(isinstance(failure, CannotFilter) for failure in context.failures):
+                raise CannotFilter from error
+            raise _translated(error, context) from error
+
+    def _plan(self, sql: str, snapshot: Snapshot, push_filters: bool = True) -> tuple[Any, ScanContext]:
+        self._check(sql)
         context = ScanContext(self._cache, self._partitions)
         # A spill pool of its own bounds each statement; spilled runs go to the system's temporary folder.
         runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(self._config.statement_bytes_max)
         session = SessionContext(SessionConfig(_SETTINGS).with_target_partitions(self._partitions), runtime)
         session.register_catalog_provider(CATALOG, _Catalog(snapshot, context))
+        if not push_filters:
+            session.remove_optimizer_rule("push_down_filter")
         try:
             return session.sql(sql, options=_READ_ONLY), context
         except Exception as error:
             raise _translated(error, context) from error
+
+    def _check(self, sql: str) -> None:
+        """Refuse what must not reach the parser: too long, too deep, or a statement that does more than read."""
+        try:
+            size = len(sql.encode())
+        except UnicodeEncodeError:
+            raise RequestError("the SQL text is not UTF-8") from None
+        if size > self._config.sql_bytes_max:
+            raise TooLarge(f"the SQL text has {size} bytes; sql_bytes_max is {self._config.sql_bytes_max}")
+        tokens = [found[1].upper() for found in _TOKEN.finditer(sql) if found[1]]
+        if (operators := len(tokens) - sum(token.isalpha() and token not in _OPERATORS for token in tokens)) > self._config.sql_operators_max:
+            raise TooLarge(f"the SQL text has {operators} operators; sql_operators_max is {self._config.sql_operators_max}")
+        first = next((token for token in tokens if token.isalpha()), "")
+        if first in _CHANGING:
+            raise Unsupported(_APPEND_ONLY)
+        if first in _REFUSED:
+            raise Unsupported(f"{first} is not served: {_READING}")
 
     def _pull(
         self, puller: _Puller, context: ScanContext, schema: pa.Schema, deadline: float, stopped: Stopped
@@ -155,6 +182,8 @@ class _Puller:
             return None
 
     def next(self, stopped: Stopped) -> pa.RecordBatch | None:
+        if stopped():
+            raise Cancelled("the query was stopped")
         future = asyncio.run_coroutine_threadsafe(self._next(), self._loop)
         while not concurrent.futures.wait([future], POLL_SECONDS).done:
             if stopped():
@@ -267,12 +296,27 @@ class _Schema(SchemaProvider):
         return name in self._names
 
 
-# Errors: DataFusion tells its kinds apart only by the words they begin with.
+# Refusals, before and after planning
 
+# Strings, quoted names and comments are passed over; what is left in group 1 is a word or an operator.
+_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*|/\*.*?\*/|([A-Za-z]\w*|::|\|\||[-+*/%<>=!&|^~\[]+)""", re.DOTALL)
+# A chain of these makes a tree as deep as it is long, and walking a deep tree overflows the stack: the process dies.
+_OPERATORS = frozenset(("AND", "OR", "NOT", "IS", "LIKE", "ILIKE", "SIMILAR", "BETWEEN", "COLLATE", "UNION", "INTERSECT", "EXCEPT", "JOIN"))
+_CHANGING = frozenset(("DELETE", "UPDATE", "MERGE", "TRUNCATE"))
+_REFUSED = frozenset(
+    ("ALTER", "ANALYZE", "BEGIN", "CALL", "COMMIT", "COPY", "CREATE", "DEALLOCATE", "DROP", "EXECUTE", "GRANT", "INSERT", "LOAD")
+    + ("PREPARE", "RELEASE", "RESET", "REVOKE", "ROLLBACK", "SAVEPOINT", "SET", "START", "UNLOAD", "USE", "VACUUM")
+)
+_READING = "statements may only read (SELECT, EXPLAIN, SHOW, DESCRIBE)"
+_APPEND_ONLY = "the log is append-only: rows are never updated, deleted, merged or truncated"
+
+# DataFusion tells its kinds of error apart only by the words they begin with.
+_PREFIX = re.compile(
+    r"^(DataFusion error: |Error during planning: |Execution error: |Schema error: |External error: |Arrow error: |SQL error: |"
+    r"Optimizer rule '\w+' failed\s*|This feature is not implemented: |[Cc]aused by:?\s*)+"
+)
 _NO_TABLE = re.compile(r"table '?([^']*)'? not found", re.IGNORECASE)
-_APPEND_ONLY = re.compile(r"not supported: (Delete|Update|Merge|Truncate)", re.IGNORECASE)
-_REFUSED = re.compile(r"(DDL|DML|Statement) not supported: *(\w*)")
-_PREFIX = re.compile(r"^(DataFusion error: |Error during planning: |Execution error: |Schema error: |External error: |External\(|Arrow error: |caused by\s*)+")
+_NOT_READING = re.compile(r"(?:DDL|DML|Statement) not supported: *(\w*)")
 
 
 def _translated(error: Exception, context: ScanContext) -> OplogError:
@@ -282,22 +326,22 @@ def _translated(error: Exception, context: ScanContext) -> OplogError:
         if isinstance(failure, OplogError):
             return failure
     text = " ".join(str(error).split())
-    if (found := _NO_TABLE.search(text)) is not None:
-        return NotFound(f"table {found[1]!r} does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters")
-    if _APPEND_ONLY.search(text):
-        return Unsupported("the log is append-only: rows are never updated, deleted, merged or truncated")
-    if (refused := _REFUSED.search(text)) is not None:
-        return Unsupported(f"{refused[2] or refused[1]} is not served: statements may only read (SELECT, EXPLAIN, SHOW, DESCRIBE)")
-    if "Resources exhausted" in text:
-        return TryAgain("the query needs more memory than statement_bytes_max and could not spill; ask for less or raise it")
-    message = _PREFIX.sub("", text)[:1500]
+    prefix = found[0] if (found := _PREFIX.match(text)) else ""
+    words = text[len(prefix) :][:1000]
     strange = context.failures and not isinstance(context.failures[0], pa.ArrowInvalid | pa.ArrowNotImplementedError)
     if strange or "Traceback" in text:  # a fault of this program; its text would show the server's insides
         log.error("a scan failed: %s", text, exc_info=context.failures[0] if context.failures else None)
         return OplogError("the query failed while reading; the server's log says why")
-    if "Internal error" in text or "panicked" in text:
+    if (missing := _NO_TABLE.match(words)) is not None:
+        return NotFound(f"table {missing[1]!r} does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters")
+    if (refused := _NOT_READING.match(words)) is not None:
+        changing = refused[1].upper() in _CHANGING
+        return Unsupported(_APPEND_ONLY if changing else f"{refused[1] or 'this'} is not served: {_READING}")
+    if words.startswith("Resources exhausted"):
+        return TryAgain("the query needs more memory than statement_bytes_max and could not spill; ask for less or raise it")
+    if words.startswith("Internal error") or "panicked" in words[:40]:
         log.error("DataFusion: %s", text)
-        return OplogError(f"the query failed inside the engine: {message}")
-    if "not implemented" in text.lower() or "notimplemented" in text.lower():
-        return Unsupported(f"the query uses something that is not implemented: {message}")
-    return RequestError(f"the query cannot be answered: {message}")
+        return OplogError(f"the query failed inside the engine: {words}")
+    if "not implemented" in prefix:
+        return Unsupported(f"the query uses something that is not implemented: {words}")
+    return RequestError(f"the query cannot be answered: {words}")

@@ -26,7 +26,7 @@ import pyarrow as pa
 from flight_oplog import codec
 from flight_oplog.config import Config
 from flight_oplog.errors import CorruptLog, OplogError, OutcomeUnknown, RequestError, SchemaMismatch, TooLarge, TryAgain
-from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, check_topic, evolve, normal_schema, schema_id
+from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, check_topic, evolve, first_time, normal_schema, schema_id
 from flight_oplog.store import Conflict, Record, Snapshot, StagedFile, Store, Topic
 
 log = logging.getLogger("flight_oplog.oplog")
@@ -91,10 +91,11 @@ class OpLog:
         normal = normal_schema(schema, self.config.columns_max)
         snapshot = self._store.snapshot()
         current = snapshot.topics.get(topic)
-        if current is None and len(snapshot.topics) >= self.config.topics_max:
-            raise TooLarge(f"topic {topic!r} would be one more than topics_max ({self.config.topics_max}); nothing was written")
-        evolve(topic, current.schema if current else None, normal, self.config.schema_rule)
-        return AppendWriter(self, topic, normal)
+        if current is None:
+            check_room(topic, sum(not name.startswith("_") for name in snapshot.topics), self.config)
+        evolve(topic, current.schema if current else None, normal, self.config.schema_rule, self.config.columns_max)
+        event_time = current.event_time if current else None
+        return AppendWriter(self, topic, normal, event_time or first_time(normal))
 
     def snapshot(self) -> Snapshot:
         """Return the log as of the newest commit, this process's or another's."""
@@ -112,8 +113,10 @@ class OpLog:
         """Read everything and return what is wrong; an empty list means every byte is as it was acknowledged."""
         snapshot = self._store.refresh()
         problems = [problem for topic in snapshot.topics.values() for problem in _verify_topic(snapshot, topic)]
+        for version in self._store.damaged_commits():
+            problems.append(Problem("error", f"table_version {version}", "its commit file is damaged; restore it"))
         # A file that is staged right now looks like an orphan; it is a note, not damage, either way.
-        problems += [Problem("note", path, "no commit names this data file; it can be removed") for path in self._store.orphans()]
+        problems += [Problem("note", path, "no commit names this data file: left by a crash, or being written right now") for path in self._store.orphans()]
         return problems
 
     def close(self) -> None:
@@ -127,6 +130,12 @@ class OpLog:
         self.close()
 
 
+def check_room(topic: str, topics: int, config: Config) -> None:
+    """Raise TooLarge when a log of `topics` topics has no room for one more."""
+    if topics >= config.topics_max:
+        raise TooLarge(f"topic {topic!r} would be one more than topics_max ({config.topics_max}); nothing was written")
+
+
 def _batches(entries: pa.RecordBatch | pa.RecordBatchReader) -> Iterable[pa.RecordBatch]:
     return [entries] if isinstance(entries, pa.RecordBatch) else entries
 
@@ -134,8 +143,9 @@ def _batches(entries: pa.RecordBatch | pa.RecordBatchReader) -> Iterable[pa.Reco
 class AppendWriter:
     """One append under way: `write` its batches, then `commit` or `abandon` it. For one thread."""
 
-    def __init__(self, oplog: OpLog, topic: str, schema: pa.Schema) -> None:
+    def __init__(self, oplog: OpLog, topic: str, schema: pa.Schema, event_time: str | None) -> None:
         self.topic = topic
+        self._event_time = event_time
         self._oplog = oplog
         self._config = oplog.config
         self._schema = schema
@@ -149,6 +159,11 @@ class AppendWriter:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Take one batch. Raises RequestError or TooLarge for a batch that cannot be stored; abandon the append then."""
+        try:
+            # Before anything else looks at the batch: even its size is read through offsets that a client made up.
+            batch.validate(full=True)
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise RequestError(f"topic {self.topic!r}: a batch is not valid Arrow data ({_line(error)}); nothing was written") from error
         if batch.nbytes > self._config.batch_bytes_max:
             raise TooLarge(
                 f"topic {self.topic!r}: a batch of {batch.nbytes} bytes is over batch_bytes_max ({self._config.batch_bytes_max}); "
@@ -161,10 +176,9 @@ class AppendWriter:
                 "send it as several; nothing was written"
             )
         try:
-            batch.validate(full=True)
             plain = codec.conform(batch, self._schema)
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise RequestError(f"topic {self.topic!r}: a batch is not valid Arrow data ({_line(error)}); nothing was written") from error
+        except pa.ArrowException as error:
+            raise RequestError(f"topic {self.topic!r}: a batch cannot be stored ({_line(error)}); nothing was written") from error
         for piece in codec.cut(plain, self._config.record_bytes_max, self._config.record_entries_max):
             self._take(piece)
 
@@ -192,9 +206,8 @@ class AppendWriter:
         self._release()
 
     def _record(self) -> Record:
-        event_time = _event_time(self._oplog._store.snapshot(), self.topic, self._schema)
         owner = {"entries": self._waiting_entries, "timestamp": self._started}
-        return make_record(self._waiting, self._schema, self._schema_id, [owner], event_time, self._config.compression)
+        return make_record(self._waiting, self._schema, self._schema_id, [owner], self._event_time, self._config.compression)
 
     def _release(self) -> None:
         self._oplog._memory.give_back(self._reserved)
@@ -204,7 +217,7 @@ class AppendWriter:
         """Make the append durable and visible, whole, and return its receipt. Blocks until then."""
         if self._staged is not None and self._waiting:
             self._spill()
-        append = _Append(self.topic, self._schema, self._schema_id, self._started, self._waiting, self._staged)
+        append = _Append(self.topic, self._schema, self._schema_id, self._event_time, self._started, self._waiting, self._staged)
         append.entries = self._entries + self._waiting_entries
         self._owned = False
         try:
@@ -228,6 +241,7 @@ class _Append:
     topic: str
     schema: pa.Schema
     schema_id: str
+    event_time: str | None
     started: datetime.datetime
     batches: list[pa.RecordBatch]
     staged: StagedFile | None
@@ -312,7 +326,7 @@ class _Committer:
             staged = group.finish()
             version = group.base.table_version
             if staged:
-                version = self._store.commit(group.base, staged, group.next_offsets).table_version
+                version = self._store.commit(group.base, staged, group.next_offsets)
         except BaseException as error:
             if not isinstance(error, OutcomeUnknown):
                 group.abandon()
@@ -331,6 +345,7 @@ class _Group:
         self._store = store
         self._config = config
         self._schemas: dict[str, pa.Schema] = {}
+        self._event_times: dict[str, str | None] = {}
         self._new_schemas: dict[tuple[str, str], pa.Schema] = {}
         self._gathering: dict[str, list[_Append]] = {}
         self._files: list[tuple[StagedFile, int]] = []
@@ -339,16 +354,22 @@ class _Group:
     def place(self, append: _Append) -> None:
         """Give the append its offsets, or its receipt the error that its schema earns."""
         topic = append.topic
-        current = self._schemas.get(topic) or (self.base.topics[topic].schema if topic in self.base.topics else None)
+        known = self.base.topics.get(topic)
+        current = self._schemas.get(topic) or (known.schema if known else None)
+        event_time = self._event_times.get(topic) or (known.event_time if known else None) or first_time(append.schema)
         try:
-            merged = evolve(topic, current, append.schema, self._config.schema_rule)
+            if current is None:
+                check_room(topic, sum(not name.startswith("_") for name in {*self.base.topics, *self._schemas}), self._config)
+            merged = evolve(topic, current, append.schema, self._config.schema_rule, self._config.columns_max)
             self._check_widening(topic, current, append, merged)
-        except RequestError as error:
+            if append.staged is not None and append.event_time != event_time:
+                raise TryAgain(f"topic {topic!r}: its event-time column was settled meanwhile; nothing was written; try again")
+        except OplogError as error:
             if append.staged is not None:
                 append.staged.abandon()
             append.receipt.set_exception(error)
             return
-        self._schemas[topic] = merged
+        self._schemas[topic], self._event_times[topic] = merged, event_time
         if topic not in self.base.topics or append.schema_id not in self.base.topics[topic].schemas:
             self._new_schemas.setdefault((topic, append.schema_id), append.schema)
         first_offset = self._next(topic)
@@ -391,8 +412,8 @@ class _Group:
         for run in _runs(gathered, self._config):
             batches = [batch for append in run for batch in append.batches]
             owners = [{"entries": append.entries, "timestamp": append.started} for append in run]
-            event_time = _event_time(self.base, topic, run[0].schema)
-            staged.add(make_record(batches, run[0].schema, run[0].schema_id, owners, event_time, self._config.compression))
+            event_time, compression = self._event_times[topic], self._config.compression
+            staged.add(make_record(batches, run[0].schema, run[0].schema_id, owners, event_time, compression))
 
     def finish(self) -> list[StagedFile]:
         """Write what is still in memory, register new schemas, number every file and make it durable."""
@@ -459,18 +480,10 @@ def make_record(
 ) -> Record:
     """Encode batches of one schema as one record."""
     found = codec.bounds(batches, schema)
-    low, high = codec.time_range(found, schema, event_time)
+    known = event_time in schema.names and pa.types.is_timestamp(schema.field(event_time).type)
+    low, high = codec.time_range(found, schema, event_time if known else None)
     entries = sum(batch.num_rows for batch in batches)
     return Record(entries, fingerprint, appends, found, low, high, codec.encode(batches, schema, compression))
-
-
-def _event_time(snapshot: Snapshot, topic: str, schema: pa.Schema) -> str | None:
-    """The topic's event-time column, if entries of `schema` have it as a timestamp."""
-    known = snapshot.topics.get(topic)
-    name = known.event_time if known else None
-    if name is None:
-        name = next((field.name for field in schema if pa.types.is_timestamp(field.type)), None)
-    return name if name in schema.names and pa.types.is_timestamp(schema.field(name).type) else None
 
 
 def _rescaled(narrow: pa.Schema, wide: pa.Schema) -> list[str]:
@@ -502,9 +515,9 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
                 expected = record.first_offset + record.entries
                 if record.schema_id not in topic.schemas:
                     yield Problem("error", record.where, f"schema_id {record.schema_id} is not registered")
-                if sum(owner["entries"] for owner in record.appends) != record.entries:
-                    yield Problem("error", record.where, "the appends do not add up to the entries")
-                codec.decode(snapshot.store.content(record), record.entries, record.where)
+                for batch in codec.decode(snapshot.store.content(record), record.entries, record.where):
+                    if record.schema_id in topic.schemas and batch.schema != topic.schemas[record.schema_id]:
+                        yield Problem("error", record.where, "the content's schema is not the registered one")
         except CorruptLog as error:
             yield Problem("error", f"topic {topic.name!r}", str(error))
             expected = None  # what follows an unreadable file is not a gap

@@ -25,6 +25,7 @@ import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
+from flight_oplog.errors import Cancelled, CorruptLog
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.store import DataFile, RecordMeta, Snapshot, Topic, binary_array
 
@@ -38,6 +39,10 @@ LOG_FIELDS = (
 )
 _LOG_NAMES = frozenset(f.name for f in LOG_FIELDS)
 _ROWS_PER_RECORDS_BATCH = 1024
+
+
+class CannotFilter(Exception):
+    """DataFusion pushed a filter that Arrow has no kernel for; plan again and let DataFusion apply it itself."""
 
 
 @dataclass
@@ -180,12 +185,34 @@ class _Table(ds.Dataset):
     def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
         try:
             records = self._surviving(filter)
+            if filter is not None:
+                self._check_filter(filter, records)
         except Exception as error:
             self.context.failures.append(error)
             raise
         return iter([_Fragment(self, dealt) for dealt in _deal(records, self.context.partitions)])
 
+    def _check_filter(self, filter: pc.Expression, records: Sequence[RecordMeta]) -> None:
+        """Raise CannotFilter where Arrow would answer otherwise than SQL does.
+
+        Arrow's IN says false for null, so its negation keeps nulls; and Arrow's NaN is unequal to and unordered with
+        everything, while DataFusion's is the largest value. Columns with a NaN have no bounds, so bounds tell.
+        """
+        text = str(filter)
+        if "is_in(" in text and "invert(" in text:
+            raise CannotFilter(text)
+        floats = [name for name in _columns_of(filter, self._schema) if pa.types.is_floating(self._schema.field(name).type)]
+        if floats and "nan" in text.lower():
+            raise CannotFilter(text)
+        for record in records:
+            for name in floats:
+                limits = record.bounds.get(name)
+                if limits is not None and "min" not in limits and limits["nulls"] < record.entries:
+                    raise CannotFilter(text)
+
     def _surviving(self, filter: pc.Expression | None) -> list[RecordMeta]:
+        if filter is not None:
+            _check_kernels(filter, self._schema)
         files = list(self._topic.files)
         kept = files if filter is None else _prune(self._schema, filter, [(f, self._file_guarantee(f)) for f in files])
         records = [record for file in kept for record in self._snapshot.store.records(file)]
@@ -240,7 +267,7 @@ class EntriesTable(_Table):
         return _between(name, low, high)
 
     def _record_guarantee(self, record: RecordMeta) -> pc.Expression | None:
-        stored = self._topic.schemas[record.schema_id]
+        stored = self._stored(record)
         parts = []
         for name, limits in record.bounds.items():
             if "min" not in limits:
@@ -256,12 +283,18 @@ class EntriesTable(_Table):
             guarantee = part if guarantee is None else guarantee & part
         return guarantee
 
+    def _stored(self, record: RecordMeta) -> pa.Schema:
+        try:
+            return self._topic.schemas[record.schema_id]
+        except KeyError:
+            raise CorruptLog(f"{record.where}: its schema_id is not registered; restore the file") from None
+
     def batches(self, record: RecordMeta, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         schema = pa.schema([self._schema.field(name) for name in names])
         if not names:
             yield codec.with_rows([], schema, record.entries)
             return
-        stored = self._topic.schemas[record.schema_id]
+        stored = self._stored(record)
         of_entries = [name for name in names if name in stored.names and name not in _LOG_NAMES]
         if of_entries:
             self.counts.records_read += 1
@@ -328,7 +361,9 @@ class RecordsTable(_Table):
         return row
 
 
-def topic_batches(snapshot: Snapshot, topic: Topic, start: int, bytes_max: int) -> Iterator[pa.RecordBatch]:
+def topic_batches(
+    snapshot: Snapshot, topic: Topic, start: int, bytes_max: int, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[pa.RecordBatch]:
     """Yield a topic's entries from offset `start` on, in offset order, without SQL and without filling the cache."""
     table = EntriesTable(snapshot, topic, ScanContext(ColumnCache(0), 1), with_log_columns=False)
     for record in snapshot.records(topic.name):
@@ -336,6 +371,8 @@ def topic_batches(snapshot: Snapshot, topic: Topic, start: int, bytes_max: int) 
             continue
         skip = max(0, start - record.first_offset)
         for batch in table.batches(record, topic.schema.names):
+            if stopped():
+                raise Cancelled("the read was stopped")
             if skip < batch.num_rows:
                 yield from codec.cut(batch.slice(skip), bytes_max, batch.num_rows)
             skip = max(0, skip - batch.num_rows)
@@ -420,6 +457,15 @@ def _prune(schema: pa.Schema, filter: pc.Expression, guarded: Sequence[tuple[Any
     ]
     dataset = ds.FileSystemDataset(fragments, schema, _FORMAT, _FILESYSTEM)
     return [guarded[int(fragment.path)][0] for fragment in dataset.get_fragments(filter)]
+
+
+def _check_kernels(filter: pc.Expression, schema: pa.Schema) -> None:
+    if not isinstance(filter, pc.Expression):  # DataFusion hands a filter that folded to a constant over as a scalar
+        raise CannotFilter(str(filter))
+    try:
+        schema.empty_table().filter(filter)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise CannotFilter(str(filter)) from error
 
 
 def _columns_of(filter: pc.Expression, schema: pa.Schema) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import re
+import zoneinfo
 
 import pyarrow as pa
 
@@ -90,10 +91,14 @@ def normal_schema(schema: pa.Schema, columns_max: int = 2000) -> pa.Schema:
 
     Raises RequestError for no columns, a repeated or reserved name, too many fields or nesting deeper than 32.
     """
-    if not schema.names:
+    try:
+        names = schema.names
+    except UnicodeDecodeError:
+        raise RequestError("a column's name is not UTF-8 text") from None
+    if not names:
         raise RequestError("the schema has no columns: send at least one")
     seen: set[str] = set()
-    for name in schema.names:
+    for name in names:
         if name in seen:
             raise RequestError(f"column {name!r} appears twice: SQL could not tell them apart")
         if name in RESERVED_COLUMNS:
@@ -111,7 +116,10 @@ def plain_field(field: pa.Field, depth: int = 1) -> pa.Field:
     """Return the normal form of one field."""
     if depth > NESTING_MAX:
         raise RequestError(f"column types may nest {NESTING_MAX} deep")
-    kind, metadata = field.type, field.metadata or {}
+    try:
+        kind, metadata, _ = field.type, field.metadata or {}, field.name
+    except UnicodeDecodeError:
+        raise RequestError("a nested field's name is not UTF-8 text") from None
     if isinstance(kind, pa.BaseExtensionType):
         kind, metadata = kind.storage_type, _exported_metadata(field)
     metadata = {key: value for key, value in metadata.items() if key.startswith(b"ARROW:extension:")}
@@ -161,6 +169,9 @@ def _normal_type(kind: pa.DataType, depth: int) -> pa.DataType:
     types = pa.types
     if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
         return plain_field(pa.field("", kind.value_type), depth + 1).type
+    if types.is_timestamp(kind):
+        _check_zone(kind)
+        return kind
     if types.is_string_view(kind):
         return pa.string()
     if types.is_binary_view(kind):
@@ -174,12 +185,33 @@ def _normal_type(kind: pa.DataType, depth: int) -> pa.DataType:
     if types.is_fixed_size_list(kind):
         return pa.list_(child(kind.value_field).with_name("item"), kind.list_size)
     if types.is_struct(kind):
-        return pa.struct([child(field) for field in kind])
+        fields = [child(field) for field in kind]
+        if len({field.name for field in fields}) != len(fields):
+            raise RequestError("a struct has two fields of one name: SQL could not tell them apart")
+        return pa.struct(fields)
     if types.is_map(kind):
         return pa.map_(child(kind.key_field).with_name("key").with_nullable(False), child(kind.item_field).with_name("value"))
     if types.is_union(kind):
         raise RequestError(f"type {kind} cannot be stored: send a struct with one field per case")
     return kind
+
+
+def first_time(schema: pa.Schema) -> str | None:
+    """Return the first top-level timestamp column."""
+    return next((field.name for field in schema if pa.types.is_timestamp(field.type)), None)
+
+
+def _check_zone(kind: pa.DataType) -> None:
+    """Refuse a time zone that readers could not resolve: one such column would break every listing of columns."""
+    try:
+        zone = kind.tz
+        if zone is not None and not _ZONE_OFFSET.fullmatch(zone):
+            zoneinfo.ZoneInfo(zone)
+    except (UnicodeDecodeError, ValueError, OSError, zoneinfo.ZoneInfoNotFoundError):
+        raise RequestError("a timestamp's time zone is neither a known name nor an offset like +01:00") from None
+
+
+_ZONE_OFFSET = re.compile(r"[+-](0\d|1[0-4]):?[0-5]\d", re.ASCII)
 
 
 def _count(kind: pa.DataType) -> int:
@@ -189,7 +221,7 @@ def _count(kind: pa.DataType) -> int:
 # Evolution
 
 
-def evolve(topic: str, current: pa.Schema | None, incoming: pa.Schema, rule: str) -> pa.Schema:
+def evolve(topic: str, current: pa.Schema | None, incoming: pa.Schema, rule: str, columns_max: int = 1 << 40) -> pa.Schema:
     """Return the topic's schema after an append with `incoming`; both are normal, `current` is None for a new topic.
 
     `additive`: new columns are added at the end, types widen exactly, missing columns read as null, order does not
@@ -219,6 +251,8 @@ def evolve(topic: str, current: pa.Schema | None, incoming: pa.Schema, rule: str
                 f"{_RULES[rule]}; nothing was written"
             )
         merged[place] = joined
+    if (fields := sum(_count(field.type) for field in merged)) > columns_max:
+        raise SchemaMismatch(f"topic {topic!r} would have {fields} fields, nested ones counted; columns_max is {columns_max}; nothing was written")
     if rule == "strict" and len(incoming) < len(current):
         missing = next(field for field in current if field.name not in incoming.names)
         raise SchemaMismatch(
@@ -256,7 +290,7 @@ def _join_field(mine: pa.Field, other: pa.Field) -> pa.Field | None:
 def join_types(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     """Return the least type that holds every value of `a` and of `b` exactly, or None when there is none."""
     types = pa.types
-    if a == b or types.is_null(b):
+    if a.equals(b, check_metadata=True) or types.is_null(b):
         return a
     if types.is_null(a):
         return b
@@ -322,8 +356,6 @@ def _join_nested(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
 
 def _join_structs(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     fields = {field.name: field for field in a}
-    if len(fields) != a.num_fields or len({field.name for field in b}) != b.num_fields:
-        return None
     for field in b:
         joined = _join_child(fields[field.name], field) if field.name in fields else field
         if joined is None:

@@ -32,9 +32,10 @@ from flight_oplog.store import Topic
 
 log = logging.getLogger("flight_oplog.server")
 
-# gRPC carries a message several times over in trailers of at most 16 KiB.
-MESSAGE_CHARACTERS_MAX = 1800
+# gRPC carries a message several times over, percent-encoded, in trailers of at most 16 KiB.
+MESSAGE_BYTES_MAX = 1200
 ACKS_HEADER = "oplog-acks"
+COMMIT_HEADER = "oplog-commit"
 
 
 # Errors
@@ -85,10 +86,10 @@ def _to_wire(error: BaseException, classes: dict[str, type[Exception]] = _CLASSE
         number = uuid.uuid4().hex[:8]
         log.error("internal error %s", number, exc_info=error)
         status, message = "INTERNAL", f"internal error {number}; the server's log says more"
-    message = message.replace("\0", "\\0")
-    if len(message) > MESSAGE_CHARACTERS_MAX:
-        message = message[:MESSAGE_CHARACTERS_MAX] + "…"
-    return classes[status](message)
+    text = message.replace("\0", "\\0").encode("utf-8", "backslashreplace")
+    if len(text) > MESSAGE_BYTES_MAX:
+        text = text[:MESSAGE_BYTES_MAX] + b"..."
+    return classes[status](text.decode("utf-8", "ignore"))
 
 
 def _rpc(method: Callable[..., Any], classes: dict[str, type[Exception]] = _CLASSES) -> Callable[..., Any]:
@@ -96,17 +97,21 @@ def _rpc(method: Callable[..., Any], classes: dict[str, type[Exception]] = _CLAS
     def call(*args: Any) -> Any:
         try:
             return method(*args)
-        except Exception as error:
+        except BaseException as error:  # a panic in Rust is no Exception, and would leak its traceback and the call's slot
             raise _to_wire(error, classes) from None
 
     return call
 
 
-def _streamed(items: Iterator[Any]) -> Iterator[Any]:
+def _streamed(items: Iterator[Any], stopping: threading.Event) -> Iterator[Any]:
     """Translate errors that come up while a stream is under way."""
     try:
         yield from items
-    except Exception as error:
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        if isinstance(error, Cancelled) and stopping.is_set():
+            error = TryAgain("the server is shutting down; try again when it is back")
         raise _to_wire(error) from None
 
 
@@ -174,19 +179,25 @@ class Server(fl.FlightServerBase):
             schema = reader.schema
         except (pa.ArrowException, OSError, StopIteration):
             raise RequestError(f"topic {topic!r}: the stream does not begin with a readable schema; nothing was written") from None
+        headers = context.get_middleware("call").headers
+        explicit = headers.get(COMMIT_HEADER) == "explicit"
         append = self._oplog.writer(topic, schema)
         try:
-            for batch in _received(reader, topic):
-                append.write(batch)
-            # A client that died or cancelled looks exactly like one that finished; only this tells them apart.
-            if context.is_cancelled():
+            committed = not explicit
+            for batch, word in _received(reader, topic):
+                if batch is not None:
+                    append.write(batch)
+                committed = committed or _says_commit(word)
+            # A client that died or cancelled looks exactly like one that finished; only this tells them apart. And
+            # pyarrow's own client cannot break off at all, so it may ask that the end of the stream be not enough.
+            if context.is_cancelled() or not committed:
                 raise Cancelled(f"topic {topic!r}: the client broke off; nothing was written")
             if self._stopping.is_set():
                 raise TryAgain("the server is shutting down; nothing was written; try again when it is back")
             receipt = append.commit()
         finally:
             append.abandon()
-        if context.get_middleware("call").headers.get(ACKS_HEADER) == "true":
+        if headers.get(ACKS_HEADER) == "true":
             ack = {name: getattr(receipt, name) for name in ("topic", "first_offset", "entries", "table_version")}
             writer.write(json.dumps(ack).encode())
 
@@ -214,14 +225,18 @@ class Server(fl.FlightServerBase):
     @_rpc
     def do_get(self, context: Any, ticket: fl.Ticket) -> fl.GeneratorStream:
         stopped = self._stopped(context)
-        result = self._topic_result(ticket.ticket) if ticket.ticket[:1] == b"{" else self._service.get(ticket.ticket, stopped)
-        return fl.GeneratorStream(result.schema, _streamed(result.batches))
+        result = self._topic_result(ticket.ticket, stopped) if ticket.ticket[:1] == b"{" else self._service.get(ticket.ticket, stopped)
+        return fl.GeneratorStream(result.schema, _streamed(result.batches, self._stopping))
 
-    def _topic_result(self, ticket: bytes) -> Result:
+    def _topic_result(self, ticket: bytes, stopped: Callable[[], bool]) -> Result:
         name, start = _parse_topic_ticket(ticket)
         snapshot = self._oplog.snapshot()
         topic = snapshot.topic(name)
-        return Result(topic.schema, topic_batches(snapshot, topic, start, self._config.message_bytes_max))
+        return Result(topic.schema, topic_batches(snapshot, topic, start, self._config.message_bytes_max, stopped))
+
+    @_rpc
+    def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
+        raise Unsupported("DoExchange is not served; append with DoPut, read with DoGet")
 
     @_rpc
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[fl.FlightInfo]:
@@ -236,7 +251,7 @@ class Server(fl.FlightServerBase):
         return self._service.actions()
 
 
-_LISTEN = re.compile(r"grpc://(\[[0-9a-fA-F:]+\]|[^:/\[\]]+):(\d{1,5})")
+_LISTEN = re.compile(r"grpc://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):(\d{1,5})")
 
 
 def check_listen(config: Config) -> str:
@@ -267,8 +282,16 @@ def _topic_of(descriptor: Any) -> str:
     return name
 
 
-def _received(reader: Any, topic: str) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of a stream; what the wire sends is hostile until proven otherwise."""
+def _says_commit(word: pa.Buffer | None) -> bool:
+    """Whether a message's app_metadata is {"commit": true}."""
+    try:
+        return word is not None and json.loads(word.to_pybytes()) == {"commit": True}
+    except (ValueError, RecursionError):
+        return False
+
+
+def _received(reader: Any, topic: str) -> Iterator[tuple[pa.RecordBatch | None, pa.Buffer | None]]:
+    """Yield the batch and the app_metadata of each message; what the wire sends is hostile until proven otherwise."""
     while True:
         try:
             chunk = reader.read_chunk()
@@ -278,8 +301,7 @@ def _received(reader: Any, topic: str) -> Iterator[pa.RecordBatch]:
             raise Cancelled(f"topic {topic!r}: the stream broke off; nothing was written") from error
         except (pa.ArrowException, OSError) as error:
             raise RequestError(f"topic {topic!r}: the stream is not valid Arrow data; nothing was written") from error
-        if chunk.data is not None:
-            yield chunk.data
+        yield chunk.data, chunk.app_metadata
 
 
 def _topic_info(topic: Topic) -> fl.FlightInfo:
@@ -294,10 +316,10 @@ def _parse_topic_ticket(ticket: bytes) -> tuple[str, int]:
     try:
         body = json.loads(ticket)
         name, start = body.pop("topic"), body.pop("from", 0)
-    except (ValueError, KeyError, RecursionError):
+    except (ValueError, KeyError, AttributeError, RecursionError):
         raise RequestError('the ticket is not of the form {"topic": name, "from": offset}') from None
-    if body or type(name) is not str or type(start) is not int or start < 0:
+    if body or type(name) is not str or not TOPIC_PATTERN.fullmatch(name) or type(start) is not int or start < 0:
         raise RequestError('the ticket is not of the form {"topic": name, "from": offset}')
     if name.startswith("_"):
-        raise NotFound(f"topic {name[:200]!r} is the log's own; read it with SQL as log.{name[:200]}")
+        raise NotFound(f"topic {name!r} is the log's own; read it with SQL as log.{name}")
     return name, start

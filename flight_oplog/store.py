@@ -18,6 +18,7 @@ import errno
 import json
 import logging
 import os
+import re
 import struct
 import threading
 import time
@@ -35,7 +36,7 @@ from deltalake.transaction import AddAction, CommitProperties, Transaction
 
 from flight_oplog import codec
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, OutcomeUnknown, TryAgain
-from flight_oplog.schema import APPENDS, FORMAT_VERSION, RECORD_SCHEMA, SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, plain_field, schema_id
+from flight_oplog.schema import APPENDS, FORMAT_VERSION, RECORD_SCHEMA, SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, plain_field, schema_id
 
 log = logging.getLogger("flight_oplog.store")
 
@@ -123,8 +124,11 @@ class Topic:
 
     @property
     def event_time(self) -> str | None:
-        """The event-time column: the first top-level timestamp column of the topic."""
-        return next((f.name for f in self.schema if pa.types.is_timestamp(f.type)), None)
+        """The event-time column: the first timestamp column of the first registered schema that has one.
+
+        It never changes, so the time bounds of all the topic's files and records speak of the same column.
+        """
+        return next((name for schema in self.schemas.values() if (name := first_time(schema)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -191,7 +195,8 @@ class Store:
 
     @staticmethod
     def _create(root: str) -> None:
-        if os.path.isdir(root) and os.listdir(root):
+        # A crash while creating may have left an empty `_delta_log`: such a folder is still new.
+        if os.path.isdir(root) and os.listdir(root) not in ([], ["_delta_log"]):
             raise NotALog(f"{root}: exists and is not a flight_oplog log; choose an empty or a new folder")
         os.makedirs(root, exist_ok=True)
         try:
@@ -319,9 +324,26 @@ class Store:
         with self._parquet(file) as parquet:
             try:
                 rows = parquet.read(columns=_META_COLUMNS).to_pylist()
-            except (pa.ArrowException, OSError) as error:
+                spans = [span for g in range(parquet.num_row_groups) for span in _spans(parquet.metadata.row_group(g), g)]
+            except Exception as error:  # damaged bytes surface as errors of many kinds
                 raise CorruptLog(f"{_name(file)} is not readable Parquet; restore it") from error
-            spans = [span for g in range(parquet.num_row_groups) for span in _spans(parquet.metadata.row_group(g), g)]
+        try:
+            metas = self._metas_of(file, rows, spans)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise CorruptLog(f"{_name(file)} does not hold records; restore it") from error
+        expected = file.first_offset
+        for meta in metas:
+            if meta.first_offset != expected or meta.entries != sum(owner["entries"] for owner in meta.appends):
+                raise CorruptLog(f"{_name(file)} holds records that do not add up; restore it")
+            expected += meta.entries
+        if len(metas) != file.records:
+            raise CorruptLog(f"{_name(file)} holds {len(metas)} of {file.records} records; restore it")
+        return metas
+
+    @staticmethod
+    def _metas_of(
+        file: DataFile, rows: Sequence[dict[str, Any]], spans: Sequence[tuple[int, tuple[int, int] | None]]
+    ) -> tuple[RecordMeta, ...]:
         return tuple(
             RecordMeta(
                 file=file,
@@ -351,9 +373,12 @@ class Store:
         if record.span is not None:
             return self._read_span(record, *record.span)
         with self._parquet(record.file) as parquet:
-            column = parquet.read_row_group(record.row_group, columns=["content"]).column(0)
-            first = sum(parquet.metadata.row_group(g).num_rows for g in range(record.row_group))
-            scalar = column[record.row - first]
+            try:
+                column = parquet.read_row_group(record.row_group, columns=["content"]).column(0)
+                first = sum(parquet.metadata.row_group(g).num_rows for g in range(record.row_group))
+                scalar = column[record.row - first]
+            except Exception as error:  # damaged bytes surface as errors of many kinds
+                raise CorruptLog(f"{record.where}: content is not readable; restore the file") from error
             if not (pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)) or not scalar.is_valid:
                 raise CorruptLog(f"{record.where}: content is {scalar.type}, not binary; restore the file")
             return scalar.as_buffer()
@@ -390,11 +415,12 @@ class Store:
         """Begin a data file that nobody sees until `commit` names it."""
         return StagedFile(self.root, topic)
 
-    def commit(self, base: Snapshot, staged: Sequence[StagedFile], next_offsets: Mapping[str, int]) -> Snapshot:
-        """Commit finished files as the table version after `base`, atomically and durably.
+    def commit(self, base: Snapshot, staged: Sequence[StagedFile], next_offsets: Mapping[str, int]) -> int:
+        """Commit finished files as the table version after `base`, atomically and durably; return that version.
 
-        `next_offsets` holds the offset after the last entry of each topic written. Returns the new snapshot.
-        Raises Conflict when another process took that version, TryAgain when nothing was written.
+        `next_offsets` holds the offset after the last entry of each topic written.
+        Raises Conflict when another process took that version, TryAgain when nothing was written, OutcomeUnknown when
+        it cannot be told; the files must be kept then.
         """
         path = _commit_path(self.root, base.table_version + 1)
         with self._lock:
@@ -406,22 +432,31 @@ class Store:
                 # The commit file itself is the only witness of what happened.
                 if not os.path.exists(path):
                     raise _storage_error("the commit", error) from error
-                if not _names(path, staged[0].done):
+                if not self._outcome(path, staged[0].done):
                     raise Conflict("another process committed first; nothing was written") from error
             try:
                 _fsync_file(path)
                 _fsync_folder(_log_folder(self.root))
             except OSError as error:
-                raise OutcomeUnknown(
-                    f"the commit of table_version {base.table_version + 1} may not be durable ({_reason(error)}); "
-                    "look whether the entries are there before sending them again"
-                ) from error
-            self._table.update_incremental()
-            if self._table.version() == base.table_version + 1:
-                self._remember(self._advance(base, [file.done for file in staged], next_offsets))
-            else:
-                self._remember(self._load(self._table))
-            return self._current
+                raise _unknown(base.table_version + 1, error) from error
+            try:
+                self._table.update_incremental()
+                if self._table.version() == base.table_version + 1:
+                    self._remember(self._advance(base, [file.done for file in staged], next_offsets))
+                else:
+                    self._remember(self._load(self._table))
+            except Exception:  # it is committed and durable, whatever happens now; the next snapshot() reads it again
+                log.exception("reading back table version %d", base.table_version + 1)
+            return base.table_version + 1
+
+    @staticmethod
+    def _outcome(path: str, file: DataFile) -> bool:
+        """Whether the commit file at `path` is the one that names `file`."""
+        try:
+            with open(path, encoding="utf-8") as lines:
+                return any(file.path in line for line in lines)
+        except OSError as error:
+            raise _unknown(int(os.path.basename(path)[:20]), error) from error
 
     def _advance(self, base: Snapshot, done: Sequence[DataFile], next_offsets: Mapping[str, int]) -> Snapshot:
         """Return the snapshot after our own commit, without reading the table again."""
@@ -430,6 +465,16 @@ class Store:
             files[file.topic] = (*files.get(file.topic, ()), file)
         known = {name: topic.next_offset for name, topic in base.topics.items()}
         return self._assemble(base.table_version + 1, files, known | dict(next_offsets))
+
+    def damaged_commits(self) -> list[int]:
+        """Return the versions whose commit file is not whole: delta-rs reads an emptied one as a commit of nothing."""
+        damaged = []
+        for name in sorted(os.listdir(_log_folder(self.root))):
+            if _COMMIT_NAME.fullmatch(name):
+                with open(os.path.join(_log_folder(self.root), name), "rb") as file:
+                    if not _is_commit(file.read()):
+                        damaged.append(int(name[:20]))
+        return damaged
 
     def orphans(self) -> list[str]:
         """Return data files in the folder that no snapshot names: what a crash or a failed append left behind."""
@@ -621,9 +666,15 @@ def _stat_time(time: datetime.datetime) -> str:
     return time.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
-def _names(commit_path: str, file: DataFile) -> bool:
-    with open(commit_path, encoding="utf-8") as lines:
-        return any(file.path in line for line in lines)
+_COMMIT_NAME = re.compile(r"\d{20}\.json")
+
+
+def _is_commit(content: bytes) -> bool:
+    try:
+        actions = [json.loads(line) for line in content.splitlines() if line]
+    except ValueError:
+        return False
+    return bool(actions) and all(isinstance(action, dict) for action in actions)
 
 
 def _schemas_by_topic(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, pa.Schema]]:
@@ -705,6 +756,14 @@ def _reason(error: BaseException) -> str:
         if f"os error {number})" in text or f"[Errno {number}]" in text or f"errno {number}]" in text.lower():
             return reason
     return "storage error, see the server's log"
+
+
+def _unknown(table_version: int, error: BaseException) -> OutcomeUnknown:
+    log.error("the commit of table version %d: %s", table_version, error)
+    return OutcomeUnknown(
+        f"the commit of table_version {table_version} may or may not be durable ({_reason(error)}); "
+        "look whether the entries are there before sending them again"
+    )
 
 
 def _storage_error(doing: str, error: BaseException) -> TryAgain:

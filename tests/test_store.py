@@ -229,7 +229,7 @@ def test_a_file_nobody_names_is_a_note_not_an_error(tmp_path: Path) -> None:
         shutil.copy(only_file(folder), folder / "topic=events" / "left-behind.parquet")
         [problem] = log.verify()
     assert (problem.severity, problem.where) == ("note", "topic=events/left-behind.parquet")
-    assert problem.what == "no commit names this data file; it can be removed"
+    assert problem.what == "no commit names this data file: left by a crash, or being written right now"
 
 
 @pytest.fixture

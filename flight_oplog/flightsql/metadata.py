@@ -88,16 +88,41 @@ def like(pattern: str | None) -> Callable[[str], bool]:
     """Return a test for a SQL LIKE pattern: % any run, _ any one character, \\ takes the next one as it is."""
     if pattern is None:
         return lambda name: True
-    parts = re.findall(r"\\.|.", pattern, re.DOTALL)
-    text = "".join({"%": ".*", "_": "."}.get(part) or re.escape(part[-1]) for part in parts)
-    matcher = re.compile(text, re.DOTALL)
-    return lambda name: matcher.fullmatch(name) is not None
+    # Each % begins a new piece. All pieces but the first may start anywhere, so the leftmost fit of each is enough:
+    # no backtracking, whatever pattern a client sends.
+    pieces: list[list[str | None]] = [[]]
+    for part in re.findall(r"\\.|.", pattern, re.DOTALL):
+        if part == "%":
+            pieces.append([])
+        else:
+            pieces[-1].append(None if part == "_" else part[-1])
+    return lambda name: _fits(pieces, name)
+
+
+def _fits(pieces: list[list[str | None]], name: str) -> bool:
+    def here(piece: list[str | None], place: int) -> bool:
+        found = name[place : place + len(piece)]
+        return len(found) == len(piece) and all(wanted in (None, got) for wanted, got in zip(piece, found, strict=True))
+
+    first, *middle = pieces
+    if not middle:
+        return len(first) == len(name) and here(first, 0)
+    last = middle.pop()
+    place = len(first)
+    if not here(first, 0):
+        return False
+    for piece in middle:
+        found = next((start for start in range(place, len(name) - len(piece) + 1) if here(piece, start)), None)
+        if found is None:
+            return False
+        place = found + len(piece)
+    return len(name) - len(last) >= place and here(last, len(name) - len(last))
 
 
 def sql_info(command: CommandGetSqlInfo, server_version: str) -> pa.RecordBatch:
     """Return the codes asked for, all of them when none are named; codes this server has no answer for are left out."""
     values = _sql_info_values(server_version)
-    codes = [code for code in (command.info or sorted(values)) if code in values]
+    codes = [code for code in (dict.fromkeys(command.info) or sorted(values)) if code in values]
     children: list[list[Any]] = [[] for _ in range(6)]
     types, offsets = [], []
     for code in codes:

@@ -14,13 +14,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from flight_oplog import __version__
+from flight_oplog import __version__, codec
 from flight_oplog.config import Config
 from flight_oplog.engine import Engine, Stopped, table_schema, tables
 from flight_oplog.errors import RequestError, Unsupported
 from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
 from flight_oplog.oplog import OpLog
+
+
+_NO_TRANSACTIONS = "transactions are not served; send the statement without a transaction_id"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Service:
     def __init__(self, oplog: OpLog, engine: Engine, config: Config) -> None:
         self._oplog = oplog
         self._engine = engine
-        self._config = config
+        self.config = config
         self._sealer = Sealer(secrets.token_bytes(32))
 
     def flight_info(self, command: bytes) -> Planned:
@@ -85,12 +88,12 @@ class Service:
     def _plan_sql(self, sql: str) -> Planned:
         statement = self._engine.prepare(sql, self._oplog.snapshot())
         body = {"sql": sql, "table_version": statement.snapshot.table_version}
-        handle = self._sealer.seal("statement", body, self._config.ticket_seconds_max)
+        handle = self._sealer.seal("statement", body, self.config.ticket_seconds_max)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
     def _plan_statement(self, message: wire.CommandStatementQuery, command: bytes) -> Planned:
         if message.transaction_id:
-            raise Unsupported("transactions are not served; send the statement without a transaction_id")
+            raise Unsupported(_NO_TRANSACTIONS)
         return self._plan_sql(message.query)
 
     def _plan_prepared(self, message: wire.CommandPreparedStatementQuery, command: bytes) -> Planned:
@@ -103,8 +106,10 @@ class Service:
         return Result(running.schema, running.batches)
 
     def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest) -> list[bytes]:
+        if message.transaction_id:
+            raise Unsupported(_NO_TRANSACTIONS)
         statement = self._engine.prepare(message.query, self._oplog.snapshot())
-        handle = self._sealer.seal("prepared statement", {"sql": message.query}, self._config.ticket_seconds_max)
+        handle = self._sealer.seal("prepared statement", {"sql": message.query}, self.config.ticket_seconds_max)
         schema, no_parameters = (s.serialize().to_pybytes() for s in (statement.schema, pa.schema([])))
         return [wire.pack(wire.ActionCreatePreparedStatementResult(handle, schema, no_parameters, is_update=False))]
 
@@ -142,7 +147,8 @@ def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:
 
     def get(service: Service, message: Any, stopped: Stopped) -> Result:
         batch = answer(service, message)
-        return Result(batch.schema, iter([batch]))
+        pieces = codec.cut(batch, service.config.message_bytes_max, batch.num_rows) if batch.num_rows else iter([batch])
+        return Result(batch.schema, pieces)
 
     return Route(lambda service, message, command: Planned(answer(service, message).schema, command), get)
 

@@ -1,0 +1,201 @@
+"""The command line as a person and a script meet it: output, exit codes, errors in one line."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+from conftest import SEED, ServerProcess
+
+from flight_oplog import OpLog
+from flight_oplog.config import SETTINGS
+
+Start = Callable[..., ServerProcess]
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flight_oplog", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=os.environ | environment)
+
+
+def fails(done: subprocess.CompletedProcess[str], expected: str) -> None:
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"flight-oplog: error: {expected}\n"
+
+
+def write_files(folder: Path) -> dict[str, Path]:
+    table = pa.table({"n": [1, 2, 3], "s": ["a", None, "c"]})
+    files = {ending: folder / f"data.{ending}" for ending in ("parquet", "csv", "ndjson", "arrow", "arrows")}
+    pq.write_table(table, files["parquet"])
+    pa.csv.write_csv(table.slice(0, 1), files["csv"])
+    files["ndjson"].write_text("".join(json.dumps(row) + "\n" for row in table.to_pylist()))
+    with pa.OSFile(str(files["arrow"]), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    with pa.OSFile(str(files["arrows"]), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return files
+
+
+def test_ingest_takes_every_kind_of_file_and_sql_shows_it(server: ServerProcess, tmp_path: Path) -> None:
+    files = write_files(tmp_path)
+    done = run("ingest", "t", *map(str, files.values()), "--server", server.uri)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.splitlines() == [
+        f"{files['parquet']}: 3 entries in topic t, offsets [0, 3)",
+        f"{files['csv']}: 1 entries in topic t, offsets [3, 4)",
+        f"{files['ndjson']}: 3 entries in topic t, offsets [4, 7)",
+        f"{files['arrow']}: 3 entries in topic t, offsets [7, 10)",
+        f"{files['arrows']}: 3 entries in topic t, offsets [10, 13)",
+    ]
+    query = "SELECT n, count(*) AS c, count(s) AS s FROM t GROUP BY n ORDER BY n"
+    done = run("sql", query, "--server", server.uri, "--format", "csv")
+    assert done.stdout.splitlines() == ["n,c,s", "1,5,5", "2,4,0", "3,4,4"]
+    done = run("sql", query, "--server", server.uri, "--format", "json")
+    assert json.loads(done.stdout.splitlines()[0]) == {"n": 1, "c": 5, "s": 5}
+    done = run("sql", query, "--server", server.uri)
+    assert done.stdout.splitlines() == [
+        "┏━━━┳━━━┳━━━┓",
+        "┃ n ┃ c ┃ s ┃",
+        "┡━━━╇━━━╇━━━┩",
+        "│ 1 │ 5 │ 5 │",
+        "│ 2 │ 4 │ 0 │",
+        "│ 3 │ 4 │ 4 │",
+        "└───┴───┴───┘",
+        "3 rows",
+    ]
+    with_folder = run("sql", query, "--data", str(server.folder))
+    assert with_folder.stdout == done.stdout
+    arrow = subprocess.run(
+        [sys.executable, "-m", "flight_oplog", "sql", query, "--server", server.uri, "--format", "arrow"], capture_output=True, check=True
+    )
+    assert pa.ipc.open_stream(arrow.stdout).read_all()["c"].to_pylist() == [5, 4, 4]
+
+
+def test_topics_lists_them(server: ServerProcess, tmp_path: Path) -> None:
+    run("ingest", "t", str(write_files(tmp_path)["csv"]), "--server", server.uri)
+    done = run("topics", "--server", server.uri)
+    assert done.returncode == 0
+    assert "│ t " in done.stdout
+    assert done.stdout.splitlines()[-1] == "2 rows"
+
+
+def test_files_that_cannot_be_read_are_named(server: ServerProcess, tmp_path: Path) -> None:
+    missing, text, broken, changes = (tmp_path / name for name in ("missing.csv", "x.txt", "broken.parquet", "changes.csv"))
+    text.write_text("x")
+    broken.write_text("not parquet")
+    changes.write_text("a\n" + "1\n" * 600_000 + "x\n")
+    fails(run("ingest", "t", str(missing), "--server", server.uri), f"{missing}: No such file or directory")
+    endings = ".parquet, .csv, .ndjson, .jsonl, .json, .arrow, .arrows, .feather, .ipc"
+    fails(run("ingest", "t", str(text), "--server", server.uri), f"{text}: the ending '.txt' is not one of {endings}")
+    done = run("ingest", "t", str(broken), "--server", server.uri)
+    assert done.stderr.startswith(f"flight-oplog: error: {broken}: Parquet magic bytes not found")
+    done = run("ingest", "t", str(changes), "--server", server.uri)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"flight-oplog: error: {changes}: ")
+    assert done.stderr.endswith("nothing of this file was written\n")
+    assert done.stderr.count("\n") == 1
+    assert run("topics", "--server", server.uri).stdout.splitlines()[-1] == "0 rows"
+
+
+def test_errors_are_one_line_and_exit_1(server: ServerProcess, tmp_path: Path) -> None:
+    fails(
+        run("sql", "SELECT * FROM nope", "--server", server.uri),
+        "table 'oplog.public.nope' does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters",
+    )
+    gone = "grpc://127.0.0.1:1"
+    fails(run("sql", "SELECT 1", "--server", gone), f"no server answers at {gone}; start one with: flight-oplog serve")
+    parquet = write_files(tmp_path)["parquet"]
+    fails(run("ingest", "t", str(parquet), "--server", gone), f"no server answers at {gone}; start one with: flight-oplog serve")
+    fails(run("ingest", "_t", str(parquet), "--server", server.uri), "topic '_t' is reserved: names that begin with _ belong to the log itself")
+    fails(run("verify", "--data", str(tmp_path / "nowhere")), f"{tmp_path / 'nowhere'}: there is no log here")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("arguments", [(), ("nope",), ("sql",), ("serve", "--nope")])
+def test_wrong_usage_exits_2(arguments: tuple[str, ...]) -> None:
+    assert run(*arguments).returncode == 2
+
+
+def test_verify_says_what_it_read_and_what_is_damaged(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    with OpLog.open(str(folder)) as log:
+        log.append("events", SEED)
+    done = run("verify", "--data", str(folder))
+    assert (done.returncode, done.stdout) == (0, "table_version 1: 2 topics, 2 records, 3 entries: all as acknowledged\n")
+    [path] = (folder / "topic=events").glob("*.parquet")
+    path.unlink()
+    done = run("verify", "--data", str(folder))
+    assert done.returncode == 1
+    assert done.stdout.splitlines() == [
+        f"error: topic 'events': topic 'events': file {path.name} is missing; restore it",
+        "table_version 1: 2 topics, 2 records, 3 entries: 1 errors",
+    ]
+
+
+def test_config_shows_every_setting_and_where_values_come_from_in_order(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text('calls_max = 5\ndata = "from-file"\n')
+    done = run("config", "--config", str(file), "--calls-max", "7", FLIGHT_OPLOG_DATA="from-environment", FLIGHT_OPLOG_TOPICS_MAX="9")
+    assert done.returncode == 0
+    shown = {parts[1].strip(): parts[2].strip() for line in done.stdout.splitlines() if len(parts := line.split("│")) > 3}
+    assert set(shown) == {field.name for field in SETTINGS}
+    assert (shown["calls_max"], shown["data"], shown["topics_max"], shown["record_entries_max"]) == ("7", "from-environment", "9", "1048576")
+
+
+def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    fails(run("config", "--calls-max", "0"), "setting calls_max: 0 is less than 1")
+    fails(run("config", "--calls-max", "x"), "setting calls_max: 'x' is not of type int")
+    fails(run("config", "--compression", "gzip"), "setting compression: 'gzip' is not one of none, lz4, zstd")
+    fails(run("config", FLIGHT_OPLOG_INSECURE="maybe"), "setting insecure: 'maybe' is not of type bool")
+    file = tmp_path / "settings.toml"
+    for text, expected in (
+        ("nope = 1", f"settings file {file}: there is no setting 'nope'"),
+        ('calls_max = "5"', "setting calls_max: '5' is not of type int"),
+    ):
+        file.write_text(text)
+        fails(run("config", "--config", str(file)), expected)
+    fails(run("config", "--config", str(tmp_path / "gone")), f"settings file {tmp_path / 'gone'}: No such file or directory")
+
+
+def test_output_may_be_cut_by_its_reader(server: ServerProcess) -> None:
+    sql = "SELECT value FROM generate_series(1, 300000)"
+    command = f"{sys.executable} -m flight_oplog sql '{sql}' --server {server.uri} --format csv | head -2"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.split(), done.stderr) == (["value", "1"], "")
+
+
+def test_a_terminal_sees_a_progress_bar(server: ServerProcess, tmp_path: Path) -> None:
+    file = tmp_path / "data.parquet"
+    pq.write_table(pa.table({"n": list(range(1_000_000))}), file, row_group_size=10_000)
+    outer, inner = pty.openpty()
+    command = [sys.executable, "-m", "flight_oplog", "ingest", "t", str(file), "--server", server.uri]
+    with subprocess.Popen(command, stdout=inner, stderr=inner, env=os.environ | {"TERM": "xterm", "COLUMNS": "100"}) as process:
+        os.close(inner)
+        seen = b""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                seen += os.read(outer, 10_000)
+            except OSError:
+                break
+        assert process.wait(10) == 0
+    os.close(outer)
+    assert b"data.parquet" in seen
+    assert b"entries" in seen
+    assert "━".encode() in seen
+    assert b"1,000,000 entries in topic t, offsets [0, 1000000)" in seen
+
+
+def test_serve_prints_its_address_first_and_warns_when_insecure(start: Start) -> None:
+    server = start("--insecure")
+    assert server.uri.startswith("grpc://127.0.0.1:")
+    server.stop()
+    assert "warning: --insecure: anybody who reaches this address may read and append" in server.errors.read_text()
