@@ -42,6 +42,7 @@ class Config:
     topics_max: int = setting(10_000, "topics of one log", least=1)
     sql_bytes_max: int = setting(1 * MIB, "one SQL text", least=1)
     sql_operators_max: int = setting(1000, "operators and joining words of one SQL text; deeper trees overflow the stack", least=1)
+    sql_tables_max: int = setting(100, "tables that one SQL text may read or join; planning time grows with their square", least=1)
     calls_max: int = setting(256, "calls served at once; the next one is refused as UNAVAILABLE", least=1)
     statement_seconds_max: int = setting(3600, "one query, first batch to last", least=1)
     statement_bytes_max: int = setting(2048 * MIB, "memory of one query's sorts, joins and aggregates; past it they spill", least=1)

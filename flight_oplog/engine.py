@@ -135,10 +135,11 @@ class Engine:
             raise RequestError("the SQL text is not UTF-8") from None
         if size > self._config.sql_bytes_max:
             raise TooLarge(f"the SQL text has {size} bytes; sql_bytes_max is {self._config.sql_bytes_max}")
-        tokens = [found[1].upper() for found in _TOKEN.finditer(sql) if found[1]]
-        if (operators := len(tokens) - sum(token.isalpha() and token not in _OPERATORS for token in tokens)) > self._config.sql_operators_max:
+        first, operators, tables = _measure(sql)
+        if operators > self._config.sql_operators_max:
             raise TooLarge(f"the SQL text has {operators} operators; sql_operators_max is {self._config.sql_operators_max}")
-        first = next((token for token in tokens if token.isalpha()), "")
+        if tables > self._config.sql_tables_max:
+            raise TooLarge(f"the SQL text reads {tables} tables; sql_tables_max is {self._config.sql_tables_max}")
         if first in _CHANGING:
             raise Unsupported(_APPEND_ONLY)
         if first in _REFUSED:
@@ -298,10 +299,11 @@ class _Schema(SchemaProvider):
 
 # Refusals, before and after planning
 
-# Strings, quoted names and comments are passed over; what is left in group 1 is a word or an operator.
-_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*|/\*.*?\*/|([A-Za-z]\w*|::|\|\||[-+*/%<>=!&|^~\[]+)""", re.DOTALL)
+# Strings, quoted names and comments are passed over; what is left in group 1 is a word, an operator or punctuation.
+_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*|/\*.*?\*/|([A-Za-z]\w*|[(),;]|::|[-+*/%<>=!&|^~\[]+)""", re.DOTALL)
 # A chain of these makes a tree as deep as it is long, and walking a deep tree overflows the stack: the process dies.
 _OPERATORS = frozenset(("AND", "OR", "NOT", "IS", "LIKE", "ILIKE", "SIMILAR", "BETWEEN", "COLLATE", "UNION", "INTERSECT", "EXCEPT", "JOIN"))
+_ENDS_FROM = frozenset(("SELECT", "WHERE", "GROUP", "HAVING", "WINDOW", "ORDER", "LIMIT", "UNION", "INTERSECT", "EXCEPT", "VALUES"))
 _CHANGING = frozenset(("DELETE", "UPDATE", "MERGE", "TRUNCATE"))
 _REFUSED = frozenset(
     ("ALTER", "ANALYZE", "BEGIN", "CALL", "COMMIT", "COPY", "CREATE", "DEALLOCATE", "DROP", "EXECUTE", "GRANT", "INSERT", "LOAD")
@@ -309,6 +311,28 @@ _REFUSED = frozenset(
 )
 _READING = "statements may only read (SELECT, EXPLAIN, SHOW, DESCRIBE)"
 _APPEND_ONLY = "the log is append-only: rows are never updated, deleted, merged or truncated"
+
+def _measure(sql: str) -> tuple[str, int, int]:
+    """Return the first word, the number of operators and the number of tables read, without parsing."""
+    first, operators, tables = "", 0, 0
+    in_from = [False]  # for each open parenthesis: whether a comma there separates tables
+    for found in _TOKEN.finditer(sql):
+        token = (found[1] or "").upper()
+        if token[:1].isalpha():
+            first = first or token
+            operators += token in _OPERATORS
+            tables += token in ("FROM", "JOIN")
+            in_from[-1] = token == "FROM" or (in_from[-1] and token not in _ENDS_FROM)
+        elif token == "(":
+            in_from.append(False)
+        elif token == ")":
+            in_from[-1:] = [] if len(in_from) > 1 else in_from
+        elif token == ",":
+            tables += in_from[-1]
+        elif token and token != ";":
+            operators += 1
+    return first, operators, tables
+
 
 # DataFusion tells its kinds of error apart only by the words they begin with.
 _PREFIX = re.compile(

@@ -252,3 +252,81 @@ def test_results_of_any_type_come_as_clients_can_read_them(log: OpLog, engine: E
         assert field.nullable
         assert not pa.types.is_dictionary(field.type)
         assert "view" not in str(field.type)
+
+
+def test_operators_and_tables_one_over_their_limits_are_refused(log: OpLog) -> None:
+    engine = Engine(Config(sql_operators_max=3, sql_tables_max=2))
+    log.append("t", pa.record_batch({"a": [1]}))
+    assert rows(engine, log.snapshot(), "SELECT 1 + 1 + 1 - 1 AS a -- + + + +") == [{"a": 2}]
+    assert rows(engine, log.snapshot(), "SELECT '+ + + + +' AS \"+ + + +\", a FROM t") == [{"+ + + +": "+ + + + +", "a": 1}]
+    with pytest.raises(TooLarge, match="the SQL text has 4 operators; sql_operators_max is 3"):
+        engine.prepare("SELECT 1 + 1 + 1 - 1::int AS a", log.snapshot())
+    engine.prepare("SELECT 1, 2, 3 FROM t x, t y", log.snapshot())
+    for sql in ("SELECT 1 FROM t x, t y, t z", "SELECT 1 FROM t x JOIN t y ON abs(x.a, 1) JOIN t z", "SELECT (SELECT a FROM t), 1 FROM t x, (t)"):
+        with pytest.raises(TooLarge, match="the SQL text reads 3 tables; sql_tables_max is 2"):
+            engine.prepare(sql, log.snapshot())
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        " UNION ALL ".join(["SELECT 1"] * 900),
+        "SELECT 1 WHERE " + " OR ".join(f"'{i}' = 'a'" for i in range(450)),
+        "SELECT 1" + "::int" * 900,
+        "SELECT " + "+".join(["1"] * 900),
+        "SELECT " + "(" * 5000 + "1" + ")" * 5000,
+        "SELECT 1 WHERE 1 IN (" + ",".join(map(str, range(5000))) + ")",
+        "SELECT " + "a." * 5000 + "a FROM t",
+    ],
+)
+def test_deep_texts_within_the_limits_do_not_overflow_a_threads_stack(log: OpLog, engine: Engine, sql: str) -> None:
+    import threading
+
+    outcome: list[object] = []
+
+    def run() -> None:
+        try:
+            outcome.append(sum(batch.num_rows for batch in engine.run(sql, log.snapshot()).batches))
+        except OplogError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(60)
+    assert len(outcome) == 1
+
+
+def test_filters_answer_as_sql_does_where_arrow_would_not(log: OpLog, query: Query) -> None:
+    nan = float("nan")
+    log.append("t", pa.record_batch({"x": [1, 2, None, 4, 5, 6, 7], "f": [1.0, nan, None, 0.5, -1.0, 2.0, float("inf")]}))
+    assert query("SELECT x FROM t WHERE x NOT IN (1, 2, 4, 5, 6)") == [{"x": 7}]
+    assert query("SELECT x FROM t WHERE NOT (x IN (1, 2, 4, 5, 6) AND x > 0)") == [{"x": 7}]
+    assert query("SELECT x FROM t WHERE f > 1 ORDER BY x") == [{"x": 2}, {"x": 6}, {"x": 7}]
+    assert query("SELECT x FROM t WHERE f = 'NaN'::double") == [{"x": 2}]
+    assert query("SELECT x FROM t WHERE x IN (NULL)") == []
+    assert query("SELECT x FROM t WHERE x > 5 OR f < 0 ORDER BY x") == [{"x": 5}, {"x": 6}, {"x": 7}]
+
+
+def test_filters_on_types_without_an_arrow_kernel_are_answered(log: OpLog, query: Query) -> None:
+    batch = pa.record_batch(
+        {
+            "n": [1, 2],
+            "h": pa.array([1.5, 0.5], pa.float16()),
+            "i": pa.array([(0, 1, 0), (0, 2, 0)], pa.month_day_nano_interval()),
+            "l": [[1], [2]],
+            "d": pa.array([1, 2], pa.duration("s")),
+        }
+    )
+    log.append("t", batch)
+    for condition in ("h > 1", "i = interval '1 day'", "l = [1]", "d = arrow_cast(1, 'Duration(Second)')"):
+        assert query(f"SELECT n FROM t WHERE {condition}") == [{"n": 1}], condition
+
+
+def test_event_time_is_settled_once_so_bounds_never_speak_of_another_column(log: OpLog, query: Query) -> None:
+    day = pa.timestamp("us", "UTC")
+    log.append("t", pa.record_batch({"t": pa.nulls(1), "u": pa.array([0], day)}))
+    log.append("t", pa.record_batch({"t": pa.array([10**15], day), "u": pa.array([5], day)}))
+    assert log.snapshot().topic("t").event_time == "u"
+    assert query("SELECT count(*) AS n FROM t WHERE t > TIMESTAMP '2000-01-01T00:00:00Z'") == [{"n": 1}]
+    [topic] = query("SELECT max_time FROM system.topics WHERE topic = 't'")
+    assert topic["max_time"].microsecond == 5
