@@ -134,6 +134,10 @@ def _serve(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     check_listen(config)
+    if "jemalloc" in pa.supported_memory_backends():
+        # Records come and go in pieces of 16 MiB. mimalloc, pyarrow's default, returns each to the system at once and
+        # pays for its pages again: with jemalloc a stream of large appends is written half as fast again.
+        pa.set_memory_pool(pa.jemalloc_memory_pool())
     with OpLog.open(config.data, config) as oplog:
         server = Server(oplog, config)
         print(server.uri, flush=True)
@@ -159,7 +163,8 @@ def _sql(options: argparse.Namespace) -> int:
 
 
 def _topics(options: argparse.Namespace) -> int:
-    query = "SELECT topic, entries, next_offset, columns, schemas, files, records, file_bytes, min_time, max_time FROM system.topics ORDER BY topic"
+    columns = "topic, entries, next_offset, columns, schemas, files, records, file_bytes, min_time, max_time"
+    query = f"SELECT {columns} FROM system.topics ORDER BY topic"
     with _result(options, query) as (schema, batches):
         _print_table(schema, batches, 1 << 30)
     return 0

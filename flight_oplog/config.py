@@ -31,9 +31,11 @@ class Config:
     data: str = setting("oplog-data", "folder that holds the log; created when it does not exist")
     listen: str = setting("grpc://127.0.0.1:8815", "address to serve on; port 0 picks a free one")
     insecure: bool = setting(False, "serve beyond loopback although there is no authentication")
-    compression: str = setting("lz4", "compression inside new records", choices=("none", "lz4", "zstd"))
+    compression: str = setting(
+        "auto", "compression inside new records; auto is lz4 where it saves at least a fifth", choices=("auto", "none", "lz4", "zstd")
+    )
     schema_rule: str = setting("additive", "how topics evolve", choices=("additive", "strict"))
-    record_bytes_max: int = setting(32 * MIB, "entries gathered in one record, bytes in memory", least=1)
+    record_bytes_max: int = setting(16 * MIB, "entries gathered in one record, bytes in memory", least=1)
     record_entries_max: int = setting(1 << 20, "entries gathered in one record", least=1)
     batch_bytes_max: int = setting(256 * MIB, "one batch a client may send, bytes in memory", least=1)
     append_bytes_max: int = setting(64 << 30, "one append, bytes in memory summed over its batches", least=1)

@@ -169,12 +169,19 @@ class Engine:
 
 
 class _Puller:
-    """Pulls one DataFusion stream through the event loop, so that waiting for a batch can be given up."""
+    """Pulls one DataFusion stream through the event loop, so that waiting for a batch can be given up.
+
+    The next batch is asked for as soon as one arrives, so computing overlaps sending.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, stream: Any, context: ScanContext) -> None:
         self._loop = loop
         self._stream = [stream]
         self._context = context
+        self._coming: concurrent.futures.Future[pa.RecordBatch | None] = self._ask()
+
+    def _ask(self) -> concurrent.futures.Future[pa.RecordBatch | None]:
+        return asyncio.run_coroutine_threadsafe(self._next(), self._loop)
 
     async def _next(self) -> pa.RecordBatch | None:
         try:
@@ -183,18 +190,21 @@ class _Puller:
             return None
 
     def next(self, stopped: Stopped) -> pa.RecordBatch | None:
-        if stopped():
-            raise Cancelled("the query was stopped")
-        future = asyncio.run_coroutine_threadsafe(self._next(), self._loop)
-        while not concurrent.futures.wait([future], POLL_SECONDS).done:
+        while True:
             if stopped():
-                future.cancel()
                 self.close()
                 raise Cancelled("the query was stopped")
-        return future.result()
+            if concurrent.futures.wait([self._coming], POLL_SECONDS).done:
+                break
+        batch = self._coming.result()
+        if batch is not None:
+            self._coming = self._ask()
+        return batch
 
     def close(self) -> None:
+        """Stop the query: cancel the pull, drop the stream. Whoever holds either keeps the work going."""
         self._context.stopped.set()
+        self._coming.cancel()
         self._stream.clear()
 
 
@@ -306,11 +316,14 @@ _OPERATORS = frozenset(("AND", "OR", "NOT", "IS", "LIKE", "ILIKE", "SIMILAR", "B
 _ENDS_FROM = frozenset(("SELECT", "WHERE", "GROUP", "HAVING", "WINDOW", "ORDER", "LIMIT", "UNION", "INTERSECT", "EXCEPT", "VALUES"))
 _CHANGING = frozenset(("DELETE", "UPDATE", "MERGE", "TRUNCATE"))
 _REFUSED = frozenset(
-    ("ALTER", "ANALYZE", "BEGIN", "CALL", "COMMIT", "COPY", "CREATE", "DEALLOCATE", "DROP", "EXECUTE", "GRANT", "INSERT", "LOAD")
-    + ("PREPARE", "RELEASE", "RESET", "REVOKE", "ROLLBACK", "SAVEPOINT", "SET", "START", "UNLOAD", "USE", "VACUUM")
+    (
+        *("ALTER", "ANALYZE", "BEGIN", "CALL", "COMMIT", "COPY", "CREATE", "DEALLOCATE", "DROP", "EXECUTE", "GRANT", "INSERT", "LOAD"),
+        *("PREPARE", "RELEASE", "RESET", "REVOKE", "ROLLBACK", "SAVEPOINT", "SET", "START", "UNLOAD", "USE", "VACUUM"),
+    )
 )
 _READING = "statements may only read (SELECT, EXPLAIN, SHOW, DESCRIBE)"
 _APPEND_ONLY = "the log is append-only: rows are never updated, deleted, merged or truncated"
+
 
 def _measure(sql: str) -> tuple[str, int, int]:
     """Return the first word, the number of operators and the number of tables read, without parsing."""
@@ -357,7 +370,9 @@ def _translated(error: Exception, context: ScanContext) -> OplogError:
         log.error("a scan failed: %s", text, exc_info=context.failures[0] if context.failures else None)
         return OplogError("the query failed while reading; the server's log says why")
     if (missing := _NO_TABLE.match(words)) is not None:
-        return NotFound(f"table {missing[1]!r} does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters")
+        return NotFound(
+            f"table {missing[1]!r} does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters"
+        )
     if (refused := _NOT_READING.match(words)) is not None:
         changing = refused[1].upper() in _CHANGING
         return Unsupported(_APPEND_ONLY if changing else f"{refused[1] or 'this'} is not served: {_READING}")

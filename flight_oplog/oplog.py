@@ -14,12 +14,13 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
@@ -32,8 +33,9 @@ from flight_oplog.store import Conflict, Record, Snapshot, StagedFile, Store, To
 log = logging.getLogger("flight_oplog.oplog")
 
 CONFLICTS_MAX = 50
+_CLOSED = "the log is closed; nothing was written; try again when the server is back"
 
-Appendable = pa.RecordBatch | pa.Table | pa.RecordBatchReader
+Appendable: TypeAlias = pa.RecordBatch | pa.Table | pa.RecordBatchReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class OpLog:
         self.config = config
         self._store = store
         self._memory = _Budget(config.queue_bytes_max)
+        self._encoders = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "encoder")
         self._committer = _Committer(store, config)
 
     @classmethod
@@ -116,12 +119,16 @@ class OpLog:
         for version in self._store.damaged_commits():
             problems.append(Problem("error", f"table_version {version}", "its commit file is damaged; restore it"))
         # A file that is staged right now looks like an orphan; it is a note, not damage, either way.
-        problems += [Problem("note", path, "no commit names this data file: left by a crash, or being written right now") for path in self._store.orphans()]
+        problems += [
+            Problem("note", path, "no commit names this data file: left by a crash, or being written right now")
+            for path in self._store.orphans()
+        ]
         return problems
 
     def close(self) -> None:
         """Commit what waits, then stop. Appends after this raise TryAgain."""
         self._committer.stop()
+        self._encoders.shutdown()
 
     def __enter__(self) -> OpLog:
         return self
@@ -155,6 +162,7 @@ class AppendWriter:
         self._waiting_bytes = self._waiting_entries = self._reserved = 0
         self._bytes = self._entries = 0
         self._staged: StagedFile | None = None
+        self._spilling: Future[None] | None = None
         self._owned = True
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -198,16 +206,32 @@ class AppendWriter:
         self._waiting_entries += piece.num_rows
 
     def _spill(self) -> None:
-        """Write the waiting batches to this append's own data file, as one record."""
+        """Hand the waiting batches to another thread, to write them as one record to this append's own data file.
+
+        One record at a time: the next batches are received meanwhile, and an error comes up at the next spill.
+        """
+        self._settle()
         if self._staged is None:
             self._staged = self._oplog._store.stage(self.topic)
-        self._staged.add(self._record())
+        try:
+            self._spilling = self._oplog._encoders.submit(self._write_record, self._staged, self._waiting, self._reserved)
+        except RuntimeError:
+            raise TryAgain(_CLOSED) from None
         self._entries += self._waiting_entries
-        self._release()
+        self._waiting, self._waiting_bytes, self._waiting_entries, self._reserved = [], 0, 0, 0
 
-    def _record(self) -> Record:
-        owner = {"entries": self._waiting_entries, "timestamp": self._started}
-        return make_record(self._waiting, self._schema, self._schema_id, [owner], self._event_time, self._config.compression)
+    def _write_record(self, staged: StagedFile, batches: list[pa.RecordBatch], reserved: int) -> None:
+        try:
+            owner = {"entries": sum(batch.num_rows for batch in batches), "timestamp": self._started}
+            staged.add(make_record(batches, self._schema, self._schema_id, [owner], self._event_time, self._config.compression))
+        finally:
+            self._oplog._memory.give_back(reserved)
+
+    def _settle(self) -> None:
+        """Wait until nothing is being written; raise what went wrong with it."""
+        spilling, self._spilling = self._spilling, None
+        if spilling is not None:
+            spilling.result()
 
     def _release(self) -> None:
         self._oplog._memory.give_back(self._reserved)
@@ -217,6 +241,7 @@ class AppendWriter:
         """Make the append durable and visible, whole, and return its receipt. Blocks until then."""
         if self._staged is not None and self._waiting:
             self._spill()
+        self._settle()
         append = _Append(self.topic, self._schema, self._schema_id, self._event_time, self._started, self._waiting, self._staged)
         append.entries = self._entries + self._waiting_entries
         self._owned = False
@@ -230,6 +255,8 @@ class AppendWriter:
         if self._owned:
             self._owned = False
             self._release()
+            with contextlib.suppress(Exception):  # the append is dropped, whatever became of it
+                self._settle()
             if self._staged is not None:
                 self._staged.abandon()
 
@@ -273,7 +300,7 @@ class _Committer:
             if self._stopped:
                 if append.staged is not None:
                     append.staged.abandon()
-                raise TryAgain("the log is closed; nothing was written; try again when the server is back")
+                raise TryAgain(_CLOSED)
             self._queue.put(append)
         return append.receipt
 

@@ -12,6 +12,7 @@ columns are kept in a cache bounded in bytes: data files never change, so an ent
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,12 @@ LOG_FIELDS = (
 )
 _LOG_NAMES = frozenset(f.name for f in LOG_FIELDS)
 _ROWS_PER_RECORDS_BATCH = 1024
+# What a filter leaves of a record is joined up to this: a batch costs DataFusion half a millisecond, however small.
+_JOINED_ROWS = 8192
+FRAGMENTS_MAX = 100_000
+
+_FORMAT = ds.IpcFileFormat()
+_FILESYSTEM = LocalFileSystem()
 
 
 class CannotFilter(Exception):
@@ -76,6 +83,7 @@ class ColumnCache:
         self._bytes_max = bytes_max
         self._bytes = 0
         self._lock = threading.Lock()
+        self._fragments: dict[tuple[tuple[str, ...], str], ds.Fragment] = {}
         self._records: OrderedDict[tuple[str, int], _Decoded] = OrderedDict()
 
     def columns(self, snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts) -> _Decoded:
@@ -93,6 +101,17 @@ class ColumnCache:
             decoded = _Decoded(known.lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes)
         self._keep(key, decoded)
         return decoded
+
+    def fragment(self, shape: tuple[str, ...], key: str, guarantee: Callable[[], pc.Expression | None]) -> ds.Fragment:
+        """Return a fragment that stands for a file or record in pruning; made once, since a guarantee never changes."""
+        found = self._fragments.get((shape, key))
+        if found is None:
+            expression = guarantee()
+            found = _FORMAT.make_fragment(key, _FILESYSTEM, pc.scalar(True) if expression is None else expression)
+            if len(self._fragments) >= FRAGMENTS_MAX:
+                self._fragments.clear()
+            self._fragments[shape, key] = found
+        return found
 
     def _keep(self, key: tuple[str, int], decoded: _Decoded) -> None:
         with self._lock:
@@ -131,7 +150,9 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts
 
 def _inside(content: pa.Buffer, array: pa.Array) -> bool:
     return all(
-        content.address <= buffer.address < content.address + content.size for buffer in array.buffers() if buffer is not None and buffer.size
+        content.address <= buffer.address < content.address + content.size
+        for buffer in array.buffers()
+        if buffer is not None and buffer.size
     )
 
 
@@ -211,41 +232,42 @@ class _Table(ds.Dataset):
                     raise CannotFilter(text)
 
     def _surviving(self, filter: pc.Expression | None) -> list[RecordMeta]:
-        if filter is not None:
-            _check_kernels(filter, self._schema)
         files = list(self._topic.files)
-        kept = files if filter is None else _prune(self._schema, filter, [(f, self._file_guarantee(f)) for f in files])
-        records = [record for file in kept for record in self._snapshot.store.records(file)]
         if filter is None:
-            survivors = records
+            kept = files
+            survivors = records = [record for file in files for record in self._snapshot.store.records(file)]
         else:
-            survivors = _prune(self._schema, filter, [(r, self._record_guarantee(r)) for r in records])
+            _check_kernels(filter, self._schema)
+            names = _columns_of(filter, self._schema)
+            kept = self._prune(filter, files, names, self._file_guarantee)
+            records = [record for file in kept for record in self._snapshot.store.records(file)]
+            survivors = self._prune(filter, records, names, self._record_guarantee)
         self.counts.files += len(files)
         self.counts.files_pruned += len(files) - len(kept)
         self.counts.records += len(records)
         self.counts.records_pruned += len(records) - len(survivors)
         return survivors
 
-    def _file_guarantee(self, file: DataFile) -> pc.Expression | None:
+    def _prune(self, filter: pc.Expression, items: Sequence[Any], names: Sequence[str], guarantee: Callable[..., Any]) -> list[Any]:
+        """Return the items whose guarantee does not rule out `filter`, by Arrow's own simplification of expressions.
+
+        Arrow offers it only through the fragments of a file system dataset; these fragments name no real files.
+        """
+        shape = (*names, *(str(self._schema.field(name).type) for name in names))
+        by_key = {item.key: item for item in items}
+        fragments = [self.context.cache.fragment(shape, key, functools.partial(guarantee, item, names)) for key, item in by_key.items()]
+        dataset = ds.FileSystemDataset(fragments, self._schema, _FORMAT, _FILESYSTEM)
+        return [by_key[fragment.path] for fragment in dataset.get_fragments(filter)]
+
+    def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
+        """What holds for every entry of a file, said of the columns `names`; None when nothing is known."""
         return None
 
-    def _record_guarantee(self, record: RecordMeta) -> pc.Expression | None:
+    def _record_guarantee(self, record: RecordMeta, names: Sequence[str]) -> pc.Expression | None:
         return None
 
     def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None) -> Iterator[pa.RecordBatch]:
         """Yield filtered batches of exactly the projected columns."""
-        names = list(projected.names)
-        wanted = names if filter is None else names + [n for n in _columns_of(filter, self._schema) if n not in names]
-        for record in records:
-            for batch in self.batches(record, wanted):
-                if self.context.stopped.is_set():
-                    return
-                if filter is not None:
-                    batch = batch.filter(filter)
-                if batch.num_rows:
-                    yield codec.with_rows([batch.column(name) for name in names], projected, batch.num_rows)
-
-    def batches(self, record: RecordMeta, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         raise NotImplementedError
 
 
@@ -255,10 +277,11 @@ class EntriesTable(_Table):
     def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext, with_log_columns: bool) -> None:
         schema = pa.schema([*topic.schema, *LOG_FIELDS]) if with_log_columns else topic.schema
         super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
+        self._read: set[str] = set()
 
-    def _file_guarantee(self, file: DataFile) -> pc.Expression | None:
+    def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
         name = self._topic.event_time
-        if name is None or file.min_time is None or file.max_time is None:
+        if name is None or name not in names or file.min_time is None or file.max_time is None:
             return None
         kind = self._schema.field(name).type
         if kind.unit != "us":  # the Delta log keeps microseconds; other units are pruned by the records' own bounds
@@ -266,22 +289,65 @@ class EntriesTable(_Table):
         low, high = (pa.scalar(time, _TIME).cast(pa.int64()).cast(kind) for time in (file.min_time, file.max_time))
         return _between(name, low, high)
 
-    def _record_guarantee(self, record: RecordMeta) -> pc.Expression | None:
+    def _record_guarantee(self, record: RecordMeta, names: Sequence[str]) -> pc.Expression | None:
         stored = self._stored(record)
         parts = []
-        for name, limits in record.bounds.items():
+        for name in names:
+            limits = record.bounds.get(name, {})
             if "min" not in limits:
                 continue
             target = self._schema.field(name).type
             low, high = (codec.bound_scalar(limits[end], stored.field(name).type).cast(target) for end in ("min", "max"))
             parts.append(_between(name, low, high) if limits["nulls"] else (pc.field(name) >= low) & (pc.field(name) <= high))
-        if "_offset" in self._schema.names:
+        if "_offset" in names and "_offset" not in stored.names:
             offset = pc.field("_offset")
             parts.append((offset >= record.first_offset) & (offset < record.first_offset + record.entries))
         guarantee = None
         for part in parts:
             guarantee = part if guarantee is None else guarantee & part
         return guarantee
+
+    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+        if filter is None and not projected.names:  # COUNT(*): the records' own numbers are enough
+            yield codec.with_rows([], projected, sum(record.entries for record in records))
+            return
+        keys = [] if filter is None else _columns_of(filter, self._schema)
+        for record in records:
+            rows = None if filter is None else self._matching(record, keys, filter)
+            if rows is not None and not len(rows):
+                continue
+            for batch in self._chosen(record, projected, rows):
+                if self.context.stopped.is_set():
+                    return
+                yield batch
+
+    def _matching(self, record: RecordMeta, keys: Sequence[str], filter: pc.Expression) -> np.ndarray | None:
+        """Return the places of the record's entries that pass, or None for all; decodes only the filter's columns."""
+        places = pa.array(np.arange(record.entries))
+        table = pa.Table.from_batches(list(self.batches(record, keys))) if keys else pa.table({})
+        found = table.append_column("\0place", places).filter(filter).column("\0place")
+        return None if len(found) == record.entries else found.to_numpy()
+
+    def _chosen(self, record: RecordMeta, projected: pa.Schema, rows: np.ndarray | None) -> Iterator[pa.RecordBatch]:
+        if rows is None:
+            yield from self.batches(record, projected.names)
+            return
+        if not projected.names:
+            yield codec.with_rows([], projected, len(rows))
+            return
+        start, few = 0, []
+        for batch in self.batches(record, projected.names):
+            end = start + batch.num_rows
+            first, last = np.searchsorted(rows, (start, end))
+            if last > first:
+                chosen = batch if last - first == batch.num_rows else batch.take(pa.array(rows[first:last] - start))
+                few.append(chosen)
+                if sum(part.num_rows for part in few) >= _JOINED_ROWS:
+                    yield pa.concat_batches(few) if len(few) > 1 else chosen
+                    few = []
+            start = end
+        if few:
+            yield pa.concat_batches(few) if len(few) > 1 else few[0]
 
     def _stored(self, record: RecordMeta) -> pa.Schema:
         try:
@@ -297,7 +363,8 @@ class EntriesTable(_Table):
         stored = self._stored(record)
         of_entries = [name for name in names if name in stored.names and name not in _LOG_NAMES]
         if of_entries:
-            self.counts.records_read += 1
+            self._read.add(record.key)
+            self.counts.records_read = len(self._read)
             decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts)
         else:
             decoded = _Decoded([record.entries], {}, 0)
@@ -439,24 +506,6 @@ def _between(name: str, low: pa.Scalar, high: pa.Scalar) -> pc.Expression:
     """A column's guarantee: within [low, high] or null, in the form that Arrow's simplification understands."""
     column = pc.field(name)
     return ((column >= low) | column.is_null()) & ((column <= high) | column.is_null())
-
-
-_FORMAT = ds.IpcFileFormat()
-_FILESYSTEM = LocalFileSystem()
-
-
-def _prune(schema: pa.Schema, filter: pc.Expression, guarded: Sequence[tuple[Any, pc.Expression | None]]) -> list[Any]:
-    """Return the items whose guarantee does not rule out `filter`, by Arrow's own simplification of expressions.
-
-    Arrow offers it only through the fragments of a file system dataset; these fragments name no real files.
-    """
-    always = pc.scalar(True)
-    fragments = [
-        _FORMAT.make_fragment(str(number), _FILESYSTEM, always if guarantee is None else guarantee)
-        for number, (_, guarantee) in enumerate(guarded)
-    ]
-    dataset = ds.FileSystemDataset(fragments, schema, _FORMAT, _FILESYSTEM)
-    return [guarded[int(fragment.path)][0] for fragment in dataset.get_fragments(filter)]
 
 
 def _check_kernels(filter: pc.Expression, schema: pa.Schema) -> None:

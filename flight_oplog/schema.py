@@ -252,7 +252,9 @@ def evolve(topic: str, current: pa.Schema | None, incoming: pa.Schema, rule: str
             )
         merged[place] = joined
     if (fields := sum(_count(field.type) for field in merged)) > columns_max:
-        raise SchemaMismatch(f"topic {topic!r} would have {fields} fields, nested ones counted; columns_max is {columns_max}; nothing was written")
+        raise SchemaMismatch(
+            f"topic {topic!r} would have {fields} fields, nested ones counted; columns_max is {columns_max}; nothing was written"
+        )
     if rule == "strict" and len(incoming) < len(current):
         missing = next(field for field in current if field.name not in incoming.names)
         raise SchemaMismatch(

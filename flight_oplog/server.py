@@ -265,7 +265,9 @@ def check_listen(config: Config) -> str:
     except ValueError:
         loopback = host == "localhost"
     if not loopback and not config.insecure:
-        raise RequestError(f"{config.listen} is reachable from other machines and there is no authentication; add --insecure to serve there all the same")
+        raise RequestError(
+            f"{config.listen} is reachable from other machines and there is no authentication; add --insecure to serve there all the same"
+        )
     return host
 
 
@@ -307,9 +309,7 @@ def _received(reader: Any, topic: str) -> Iterator[tuple[pa.RecordBatch | None, 
 def _topic_info(topic: Topic) -> fl.FlightInfo:
     ticket = json.dumps({"topic": topic.name}).encode()
     size = sum(file.size for file in topic.files)
-    return fl.FlightInfo(
-        topic.schema, fl.FlightDescriptor.for_path(topic.name), [fl.FlightEndpoint(ticket, [])], topic.entries, size
-    )
+    return fl.FlightInfo(topic.schema, fl.FlightDescriptor.for_path(topic.name), [fl.FlightEndpoint(ticket, [])], topic.entries, size)
 
 
 def _parse_topic_ticket(ticket: bytes) -> tuple[str, int]:

@@ -36,7 +36,17 @@ from deltalake.transaction import AddAction, CommitProperties, Transaction
 
 from flight_oplog import codec
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, OutcomeUnknown, TryAgain
-from flight_oplog.schema import APPENDS, FORMAT_VERSION, RECORD_SCHEMA, SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, plain_field, schema_id
+from flight_oplog.schema import (
+    APPENDS,
+    FORMAT_VERSION,
+    RECORD_SCHEMA,
+    SCHEMAS_SCHEMA,
+    SCHEMAS_TOPIC,
+    evolve,
+    first_time,
+    plain_field,
+    schema_id,
+)
 
 log = logging.getLogger("flight_oplog.store")
 
@@ -87,6 +97,11 @@ class RecordMeta:
     digest: str
 
     @property
+    def key(self) -> str:
+        """Names this record among all records ever."""
+        return f"{self.file.path}#{self.row}"
+
+    @property
     def where(self) -> str:
         return f"topic {self.file.topic!r}, file {os.path.basename(self.file.path)}, offset {self.first_offset}"
 
@@ -102,6 +117,11 @@ class DataFile:
     first_offset: int
     min_time: datetime.datetime | None = None
     max_time: datetime.datetime | None = None
+
+    @property
+    def key(self) -> str:
+        """Names this file among all files ever."""
+        return self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,9 +302,7 @@ class Store:
         next_offsets = {topic: table.transaction_version(f"topic/{topic}") for topic in files}
         return self._assemble(table.version(), files, next_offsets)
 
-    def _assemble(
-        self, table_version: int, files: Mapping[str, Sequence[DataFile]], next_offsets: Mapping[str, int | None]
-    ) -> Snapshot:
+    def _assemble(self, table_version: int, files: Mapping[str, Sequence[DataFile]], next_offsets: Mapping[str, int | None]) -> Snapshot:
         rows = [row for file in files.get(SCHEMAS_TOPIC, ()) for row in self._registry_rows(file)]
         by_topic = _schemas_by_topic(rows)
         if SCHEMAS_TOPIC in files:
@@ -626,7 +644,7 @@ class StagedFile:
         with open(self._full_path, "r+b") as file:
             for group in range(metadata.num_row_groups):
                 chunk, rows = metadata.row_group(group).column(0), metadata.row_group(group).num_rows
-                assert chunk.path_in_schema == "first_offset" and chunk.compression == "UNCOMPRESSED"
+                assert (chunk.path_in_schema, chunk.compression) == ("first_offset", "UNCOMPRESSED")
                 place = chunk.data_page_offset + chunk.total_compressed_size - 8 * rows
                 file.seek(place)
                 offsets = [int.from_bytes(file.read(8), "little") + shift for _ in range(rows)]

@@ -15,8 +15,8 @@ from typing import Any
 
 import adbc_driver_flightsql.dbapi as adbc
 import pyarrow as pa
-import pyarrow.flight as flight
 import pytest
+from pyarrow import flight
 
 from flight_oplog import Config, OpLog, Snapshot
 from flight_oplog.engine import Engine

@@ -114,7 +114,10 @@ def test_errors_are_one_line_and_exit_1(server: ServerProcess, tmp_path: Path) -
     fails(run("sql", "SELECT 1", "--server", gone), f"no server answers at {gone}; start one with: flight-oplog serve")
     parquet = write_files(tmp_path)["parquet"]
     fails(run("ingest", "t", str(parquet), "--server", gone), f"no server answers at {gone}; start one with: flight-oplog serve")
-    fails(run("ingest", "_t", str(parquet), "--server", server.uri), "topic '_t' is reserved: names that begin with _ belong to the log itself")
+    fails(
+        run("ingest", "_t", str(parquet), "--server", server.uri),
+        "topic '_t' is reserved: names that begin with _ belong to the log itself",
+    )
     fails(run("verify", "--data", str(tmp_path / "nowhere")), f"{tmp_path / 'nowhere'}: there is no log here")
     assert not (tmp_path / "nowhere").exists()
 
@@ -147,7 +150,12 @@ def test_config_shows_every_setting_and_where_values_come_from_in_order(tmp_path
     assert done.returncode == 0
     shown = {parts[1].strip(): parts[2].strip() for line in done.stdout.splitlines() if len(parts := line.split("│")) > 3}
     assert set(shown) == {field.name for field in SETTINGS}
-    assert (shown["calls_max"], shown["data"], shown["topics_max"], shown["record_entries_max"]) == ("7", "from-environment", "9", "1048576")
+    assert (shown["calls_max"], shown["data"], shown["topics_max"], shown["record_entries_max"]) == (
+        "7",
+        "from-environment",
+        "9",
+        "1048576",
+    )
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:

@@ -69,7 +69,10 @@ def test_content_decodes_to_what_was_encoded(name: str, compression: str) -> Non
     content = codec.encode([plain, plain.slice(1)], normal, compression)
     decoded = codec.decode(content, 7, "here")
     assert all(part.schema.equals(normal, check_metadata=True) for part in decoded)
-    assert [value for part in decoded for value in part.column(0).to_pylist()] == [*plain.column(0).to_pylist(), *plain.column(0).to_pylist()[1:]]
+    assert [value for part in decoded for value in part.column(0).to_pylist()] == [
+        *plain.column(0).to_pylist(),
+        *plain.column(0).to_pylist()[1:],
+    ]
 
 
 def test_any_arrow_reader_decodes_content_by_itself() -> None:
@@ -98,7 +101,7 @@ def test_content_cut_short_anywhere_is_an_error_never_fewer_rows(compression: st
     content = sink.getvalue()
     assert sum(part.num_rows for part in codec.decode(content, 200, "here")) == 200
     for size in range(content.size):
-        with pytest.raises(CorruptLog, match="^here: content "):
+        with pytest.raises(CorruptLog, match=r"^here: content "):
             codec.decode(content.slice(0, size), 200, "here")
 
 

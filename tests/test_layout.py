@@ -81,4 +81,5 @@ def test_only_config_reads_the_environment() -> None:
     for name, path in modules().items():
         if name != "config":
             text = path.read_text()
-            assert "environ" not in text and "getenv" not in text, name
+            assert "environ" not in text, name
+            assert "getenv" not in text, name

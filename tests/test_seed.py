@@ -5,9 +5,9 @@ import datetime
 import adbc_driver_flightsql.dbapi as adbc
 import polars
 import pyarrow as pa
-import pyarrow.flight as flight
 from conftest import SEED, ServerProcess, ask, put
 from deltalake import DeltaTable
+from pyarrow import flight
 
 HELLO = {"name": "hello", "node_id": "000000000000162e"}
 WORLD = {"name": "world", "node_id": "00000000000004d2"}

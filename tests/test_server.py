@@ -16,9 +16,9 @@ from typing import Any
 import adbc_driver_flightsql.dbapi as adbc
 import adbc_driver_manager
 import pyarrow as pa
-import pyarrow.flight as flight
 import pytest
 from conftest import SEED, ServerProcess, ask, eventually, put
+from pyarrow import flight
 
 from flight_oplog import Config, OpLog
 from flight_oplog.errors import RequestError
@@ -197,7 +197,17 @@ def test_bad_descriptors_topics_and_schemas_are_refused_and_the_server_goes_on(c
     assert [info.descriptor.path for info in client.list_flights()] == [[b"events"]]
 
 
-GARBAGE = [b"", b"x", b"\0" * 100, b"{", b'{"topic": 1}', b'{"topic": "t", "from": -1}', b"[" * 100_000, os.urandom(1000), b"\x0a\xff\xff\xff\xff\x0f"]
+GARBAGE = [
+    b"",
+    b"x",
+    b"\0" * 100,
+    b"{",
+    b'{"topic": 1}',
+    b'{"topic": "t", "from": -1}',
+    b"[" * 100_000,
+    os.urandom(1000),
+    b"\x0a\xff\xff\xff\xff\x0f",
+]
 
 
 @pytest.mark.parametrize("garbage", range(len(GARBAGE)))
@@ -433,7 +443,10 @@ def test_a_port_in_use_is_said_in_one_line(server: ServerProcess, tmp_path: Path
     uri = server.uri
     done = run("serve", "--data", str(tmp_path / "second"), "--listen", uri)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1] == f"flight-oplog: error: cannot listen on {uri}: the address is in use or is not one of this machine's"
+    assert (
+        done.stderr.splitlines()[-1]
+        == f"flight-oplog: error: cannot listen on {uri}: the address is in use or is not one of this machine's"
+    )
 
 
 @pytest.mark.parametrize("listen", ["127.0.0.1:1", "grpc://127.0.0.1", "http://127.0.0.1:1", "grpc://127.0.0.1:99999", "grpc://a b:1"])

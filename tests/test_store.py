@@ -60,7 +60,11 @@ def test_add_actions_carry_real_statistics_and_the_next_offset_rides_along(log: 
     log.append("events", pa.record_batch({"at": times}))
     log.append("events", pa.record_batch({"at": times.slice(1)}))
     table = DeltaTable(str(folder))
-    adds = {add["min.first_offset"]: add for add in pa.table(table.get_add_actions(flatten=True)).to_pylist() if add["partition.topic"] == "events"}
+    adds = {
+        add["min.first_offset"]: add
+        for add in pa.table(table.get_add_actions(flatten=True)).to_pylist()
+        if add["partition.topic"] == "events"
+    }
     first, second = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC), datetime.datetime(2024, 1, 3, tzinfo=datetime.UTC)
     assert (adds[0]["num_records"], adds[0]["max.first_offset"], adds[0]["min.entries"], adds[0]["max.entries"]) == (1, 0, 3, 3)
     assert (adds[0]["min.min_time"], adds[0]["max.max_time"]) == (first, second)
@@ -130,8 +134,8 @@ def test_opening_twice_and_reopening_finds_the_same_log(folder: Path, engine: En
 
 
 @pytest.fixture
-def not_a_log(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "elsewhere"
+def not_a_log(tmp_path: Path) -> Path:
+    return tmp_path / "elsewhere"
 
 
 def test_a_folder_with_other_files_is_left_alone(not_a_log: Path) -> None:

