@@ -5,6 +5,7 @@ Any Arrow Flight or ADBC client does the same; this one serves the command line 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 
@@ -46,15 +47,20 @@ class Client:
         options = fl.FlightCallOptions(headers=[(b"oplog-acks", b"true"), (b"oplog-commit", b"explicit")])
         try:
             writer, acks = self._flight.do_put(fl.FlightDescriptor.for_path(topic), schema, options)
-            # pyarrow cannot abort a stream: however a writer goes, the server sees a good end. Hence the last word.
-            with writer:
+            try:
                 for batch in batches:
                     for piece in codec.cut(batch, MESSAGE_BYTES, batch.num_rows):
                         writer.write_batch(piece)
                         sent(piece)
+                # pyarrow cannot abort a stream: however a writer goes, the server sees a good end. Hence a last word.
                 writer.write_metadata(b'{"commit": true}')
                 writer.done_writing()
                 ack = acks.read()
+            except BaseException:
+                with contextlib.suppress(pa.ArrowException, OSError):
+                    writer.close()
+                raise
+            writer.close()
         except (pa.ArrowException, OSError) as error:
             raise self._translated(error) from None
         if ack is None:

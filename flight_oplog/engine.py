@@ -26,7 +26,7 @@ from datafusion.catalog import CatalogProvider, SchemaProvider
 from flight_oplog import codec
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
-from flight_oplog.provider import CannotFilter, ColumnCache, EntriesTable, RecordsTable, ScanContext, ScanCounts, topics_table
+from flight_oplog.provider import CannotFilter, ColumnCache, EntriesTable, RecordsTable, RowsTable, ScanContext, ScanCounts, topics_table
 from flight_oplog.schema import plain_field
 from flight_oplog.store import Snapshot
 
@@ -178,7 +178,7 @@ class _Puller:
         self._loop = loop
         self._stream = [stream]
         self._context = context
-        self._coming: concurrent.futures.Future[pa.RecordBatch | None] = self._ask()
+        self._coming: list[concurrent.futures.Future[pa.RecordBatch | None]] = [self._ask()]
 
     def _ask(self) -> concurrent.futures.Future[pa.RecordBatch | None]:
         return asyncio.run_coroutine_threadsafe(self._next(), self._loop)
@@ -194,17 +194,19 @@ class _Puller:
             if stopped():
                 self.close()
                 raise Cancelled("the query was stopped")
-            if concurrent.futures.wait([self._coming], POLL_SECONDS).done:
+            if concurrent.futures.wait(self._coming, POLL_SECONDS).done:
                 break
-        batch = self._coming.result()
+        batch = self._coming.pop().result()
         if batch is not None:
-            self._coming = self._ask()
+            self._coming.append(self._ask())
         return batch
 
     def close(self) -> None:
-        """Stop the query: cancel the pull, drop the stream. Whoever holds either keeps the work going."""
+        """Stop the query: cancel the pull, then drop it and the stream. Whoever holds either keeps the work going."""
         self._context.stopped.set()
-        self._coming.cancel()
+        for coming in self._coming:
+            coming.cancel()
+        self._coming.clear()
         self._stream.clear()
 
 
@@ -265,7 +267,7 @@ def table_schema(snapshot: Snapshot, db_schema: str, name: str) -> pa.Schema:
 
 def _table(snapshot: Snapshot, db_schema: str, name: str, context: ScanContext) -> ds.Dataset:
     if db_schema == "system":
-        return ds.dataset(_SYSTEM[name](snapshot))
+        return RowsTable(_SYSTEM[name](snapshot), context)
     topic = snapshot.topic(name)
     if db_schema == "records":
         return RecordsTable(snapshot, topic, context)

@@ -170,7 +170,7 @@ class _Scanner:
 class _Fragment:
     """One partition of a scan."""
 
-    def __init__(self, table: _Table, records: Sequence[RecordMeta]) -> None:
+    def __init__(self, table: _Table | RowsTable, records: Sequence[RecordMeta]) -> None:
         self._table = table
         self._records = records
 
@@ -183,6 +183,28 @@ class _Fragment:
                 raise
 
         return _Scanner(self._table.schema, columns, batches)
+
+
+class RowsTable(ds.Dataset):
+    """A small table of the log's own, as `system` shows them. pyarrow's own in-memory dataset cannot be empty here."""
+
+    def __init__(self, rows: pa.RecordBatch, context: ScanContext) -> None:
+        self._rows = rows
+        self.context = context
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self._rows.schema
+
+    def scanner(self, columns: Sequence[str] | None = None, filter: Any = None, **_: Any) -> _Scanner:
+        return _Scanner(self.schema, columns, lambda projected: iter(()))
+
+    def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
+        return iter([_Fragment(self, [])])
+
+    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+        rows = self._rows if filter is None else self._rows.filter(filter)
+        yield codec.with_rows([rows.column(name) for name in projected.names], projected, rows.num_rows)
 
 
 class _Table(ds.Dataset):
@@ -445,7 +467,7 @@ def topic_batches(
             skip = max(0, skip - batch.num_rows)
 
 
-def topics_table(snapshot: Snapshot) -> pa.Table:
+def topics_table(snapshot: Snapshot) -> pa.RecordBatch:
     """`system.topics`: one row a topic, from the Delta log alone."""
     rows = []
     for topic in sorted(snapshot.topics.values(), key=lambda topic: topic.name):
@@ -466,7 +488,7 @@ def topics_table(snapshot: Snapshot) -> pa.Table:
                 "max_time": max(high for _, high in times if high is not None) if known else None,
             }
         )
-    return pa.Table.from_pylist(rows, _TOPICS_SCHEMA)
+    return pa.RecordBatch.from_pylist(rows, _TOPICS_SCHEMA)
 
 
 _TOPICS_SCHEMA = pa.schema(

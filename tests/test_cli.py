@@ -161,7 +161,7 @@ def test_config_shows_every_setting_and_where_values_come_from_in_order(tmp_path
 def test_settings_that_cannot_be_are_refused(tmp_path: Path) -> None:
     fails(run("config", "--calls-max", "0"), "setting calls_max: 0 is less than 1")
     fails(run("config", "--calls-max", "x"), "setting calls_max: 'x' is not of type int")
-    fails(run("config", "--compression", "gzip"), "setting compression: 'gzip' is not one of none, lz4, zstd")
+    fails(run("config", "--compression", "gzip"), "setting compression: 'gzip' is not one of auto, none, lz4, zstd")
     fails(run("config", FLIGHT_OPLOG_INSECURE="maybe"), "setting insecure: 'maybe' is not of type bool")
     file = tmp_path / "settings.toml"
     for text, expected in (

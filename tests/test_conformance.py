@@ -11,9 +11,9 @@ from typing import Any
 import adbc_driver_flightsql.dbapi as adbc
 import adbc_driver_manager
 import pyarrow as pa
-import pyarrow.flight as flight
 import pytest
 from conftest import ServerProcess, ask, put
+from pyarrow import flight
 
 CASES = sorted(Path(__file__).parent.glob("conformance/*.case"))
 

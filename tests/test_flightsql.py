@@ -13,6 +13,7 @@ from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
 from flight_oplog.flightsql.service import ACTIONS, ROUTES
 
+
 def any_of(name: str, body: bytes) -> bytes:
     """A google.protobuf.Any: field 1 the type's URL, field 2 the message."""
     url = f"type.googleapis.com/arrow.flight.protocol.sql.{name}".encode()

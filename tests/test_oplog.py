@@ -14,6 +14,7 @@ from conftest import SEED, eventually, rows
 from flight_oplog import Config, OpLog, Receipt
 from flight_oplog.engine import Engine
 from flight_oplog.errors import RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog.store import Store
 
 Query = Callable[..., list[dict[str, Any]]]
 
@@ -152,6 +153,35 @@ def test_bytes_that_are_no_text_are_refused(log: OpLog) -> None:
     with pytest.raises(RequestError, match="a batch is not valid Arrow data"):
         log.append("t", pa.RecordBatch.from_arrays([bad], ["s"]))
     assert log.topics() == []
+
+
+def test_offsets_that_point_nowhere_are_refused_before_anything_follows_them(log: OpLog) -> None:
+    batch = pa.record_batch({"s": pa.array([["a", "b"], ["c"]])})
+    good, bad = (b"".join(number.to_bytes(4, "little") for number in numbers) for numbers in ((0, 2, 3), (5, 10, 2_000_000_000)))
+    wire = batch.serialize().to_pybytes()
+    assert wire.count(good) == 1
+    hostile = pa.ipc.read_record_batch(pa.py_buffer(wire.replace(good, bad)), batch.schema)
+    with pytest.raises(RequestError, match="a batch is not valid Arrow data"):
+        log.append("t", hostile)
+    assert log.topics() == []
+
+
+def test_a_committed_append_keeps_its_receipt_whatever_happens_next(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.append("t", pa.record_batch({"a": [1]}))
+    monkeypatch.setattr(Store, "_advance", lambda *_: 1 / 0)
+    assert log.append("t", pa.record_batch({"a": [2]})) == Receipt("t", 1, 1, 2)
+    monkeypatch.undo()
+    assert log.append("t", pa.record_batch({"a": [3]})) == Receipt("t", 2, 1, 3)
+    assert log.verify() == []
+
+
+def test_a_topic_never_outgrows_columns_max(folder: Path) -> None:
+    with OpLog.open(str(folder), Config(columns_max=3)) as log:
+        log.append("t", pa.record_batch({"a": [1], "b": [1]}))
+        log.append("t", pa.record_batch({"c": [1]}))
+        with pytest.raises(SchemaMismatch) as caught:
+            log.append("t", pa.record_batch({"d": [1]}))
+        assert str(caught.value) == "topic 't' would have 4 fields, nested ones counted; columns_max is 3; nothing was written"
 
 
 def test_many_threads_get_disjoint_dense_runs(folder: Path, engine: Engine) -> None:

@@ -64,6 +64,14 @@ def test_normal_form_keeps_meaning_and_drops_layout() -> None:
             pa.schema([("_offset", pa.int64())]),
             "column '_offset' is reserved: the log adds _offset, _timestamp, _producer, _sequence, _schema_id itself",
         ),
+        (
+            pa.schema([("t", pa.timestamp("us", "Nope/Nope"))]),
+            "a timestamp's time zone is neither a known name nor an offset like +01:00",
+        ),
+        (
+            pa.schema([("s", pa.struct([("x", pa.int8()), ("x", pa.int8())]))]),
+            "a struct has two fields of one name: SQL could not tell them apart",
+        ),
         (pa.schema([("", pa.int8())]), "column '': a name has 1 to 255 bytes, none of them NUL"),
         (pa.schema([("n" * 256, pa.int8())]), f"column {'n' * 80!r}: a name has 1 to 255 bytes, none of them NUL"),
         (

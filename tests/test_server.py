@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import adbc_driver_flightsql.dbapi as adbc
 import adbc_driver_manager
@@ -21,9 +20,10 @@ from conftest import SEED, ServerProcess, ask, eventually, put
 from pyarrow import flight
 
 from flight_oplog import Config, OpLog
+from flight_oplog.client import Client
 from flight_oplog.errors import RequestError
 from flight_oplog.flightsql import wire
-from flight_oplog.server import Server
+from flight_oplog.server import Server, _rpc, _streamed
 
 Start = Callable[..., ServerProcess]
 path = flight.FlightDescriptor.for_path
@@ -82,18 +82,39 @@ for _ in range(60):
 os.kill(os.getpid(), 9)
 """
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
-    writer, _ = client.do_put(path("events"), SEED.schema)
-    writer.write_batch(SEED)
-    with contextlib.suppress(pa.ArrowCancelled, flight.FlightCancelledError):
-        client_cancel(writer)
     assert eventually(lambda: len(list((server.folder / "topic=events").glob("*.parquet"))) == 1)
     assert ask(connection, "SELECT count(*) AS n FROM events") == [{"n": 2}]
     assert put(client, "events", SEED)["first_offset"] == 2
 
 
-def client_cancel(writer: Any) -> None:
-    """End a do_put the way a crashing program does: the call is dropped, not closed."""
-    del writer
+def test_a_client_whose_source_fails_midway_leaves_nothing(server: ServerProcess, connection: adbc.Connection) -> None:
+    """pyarrow ends every stream in good order, so its user says when an append is complete: oplog-commit: explicit."""
+
+    def failing() -> Iterator[pa.RecordBatch]:
+        yield SEED
+        raise ValueError("the source broke")
+
+    with Client(server.uri) as ours:
+        assert ours.append("events", SEED.schema, [SEED]).entries == 2
+        with pytest.raises(ValueError, match="the source broke"):
+            ours.append("events", SEED.schema, failing())
+        assert [batch.num_rows for batch in ours.read("events")] == [2]
+        assert ours.append("events", SEED.schema, [SEED]).first_offset == 2
+    assert ask(connection, "SELECT count(*) AS n FROM events") == [{"n": 4}]
+
+
+def test_even_a_panic_in_rust_leaves_as_one_clear_sentence() -> None:
+    class PanicException(BaseException):  # as pyo3's: no Exception, so that nobody catches it by accident
+        pass
+
+    def panic() -> None:
+        raise PanicException("index out of bounds at src/lib.rs:7")
+
+    with pytest.raises(flight.FlightInternalError, match=r"internal error [0-9a-f]{8}; the server's log says more") as caught:
+        _rpc(panic)()
+    assert "lib.rs" not in str(caught.value)
+    with pytest.raises(flight.FlightInternalError):
+        list(_streamed((panic() for _ in range(1)), threading.Event()))
 
 
 def test_what_was_sent_comes_back_by_plain_ticket_in_offset_order(client: flight.FlightClient) -> None:

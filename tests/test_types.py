@@ -9,9 +9,9 @@ import adbc_driver_flightsql.dbapi as adbc
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.flight as flight
 import pytest
 from conftest import ServerProcess, put
+from pyarrow import flight
 
 D = decimal.Decimal
 WORDS = pa.array(["a", None, "long enough for a view's own buffer", ""])
