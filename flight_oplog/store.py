@@ -14,7 +14,6 @@ Invariants
 from __future__ import annotations
 
 import datetime
-import errno
 import json
 import logging
 import os
@@ -36,6 +35,7 @@ from deltalake.transaction import AddAction, CommitProperties, Transaction
 
 from flight_oplog import codec
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, OutcomeUnknown, TryAgain
+from flight_oplog.files import OutputFile, fsync_file, fsync_folder, reason
 from flight_oplog.schema import (
     APPENDS,
     FORMAT_VERSION,
@@ -238,9 +238,9 @@ class Store:
         except DeltaError:
             if not DeltaTable.is_deltatable(root):  # another process may have created it a moment earlier
                 raise
-        _fsync_file(_commit_path(root, 0))
+        fsync_file(_commit_path(root, 0))
         for folder in (_log_folder(root), root, os.path.dirname(root)):
-            _fsync_folder(folder)
+            fsync_folder(folder)
 
     # Snapshots
 
@@ -415,7 +415,7 @@ class Store:
                         source.seek(end - size)
                         return source.read_buffer(size)
         except OSError as error:
-            raise CorruptLog(f"{record.where}: the file cannot be read ({_reason(error)}); restore it") from error
+            raise CorruptLog(f"{record.where}: the file cannot be read ({reason(error)}); restore it") from error
         raise CorruptLog(f"{record.where}: content has no length; restore the file")
 
     def _parquet(self, file: DataFile) -> pq.ParquetFile:
@@ -453,8 +453,8 @@ class Store:
                 if not self._outcome(path, staged[0].done):
                     raise Conflict("another process committed first; nothing was written") from error
             try:
-                _fsync_file(path)
-                _fsync_folder(_log_folder(self.root))
+                fsync_file(path)
+                fsync_folder(_log_folder(self.root))
             except OSError as error:
                 raise _unknown(base.table_version + 1, error) from error
             try:
@@ -519,6 +519,7 @@ class StagedFile:
         self._pending: list[Record] = []
         self._pending_bytes = 0
         self._writer: pq.ParquetWriter | None = None
+        self._file: OutputFile | None = None
         self._runs: list[tuple[int, int]] = []
         self._lows: list[datetime.datetime] = []
         self._highs: list[datetime.datetime] = []
@@ -578,10 +579,11 @@ class StagedFile:
         folder = os.path.dirname(self._full_path)
         if not os.path.isdir(folder):
             os.makedirs(folder, exist_ok=True)
-            _fsync_folder(self._root)
+            fsync_folder(self._root)
         plain = ("first_offset", "content")
+        self._file = OutputFile(self._full_path)
         return pq.ParquetWriter(
-            self._full_path,
+            self._file,
             _FILE_SCHEMA,
             compression={name: "NONE" if name in plain else "ZSTD" for name in _leaf_paths(_FILE_SCHEMA)},
             use_dictionary=False,
@@ -597,11 +599,13 @@ class StagedFile:
                 if self._pending:
                     self._flush()
                 assert self._writer is not None, "a data file holds at least one record"
+                assert self._file is not None
                 self._writer.close()
+                self._file.close()
             self._renumber(first_offset - self._first_offset)
             self._first_offset = first_offset
-            _fsync_file(self._full_path)
-            _fsync_folder(os.path.dirname(self._full_path))
+            fsync_file(self._full_path)
+            fsync_folder(os.path.dirname(self._full_path))
         except OSError as error:
             raise _storage_error("writing a data file", error) from error
         self._done = DataFile(
@@ -656,6 +660,11 @@ class StagedFile:
         try:
             if self._writer is not None and self._done is None:
                 self._writer.close()
+        except (OSError, pa.ArrowException) as error:
+            log.warning("closing an abandoned file: %s", error)
+        try:
+            if self._file is not None:
+                self._file.close()
         except (OSError, pa.ArrowException) as error:
             log.warning("closing an abandoned file: %s", error)
         try:
@@ -740,50 +749,14 @@ def _log_folder(root: str) -> str:
     return os.path.join(root, "_delta_log")
 
 
-def _fsync_file(path: str) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def _fsync_folder(path: str) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
-    errno.EIO: "input/output error",
-    errno.EMFILE: "too many open files",
-}
-
-
-def _reason(error: BaseException) -> str:
-    """Say what the operating system refused, without its paths; delta-rs and pyarrow keep the number only in their text."""
-    number = getattr(error, "errno", None)
-    if number in _REASONS:
-        return _REASONS[number]
-    text = str(error)
-    for number, reason in _REASONS.items():
-        if f"os error {number})" in text or f"[Errno {number}]" in text or f"errno {number}]" in text.lower():
-            return reason
-    return "storage error, see the server's log"
-
-
 def _unknown(table_version: int, error: BaseException) -> OutcomeUnknown:
     log.error("the commit of table version %d: %s", table_version, error)
     return OutcomeUnknown(
-        f"the commit of table_version {table_version} may or may not be durable ({_reason(error)}); "
+        f"the commit of table_version {table_version} may or may not be durable ({reason(error)}); "
         "look whether the entries are there before sending them again"
     )
 
 
 def _storage_error(doing: str, error: BaseException) -> TryAgain:
     log.warning("%s failed: %s", doing, error)
-    return TryAgain(f"{doing} failed: {_reason(error)}; nothing was written; try again when that is mended")
+    return TryAgain(f"{doing} failed: {reason(error)}; nothing was written; try again when that is mended")

@@ -11,6 +11,7 @@ ORDER = [
     "config",
     "schema",
     "codec",
+    "files",
     "store",
     "oplog",
     "provider",

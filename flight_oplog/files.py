@@ -1,0 +1,127 @@
+"""Bytes on their way to disk: large files past the page cache, fsync, and what the operating system says when it refuses."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import mmap
+import os
+from typing import Any
+
+BLOCK_BYTES = 4096
+STAGING_BYTES = 4 << 20
+
+
+class OutputFile:
+    """A new file, written from its beginning; for one thread. Its bytes are durable after `close` and `fsync_file`.
+
+    From the first 4 MiB on, bytes go to the disk directly (O_DIRECT) where the file system can: a log is written once
+    and decoded into a cache of its own, and through the page cache each page is found, zeroed and copied first. On a
+    virtual machine whose memory is backed on first touch, that made direct writing three times as fast.
+
+    It has the methods that pyarrow asks of a Python file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.closed = False
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._staging = memoryview(mmap.mmap(-1, STAGING_BYTES))  # page-aligned, as direct writing wants
+        self._staged = self._written = 0
+        self._is_direct = False
+
+    def write(self, data: Any) -> int:
+        """Take bytes, or anything that shows its bytes as a memoryview; return how many."""
+        view = memoryview(data).cast("B")
+        place = 0
+        while place < len(view):
+            size = min(STAGING_BYTES - self._staged, len(view) - place)
+            self._staging[self._staged : self._staged + size] = view[place : place + size]
+            self._staged += size
+            place += size
+            if self._staged == STAGING_BYTES:
+                self._go_direct(True)
+                self._drain(STAGING_BYTES)
+        return len(view)
+
+    def _go_direct(self, direct: bool) -> None:
+        flag = getattr(os, "O_DIRECT", 0)
+        if flag and direct != self._is_direct:
+            with contextlib.suppress(OSError):  # a file system that cannot is written through the page cache
+                flags = fcntl.fcntl(self._handle, fcntl.F_GETFL)
+                fcntl.fcntl(self._handle, fcntl.F_SETFL, flags | flag if direct else flags & ~flag)
+                self._is_direct = direct
+
+    def _drain(self, size: int) -> None:
+        done = 0
+        while done < size:
+            done += os.write(self._handle, self._staging[done:size])
+            if done % BLOCK_BYTES:  # a short write left the disk's grid
+                self._go_direct(False)
+        rest = self._staged - size
+        self._staging[:rest] = self._staging[size : self._staged]
+        self._staged = rest
+        self._written += size
+
+    def tell(self) -> int:
+        return self._written + self._staged
+
+    def flush(self) -> None:
+        """Do nothing: a block that is not full waits for more, and `close` writes the last one."""
+
+    def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            self._go_direct(False)
+            self._drain(self._staged)
+        finally:
+            os.close(self._handle)
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+
+def fsync_file(path: str) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def fsync_folder(path: str) -> None:
+    """Make the names in a folder durable: a new file's bytes are lost with its name."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file is larger than the system allows",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EIO: "input/output error",
+    errno.EMFILE: "too many open files",
+}
+
+
+def reason(error: BaseException) -> str:
+    """Say what the operating system refused, without its paths; delta-rs and pyarrow keep the number only in their text."""
+    number = getattr(error, "errno", None)
+    if number in _REASONS:
+        return _REASONS[number]
+    text = str(error).lower()
+    for number, words in _REASONS.items():
+        if f"os error {number})" in text or f"[errno {number}]" in text:
+            return words
+    return "storage error, see the server's log"
