@@ -25,6 +25,7 @@ from flight_oplog.schema import plain_field
 BATCH_BYTES = 2_500_000
 BATCH_ENTRIES = 65_536
 SAMPLE_ENTRIES = 8192
+_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 BOUND_STRING_CHARACTERS = 64
 
 Bounds = dict[str, dict[str, Any]]
@@ -191,13 +192,17 @@ def encode(batches: Iterable[pa.RecordBatch], schema: pa.Schema, compression: st
     return _written(gathered, schema, compression)
 
 
-def _written(batches: Iterable[pa.RecordBatch], schema: pa.Schema, compression: str) -> pa.Buffer:
-    options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression)
-    sink = pa.BufferOutputStream()
+def _written(batches: Sequence[pa.RecordBatch], schema: pa.Schema, compression: str) -> pa.Buffer:
+    if compression == "none":  # the size is known: no growing, no copying of what was written
+        size = schema.serialize().size + sum(pa.ipc.get_record_batch_size(batch) for batch in batches) + len(_END)
+        buffer = pa.allocate_buffer(size)
+        sink, options = pa.FixedSizeBufferWriter(buffer), pa.ipc.IpcWriteOptions()
+    else:
+        sink, options = pa.BufferOutputStream(), pa.ipc.IpcWriteOptions(compression=compression)
     with pa.ipc.new_stream(sink, schema, options=options) as writer:
         for batch in batches:
             writer.write_batch(batch)
-    return sink.getvalue()
+    return buffer.slice(0, sink.tell()) if compression == "none" else sink.getvalue()
 
 
 def decode(content: pa.Buffer, entries: int, where: str, columns: Sequence[str] | None = None) -> list[pa.RecordBatch]:
@@ -227,7 +232,7 @@ def decode(content: pa.Buffer, entries: int, where: str, columns: Sequence[str] 
 
 def _ends_cleanly(content: pa.Buffer) -> bool:
     """An IPC stream that was cut between two messages reads without an error; only the end-of-stream marker tells."""
-    return content.size >= 8 and content.slice(content.size - 8).to_pybytes() == b"\xff\xff\xff\xff\x00\x00\x00\x00"
+    return content.size >= len(_END) and content.slice(content.size - len(_END)).to_pybytes() == _END
 
 
 def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -17,8 +17,9 @@ import logging
 import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -33,6 +34,7 @@ from flight_oplog.store import Conflict, Record, Snapshot, StagedFile, Store, To
 log = logging.getLogger("flight_oplog.oplog")
 
 CONFLICTS_MAX = 50
+SPILLS_UNDER_WAY = 2
 _CLOSED = "the log is closed; nothing was written; try again when the server is back"
 
 Appendable: TypeAlias = pa.RecordBatch | pa.Table | pa.RecordBatchReader
@@ -65,6 +67,7 @@ class OpLog:
         self._store = store
         self._memory = _Budget(config.queue_bytes_max)
         self._encoders = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "encoder")
+        self._writers = ThreadPoolExecutor(max(4, os.cpu_count() or 1), "writer")
         self._committer = _Committer(store, config)
 
     @classmethod
@@ -129,6 +132,7 @@ class OpLog:
         """Commit what waits, then stop. Appends after this raise TryAgain."""
         self._committer.stop()
         self._encoders.shutdown()
+        self._writers.shutdown()
 
     def __enter__(self) -> OpLog:
         return self
@@ -162,7 +166,7 @@ class AppendWriter:
         self._waiting_bytes = self._waiting_entries = self._reserved = 0
         self._bytes = self._entries = 0
         self._staged: StagedFile | None = None
-        self._spilling: Future[None] | None = None
+        self._spilling: deque[Future[None]] = deque()
         self._owned = True
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -206,32 +210,42 @@ class AppendWriter:
         self._waiting_entries += piece.num_rows
 
     def _spill(self) -> None:
-        """Hand the waiting batches to another thread, to write them as one record to this append's own data file.
+        """Hand the waiting batches on, to become one record of this append's own data file.
 
-        One record at a time: the next batches are received meanwhile, and an error comes up at the next spill.
+        Records are encoded side by side and written in order, while the next batches are received. Two are under way
+        at most; an error comes up at a later spill or at the end.
         """
-        self._settle()
+        while len(self._spilling) >= SPILLS_UNDER_WAY:
+            self._spilling.popleft().result()
         if self._staged is None:
             self._staged = self._oplog._store.stage(self.topic)
         try:
-            self._spilling = self._oplog._encoders.submit(self._write_record, self._staged, self._waiting, self._reserved)
+            record = self._oplog._encoders.submit(self._encode, self._waiting, self._waiting_entries)
+            before = self._spilling[-1] if self._spilling else None
+            self._spilling.append(self._oplog._writers.submit(self._add, self._staged, before, record, self._reserved))
         except RuntimeError:
             raise TryAgain(_CLOSED) from None
         self._entries += self._waiting_entries
         self._waiting, self._waiting_bytes, self._waiting_entries, self._reserved = [], 0, 0, 0
 
-    def _write_record(self, staged: StagedFile, batches: list[pa.RecordBatch], reserved: int) -> None:
+    def _encode(self, batches: list[pa.RecordBatch], entries: int) -> Record:
+        owner = {"entries": entries, "timestamp": self._started}
+        return make_record(batches, self._schema, self._schema_id, [owner], self._event_time, self._config.compression)
+
+    def _add(self, staged: StagedFile, before: Future[None] | None, record: Future[Record], reserved: int) -> None:
+        """Write a record after the one before it. Waits only for earlier work, so the pools cannot lock each other."""
         try:
-            owner = {"entries": sum(batch.num_rows for batch in batches), "timestamp": self._started}
-            staged.add(make_record(batches, self._schema, self._schema_id, [owner], self._event_time, self._config.compression))
+            encoded = record.result()
+            if before is not None:
+                before.result()
+            staged.add(encoded)
         finally:
             self._oplog._memory.give_back(reserved)
 
     def _settle(self) -> None:
         """Wait until nothing is being written; raise what went wrong with it."""
-        spilling, self._spilling = self._spilling, None
-        if spilling is not None:
-            spilling.result()
+        while self._spilling:
+            self._spilling.popleft().result()
 
     def _release(self) -> None:
         self._oplog._memory.give_back(self._reserved)
@@ -255,8 +269,7 @@ class AppendWriter:
         if self._owned:
             self._owned = False
             self._release()
-            with contextlib.suppress(Exception):  # the append is dropped, whatever became of it
-                self._settle()
+            wait(self._spilling)  # the append is dropped, whatever became of it
             if self._staged is not None:
                 self._staged.abandon()
 
@@ -510,7 +523,8 @@ def make_record(
     known = event_time in schema.names and pa.types.is_timestamp(schema.field(event_time).type)
     low, high = codec.time_range(found, schema, event_time if known else None)
     entries = sum(batch.num_rows for batch in batches)
-    return Record(entries, fingerprint, appends, found, low, high, codec.encode(batches, schema, compression))
+    content = codec.encode(batches, schema, compression)
+    return Record(entries, fingerprint, appends, found, low, high, codec.digest(content), content)
 
 
 def _rescaled(narrow: pa.Schema, wide: pa.Schema) -> list[str]:

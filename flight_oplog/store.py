@@ -76,6 +76,7 @@ class Record:
     bounds: codec.Bounds
     min_time: datetime.datetime | None
     max_time: datetime.datetime | None
+    digest: str
     content: pa.Buffer
 
 
@@ -561,7 +562,7 @@ class StagedFile:
                     "min_time": record.min_time,
                     "max_time": record.max_time,
                     "bounds": codec.bounds_json(record.bounds),
-                    "digest": codec.digest(record.content),
+                    "digest": record.digest,
                 }
             )
             self.entries += record.entries
