@@ -170,14 +170,15 @@ class _Scanner:
 class _Fragment:
     """One partition of a scan."""
 
-    def __init__(self, table: _Table | RowsTable, records: Sequence[RecordMeta]) -> None:
+    def __init__(self, table: _Table | RowsTable, records: Sequence[RecordMeta], keys: Sequence[str] = ()) -> None:
         self._table = table
         self._records = records
+        self._keys = keys  # the columns that the filter reads
 
     def scanner(self, schema: Any = None, columns: Any = None, filter: Any = None, batch_size: Any = None, **_: Any) -> _Scanner:
         def batches(projected: pa.Schema) -> Iterator[pa.RecordBatch]:
             try:
-                yield from self._table.scan(self._records, projected, filter)
+                yield from self._table.scan(self._records, projected, filter, self._keys)
             except Exception as error:
                 self._table.context.failures.append(error)
                 raise
@@ -202,7 +203,9 @@ class RowsTable(ds.Dataset):
     def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
         return iter([_Fragment(self, [])])
 
-    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+    def scan(
+        self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None, keys: Sequence[str]
+    ) -> Iterator[pa.RecordBatch]:
         rows = self._rows if filter is None else self._rows.filter(filter)
         yield codec.with_rows([rows.column(name) for name in projected.names], projected, rows.num_rows)
 
@@ -227,15 +230,16 @@ class _Table(ds.Dataset):
 
     def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
         try:
-            records = self._surviving(filter)
+            keys = [] if filter is None else _keys(filter, self._schema)
+            records = self._surviving(filter, keys)
             if filter is not None:
-                self._check_filter(filter, records)
+                self._check_filter(filter, keys, records)
         except Exception as error:
             self.context.failures.append(error)
             raise
-        return iter([_Fragment(self, dealt) for dealt in _deal(records, self.context.partitions)])
+        return iter([_Fragment(self, dealt, keys) for dealt in _deal(records, self.context.partitions)])
 
-    def _check_filter(self, filter: pc.Expression, records: Sequence[RecordMeta]) -> None:
+    def _check_filter(self, filter: pc.Expression, keys: Sequence[str], records: Sequence[RecordMeta]) -> None:
         """Raise CannotFilter where Arrow would answer otherwise than SQL does.
 
         Arrow's IN says false for null, so its negation keeps nulls; and Arrow's NaN is unequal to and unordered with
@@ -244,7 +248,7 @@ class _Table(ds.Dataset):
         text = str(filter)
         if "is_in(" in text and "invert(" in text:
             raise CannotFilter(text)
-        floats = [name for name in _columns_of(filter, self._schema) if pa.types.is_floating(self._schema.field(name).type)]
+        floats = [name for name in keys if pa.types.is_floating(self._schema.field(name).type)]
         if floats and "nan" in text.lower():
             raise CannotFilter(text)
         for record in records:
@@ -253,17 +257,15 @@ class _Table(ds.Dataset):
                 if limits is not None and "min" not in limits and limits["nulls"] < record.entries:
                     raise CannotFilter(text)
 
-    def _surviving(self, filter: pc.Expression | None) -> list[RecordMeta]:
+    def _surviving(self, filter: pc.Expression | None, keys: Sequence[str]) -> list[RecordMeta]:
         files = list(self._topic.files)
         if filter is None:
             kept = files
             survivors = records = [record for file in files for record in self._snapshot.store.records(file)]
         else:
-            _check_kernels(filter, self._schema)
-            names = _columns_of(filter, self._schema)
-            kept = self._prune(filter, files, names, self._file_guarantee)
+            kept = self._prune(filter, files, keys, self._file_guarantee)
             records = [record for file in kept for record in self._snapshot.store.records(file)]
-            survivors = self._prune(filter, records, names, self._record_guarantee)
+            survivors = self._prune(filter, records, keys, self._record_guarantee)
         self.counts.files += len(files)
         self.counts.files_pruned += len(files) - len(kept)
         self.counts.records += len(records)
@@ -288,7 +290,9 @@ class _Table(ds.Dataset):
     def _record_guarantee(self, record: RecordMeta, names: Sequence[str]) -> pc.Expression | None:
         return None
 
-    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+    def scan(
+        self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None, keys: Sequence[str]
+    ) -> Iterator[pa.RecordBatch]:
         """Yield filtered batches of exactly the projected columns."""
         raise NotImplementedError
 
@@ -329,11 +333,12 @@ class EntriesTable(_Table):
             guarantee = part if guarantee is None else guarantee & part
         return guarantee
 
-    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+    def scan(
+        self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None, keys: Sequence[str]
+    ) -> Iterator[pa.RecordBatch]:
         if filter is None and not projected.names:  # COUNT(*): the records' own numbers are enough
             yield codec.with_rows([], projected, sum(record.entries for record in records))
             return
-        keys = [] if filter is None else _columns_of(filter, self._schema)
         for record in records:
             rows = None if filter is None else self._matching(record, keys, filter)
             if rows is not None and not len(rows):
@@ -411,9 +416,11 @@ class RecordsTable(_Table):
     def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext) -> None:
         super().__init__(snapshot, topic, RECORD_SCHEMA, context, "records")
 
-    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None) -> Iterator[pa.RecordBatch]:
+    def scan(
+        self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None, keys: Sequence[str]
+    ) -> Iterator[pa.RecordBatch]:
         names = list(projected.names)
-        wanted = names if filter is None else names + [n for n in _columns_of(filter, self._schema) if n not in names]
+        wanted = names + [name for name in keys if name not in names]
         step = 1 if "content" in wanted else _ROWS_PER_RECORDS_BATCH
         schema = pa.schema([self._schema.field(name) for name in wanted])
         for start in range(0, len(records), step):
@@ -530,26 +537,27 @@ def _between(name: str, low: pa.Scalar, high: pa.Scalar) -> pc.Expression:
     return ((column >= low) | column.is_null()) & ((column <= high) | column.is_null())
 
 
-def _check_kernels(filter: pc.Expression, schema: pa.Schema) -> None:
+def _keys(filter: pc.Expression, schema: pa.Schema) -> list[str]:
+    """Return the columns a filter reads; raise CannotFilter when Arrow cannot apply it.
+
+    An expression cannot be walked from Python; it can only fail to bind, to all columns or to all but one.
+    """
     if not isinstance(filter, pc.Expression):  # DataFusion hands a filter that folded to a constant over as a scalar
         raise CannotFilter(str(filter))
-    try:
-        schema.empty_table().filter(filter)
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise CannotFilter(str(filter)) from error
-
-
-def _columns_of(filter: pc.Expression, schema: pa.Schema) -> list[str]:
-    """Return the columns a filter reads. An expression cannot be walked from Python; it can only fail to bind."""
     text = str(filter)
-    empty = schema.empty_table()
+    named = pa.schema([field for field in schema if field.name in text]).empty_table()
+    try:
+        named.filter(filter)
+    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise CannotFilter(text) from error
+    if named.num_columns == 1:
+        return list(named.column_names)
     found = []
-    for name in schema.names:
-        if name in text:
-            try:
-                empty.drop_columns([name]).filter(filter)
-            except pa.ArrowInvalid:
-                found.append(name)
+    for name in named.column_names:
+        try:
+            named.drop_columns([name]).filter(filter)
+        except pa.ArrowInvalid:
+            found.append(name)
     return found
 
 
