@@ -1,0 +1,66 @@
+"""Files on their way to disk: every byte, at every size around the disk's blocks."""
+
+import errno
+import fcntl
+import os
+import random
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from flight_oplog.files import STAGING_BYTES, OutputFile, reason
+
+SIZES = [0, 1, 4095, 4096, 4097, STAGING_BYTES - 1, STAGING_BYTES, STAGING_BYTES + 1, 2 * STAGING_BYTES + 4096, 3 * STAGING_BYTES + 5]
+
+
+@pytest.mark.parametrize("folder", ["disk", "memory"])
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_written_is_what_is_read(tmp_path: Path, folder: str, size: int) -> None:
+    path = tmp_path / "file" if folder == "disk" else Path(f"/dev/shm/flight-oplog-test-{os.getpid()}")
+    data = random.Random(size).randbytes(size)
+    pieces = random.Random(7)
+    try:
+        file = OutputFile(str(path))
+        place = 0
+        while place < size:
+            step = pieces.choice([1, 100, 5000, 1 << 20, 5 << 20])
+            assert file.write(data[place : place + step]) == len(data[place : place + step])
+            place = min(size, place + step)
+            assert file.tell() == place
+        file.close()
+        file.close()
+        assert path.read_bytes() == data
+    finally:
+        path.unlink()
+
+
+def test_large_files_go_past_the_page_cache_where_the_file_system_can(tmp_path: Path) -> None:
+    try:
+        os.close(os.open(tmp_path / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
+    except OSError:
+        pytest.skip("needs a temporary folder on a file system with O_DIRECT")
+    file = OutputFile(str(tmp_path / "file"))
+    file.write(bytes(STAGING_BYTES - 1))
+    assert not fcntl.fcntl(file._handle, fcntl.F_GETFL) & os.O_DIRECT
+    file.write(pa.py_buffer(bytes(2)))
+    assert fcntl.fcntl(file._handle, fcntl.F_GETFL) & os.O_DIRECT
+    file.close()
+    assert (tmp_path / "file").stat().st_size == STAGING_BYTES + 1
+
+
+def test_a_file_is_never_written_over(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        OutputFile(str(tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_reasons_name_the_cause_and_no_path() -> None:
+    assert reason(OSError(errno.ENOSPC, "No space left on device", "/secret/path")) == "the disk is full"
+    assert (
+        reason(Exception("Generic LocalFileSystem error: Unable to copy /secret: No space left on device (os error 28)"))
+        == "the disk is full"
+    )
+    assert reason(OSError("[Errno 30] Read-only file system: '/secret'")) == "the file system is read-only"
+    assert reason(Exception("/secret")) == "storage error, see the server's log"
