@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import mmap
 import os
 from typing import Any
+
+from flight_oplog.errors import TryAgain
+
+log = logging.getLogger("flight_oplog.files")
 
 BLOCK_BYTES = 4096
 STAGING_BYTES = 4 << 20
@@ -28,11 +33,15 @@ class OutputFile:
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         self._staging = memoryview(mmap.mmap(-1, STAGING_BYTES))  # page-aligned, as direct writing wants
         self._staged = self._written = 0
-        self._is_direct = False
+        self._is_direct = self._is_discarded = False
 
     def write(self, data: Any) -> int:
         """Take bytes, or anything that shows its bytes as a memoryview; return how many."""
         view = memoryview(data).cast("B")
+        if self.closed:
+            if self._is_discarded:
+                return len(view)
+            raise ValueError("the file is closed")  # its handle may be another file's by now
         place = 0
         while place < len(view):
             size = min(STAGING_BYTES - self._staged, len(view) - place)
@@ -77,6 +86,13 @@ class OutputFile:
             self._go_direct(False)
             self._drain(self._staged)
         finally:
+            os.close(self._handle)
+
+    def discard(self) -> None:
+        """Give the file up: what is staged, and what a writer that holds it may still write, goes nowhere."""
+        self._is_discarded = True
+        if not self.closed:
+            self.closed = True
             os.close(self._handle)
 
     def readable(self) -> bool:
@@ -125,3 +141,9 @@ def reason(error: BaseException) -> str:
         if f"os error {number})" in text or f"[errno {number}]" in text:
             return words
     return "storage error, see the server's log"
+
+
+def storage_error(doing: str, error: BaseException) -> TryAgain:
+    """Return what to raise when storage refused before anything was written; the details go to the server's log."""
+    log.warning("%s failed: %s", doing, error)
+    return TryAgain(f"{doing} failed: {reason(error)}; nothing was written; try again when that is mended")

@@ -27,9 +27,10 @@ import pyarrow as pa
 
 from flight_oplog import codec
 from flight_oplog.config import Config
+from flight_oplog.datafile import Record, StagedFile
 from flight_oplog.errors import CorruptLog, OplogError, OutcomeUnknown, RequestError, SchemaMismatch, TooLarge, TryAgain
 from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, check_topic, evolve, first_time, normal_schema, schema_id
-from flight_oplog.store import Conflict, Record, Snapshot, StagedFile, Store, Topic
+from flight_oplog.store import Conflict, Snapshot, Store, Topic
 
 log = logging.getLogger("flight_oplog.oplog")
 

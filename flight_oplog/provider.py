@@ -26,9 +26,10 @@ import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
+from flight_oplog.datafile import DataFile, RecordMeta, binary_array
 from flight_oplog.errors import Cancelled, CorruptLog
 from flight_oplog.schema import RECORD_SCHEMA
-from flight_oplog.store import DataFile, RecordMeta, Snapshot, Topic, binary_array
+from flight_oplog.store import Snapshot, Topic
 
 _TIME = pa.timestamp("us", "UTC")
 LOG_FIELDS = (

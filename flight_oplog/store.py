@@ -3,41 +3,33 @@
 Invariants
   * A data file is written, fsynced, named in a Delta commit, and the commit file is fsynced; only then does `commit`
     return. delta-rs itself never calls fsync, so a receipt would not survive a power cut without this.
-  * Data files are immutable once committed. Before that they carry offsets counted from 0, because a long append is
-    written while others commit; `StagedFile.finish` then adds the real first offset in place. That works because the
-    column `first_offset` is written PLAIN, uncompressed, without nulls and without statistics: its values are the last
-    8·n bytes of its column chunk.
   * The next offset of a topic is the Delta `txn` action `topic/<topic>` of the commit that wrote it. Two processes that
     race for a version or a topic conflict in Delta itself; the loser gets `Conflict`, refreshes and numbers again.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import logging
 import os
 import re
-import struct
 import threading
 import time
-import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, CommitProperties, Transaction
 
 from flight_oplog import codec
-from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, OutcomeUnknown, TryAgain
-from flight_oplog.files import OutputFile, fsync_file, fsync_folder, reason
+from flight_oplog.datafile import DataFile, RecordMeta, StagedFile, read_content, read_records
+from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, OutcomeUnknown
+from flight_oplog.files import fsync_file, fsync_folder, reason, storage_error
 from flight_oplog.schema import (
-    APPENDS,
     FORMAT_VERSION,
     RECORD_SCHEMA,
     SCHEMAS_SCHEMA,
@@ -50,79 +42,14 @@ from flight_oplog.schema import (
 
 log = logging.getLogger("flight_oplog.store")
 
-ROW_GROUP_BYTES = 16 << 20
-# Keeps the `first_offset` chunk of a row group in one Parquet page, as patching it needs.
-ROW_GROUP_RECORDS = 4096
 SNAPSHOTS_KEPT = 64
 FORMAT_KEY = "oplog.formatVersion"
-
-_FILE_SCHEMA = pa.schema([f for f in RECORD_SCHEMA if f.name != "topic"])
-_META_COLUMNS = [name for name in _FILE_SCHEMA.names if name != "content"]
 
 
 class Conflict(OplogError):
     """Another process committed first. Nothing of this commit is visible; refresh, number again, retry."""
 
     status = "UNAVAILABLE"
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One row of the outer table, before it is written. `first_offset` counts from the file's first entry."""
-
-    entries: int
-    schema_id: str
-    appends: list[dict[str, Any]]
-    bounds: codec.Bounds
-    min_time: datetime.datetime | None
-    max_time: datetime.datetime | None
-    digest: str
-    content: pa.Buffer
-
-
-@dataclass(frozen=True, slots=True)
-class RecordMeta:
-    """One row of the outer table without its content, and where the content is."""
-
-    file: DataFile
-    row: int
-    row_group: int
-    span: tuple[int, int] | None
-    first_offset: int
-    entries: int
-    schema_id: str
-    appends: list[dict[str, Any]]
-    min_time: datetime.datetime | None
-    max_time: datetime.datetime | None
-    bounds: codec.Bounds
-    digest: str
-
-    @property
-    def key(self) -> str:
-        """Names this record among all records ever."""
-        return f"{self.file.path}#{self.row}"
-
-    @property
-    def where(self) -> str:
-        return f"topic {self.file.topic!r}, file {os.path.basename(self.file.path)}, offset {self.first_offset}"
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """One committed Parquet file of one topic, as its `add` action describes it."""
-
-    path: str
-    topic: str
-    size: int
-    records: int
-    first_offset: int
-    min_time: datetime.datetime | None = None
-    max_time: datetime.datetime | None = None
-
-    @property
-    def key(self) -> str:
-        """Names this file among all files ever."""
-        return self.path
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +133,7 @@ class Store:
         except TableNotFoundError:
             raise NotALog(f"{root}: cannot be opened as a Delta table") from None
         except (OSError, DeltaError) as error:
-            raise _storage_error("opening the log", error) from error
+            raise storage_error("opening the log", error) from error
         version = table.metadata().configuration.get(FORMAT_KEY)
         if version is None:
             raise NotALog(f"{root}: is a Delta table, but not a flight_oplog log; choose another folder")
@@ -256,7 +183,7 @@ class Store:
             try:
                 self._table.update_incremental()
             except (OSError, DeltaError) as error:
-                raise _storage_error("reading the table", error) from error
+                raise storage_error("reading the table", error) from error
             if self._table.version() != self._current.table_version:
                 self._remember(self._load(self._table))
             return self._current
@@ -336,97 +263,15 @@ class Store:
         """Return the rows of a data file without their content."""
         found = self._metas.get(file.path)
         if found is None:
-            found = self._metas[file.path] = self._read_metas(file)
+            found = self._metas[file.path] = read_records(self.root, file)
         return found
-
-    def _read_metas(self, file: DataFile) -> tuple[RecordMeta, ...]:
-        with self._parquet(file) as parquet:
-            try:
-                rows = parquet.read(columns=_META_COLUMNS).to_pylist()
-                spans = [span for g in range(parquet.num_row_groups) for span in _spans(parquet.metadata.row_group(g), g)]
-            except Exception as error:  # damaged bytes surface as errors of many kinds
-                raise CorruptLog(f"{_name(file)} is not readable Parquet; restore it") from error
-        try:
-            metas = self._metas_of(file, rows, spans)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptLog(f"{_name(file)} does not hold records; restore it") from error
-        expected = file.first_offset
-        for meta in metas:
-            if meta.first_offset != expected or meta.entries != sum(owner["entries"] for owner in meta.appends):
-                raise CorruptLog(f"{_name(file)} holds records that do not add up; restore it")
-            expected += meta.entries
-        if len(metas) != file.records:
-            raise CorruptLog(f"{_name(file)} holds {len(metas)} of {file.records} records; restore it")
-        return metas
-
-    @staticmethod
-    def _metas_of(
-        file: DataFile, rows: Sequence[dict[str, Any]], spans: Sequence[tuple[int, tuple[int, int] | None]]
-    ) -> tuple[RecordMeta, ...]:
-        return tuple(
-            RecordMeta(
-                file=file,
-                row=number,
-                row_group=group,
-                span=span,
-                first_offset=row["first_offset"],
-                entries=row["entries"],
-                schema_id=row["schema_id"],
-                appends=row["appends"],
-                min_time=row["min_time"],
-                max_time=row["max_time"],
-                bounds=json.loads(row["bounds"]) if row["bounds"] else {},
-                digest=row["digest"],
-            )
-            for number, (row, (group, span)) in enumerate(zip(rows, spans, strict=True))
-        )
 
     def content(self, record: RecordMeta) -> pa.Buffer:
         """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
-        content = self._read_content(record)
+        content = read_content(self.root, record)
         if codec.digest(content) != record.digest:
             raise CorruptLog(f"{record.where}: content does not match its digest; restore the file")
         return content
-
-    def _read_content(self, record: RecordMeta) -> pa.Buffer:
-        if record.span is not None:
-            return self._read_span(record, *record.span)
-        with self._parquet(record.file) as parquet:
-            try:
-                column = parquet.read_row_group(record.row_group, columns=["content"]).column(0)
-                first = sum(parquet.metadata.row_group(g).num_rows for g in range(record.row_group))
-                scalar = column[record.row - first]
-            except Exception as error:  # damaged bytes surface as errors of many kinds
-                raise CorruptLog(f"{record.where}: content is not readable; restore the file") from error
-            if not (pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)) or not scalar.is_valid:
-                raise CorruptLog(f"{record.where}: content is {scalar.type}, not binary; restore the file")
-            return scalar.as_buffer()
-
-    def _read_span(self, record: RecordMeta, start: int, end: int) -> pa.Buffer:
-        """Read the only value of an uncompressed content chunk straight from the file, into aligned memory.
-
-        The chunk is a Thrift page header (20 to 40 bytes), a 4-byte length and the bytes up to `end`.
-        """
-        try:
-            with pa.OSFile(os.path.join(self.root, record.file.path), "rb") as source:
-                head = source.read_at(min(64, end - start), start)
-                for place in range(8, len(head) - 3):
-                    size = int.from_bytes(head[place : place + 4], "little")
-                    if start + place + 4 + size == end:
-                        source.seek(end - size)
-                        return source.read_buffer(size)
-        except OSError as error:
-            raise CorruptLog(f"{record.where}: the file cannot be read ({reason(error)}); restore it") from error
-        raise CorruptLog(f"{record.where}: content has no length; restore the file")
-
-    def _parquet(self, file: DataFile) -> pq.ParquetFile:
-        path = os.path.join(self.root, file.path)
-        try:
-            return pq.ParquetFile(path)
-        except FileNotFoundError:
-            raise CorruptLog(f"{_name(file)} is missing; restore it") from None
-        except (pa.ArrowException, OSError) as error:
-            raise CorruptLog(f"{_name(file)} is not readable Parquet; restore it") from error
 
     # Writing
 
@@ -450,7 +295,7 @@ class Store:
             except (OSError, DeltaError) as error:
                 # The commit file itself is the only witness of what happened.
                 if not os.path.exists(path):
-                    raise _storage_error("the commit", error) from error
+                    raise storage_error("the commit", error) from error
                 if not self._outcome(path, staged[0].done):
                     raise Conflict("another process committed first; nothing was written") from error
             try:
@@ -507,178 +352,9 @@ class Store:
         return sorted(found)
 
 
-class StagedFile:
-    """A data file being written: `add` records, then `finish` it for a commit or `abandon` it. For one thread."""
-
-    def __init__(self, root: str, topic: str) -> None:
-        self.topic = topic
-        self.entries = 0
-        self.bounds: list[codec.Bounds] = []
-        self._root = root
-        self._path = f"topic={topic}/{uuid.uuid4()}.parquet"
-        self._full_path = os.path.join(root, self._path)
-        self._pending: list[Record] = []
-        self._pending_bytes = 0
-        self._writer: pq.ParquetWriter | None = None
-        self._file: OutputFile | None = None
-        self._runs: list[tuple[int, int]] = []
-        self._lows: list[datetime.datetime] = []
-        self._highs: list[datetime.datetime] = []
-        self._time_known = True
-        self._first_offset = 0
-        self._done: DataFile | None = None
-
-    @property
-    def done(self) -> DataFile:
-        assert self._done is not None, "finish() comes before commit()"
-        return self._done
-
-    def add(self, record: Record) -> None:
-        """Write one record after those before it. Raises TryAgain when the disk refuses; abandon the file then."""
-        full = self._pending_bytes + record.content.size > ROW_GROUP_BYTES or len(self._pending) >= ROW_GROUP_RECORDS
-        if self._pending and full:
-            self._flush()
-        self.bounds.append(record.bounds)
-        self._pending.append(record)
-        self._pending_bytes += record.content.size
-        if record.min_time is None or record.max_time is None:
-            self._time_known = False
-        else:
-            self._lows.append(record.min_time)
-            self._highs.append(record.max_time)
-        if self._pending_bytes >= ROW_GROUP_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        rows = []
-        for record in self._pending:
-            self._runs.append((self.entries, record.entries))
-            rows.append(
-                {
-                    "first_offset": self.entries,
-                    "entries": record.entries,
-                    "schema_id": record.schema_id,
-                    "appends": record.appends,
-                    "min_time": record.min_time,
-                    "max_time": record.max_time,
-                    "bounds": codec.bounds_json(record.bounds),
-                    "digest": record.digest,
-                }
-            )
-            self.entries += record.entries
-        table = pa.Table.from_pylist(rows, pa.schema([f for f in _FILE_SCHEMA if f.name != "content"]))
-        contents = binary_array([record.content for record in self._pending])
-        self._pending, self._pending_bytes = [], 0
-        try:
-            if self._writer is None:
-                self._writer = self._create()
-            self._writer.write_table(table.append_column(_FILE_SCHEMA.field("content"), contents), row_group_size=len(rows))
-        except OSError as error:
-            raise _storage_error("writing a data file", error) from error
-
-    def _create(self) -> pq.ParquetWriter:
-        folder = os.path.dirname(self._full_path)
-        if not os.path.isdir(folder):
-            os.makedirs(folder, exist_ok=True)
-            fsync_folder(self._root)
-        plain = ("first_offset", "content")
-        self._file = OutputFile(self._full_path)
-        return pq.ParquetWriter(
-            self._file,
-            _FILE_SCHEMA,
-            compression={name: "NONE" if name in plain else "ZSTD" for name in _leaf_paths(_FILE_SCHEMA)},
-            use_dictionary=False,
-            column_encoding=None,
-            write_statistics=["entries", "min_time", "max_time"],
-            store_schema=False,
-        )
-
-    def finish(self, first_offset: int) -> DataFile:
-        """Number the file's entries from `first_offset` and make its bytes durable. May be called again to renumber."""
-        try:
-            if self._done is None:
-                if self._pending:
-                    self._flush()
-                assert self._writer is not None, "a data file holds at least one record"
-                assert self._file is not None
-                self._writer.close()
-                self._file.close()
-            self._renumber(first_offset - self._first_offset)
-            self._first_offset = first_offset
-            fsync_file(self._full_path)
-            fsync_folder(os.path.dirname(self._full_path))
-        except OSError as error:
-            raise _storage_error("writing a data file", error) from error
-        self._done = DataFile(
-            path=self._path,
-            topic=self.topic,
-            size=os.path.getsize(self._full_path),
-            records=len(self._runs),
-            first_offset=first_offset,
-            min_time=min(self._lows) if self._time_known else None,
-            max_time=max(self._highs) if self._time_known else None,
-        )
-        return self._done
-
-    def add_action(self) -> AddAction:
-        """Return the Delta action that names this file, with real statistics: without them nothing can skip it."""
-        low: dict[str, Any] = {"first_offset": self.done.first_offset, "entries": min(n for _, n in self._runs)}
-        last = self.done.first_offset + self._runs[-1][0]
-        high: dict[str, Any] = {"first_offset": last, "entries": max(n for _, n in self._runs)}
-        nulls = {"first_offset": 0, "entries": 0}
-        if self.done.min_time is not None and self.done.max_time is not None:
-            low["min_time"] = _stat_time(min(self._lows))
-            low["max_time"] = _stat_time(min(self._highs))
-            high["min_time"] = _stat_time(max(self._lows))
-            high["max_time"] = _stat_time(max(self._highs))
-            nulls |= {"min_time": 0, "max_time": 0}
-        stats = {"numRecords": len(self._runs), "minValues": low, "maxValues": high, "nullCount": nulls}
-        return AddAction(
-            path=self.done.path,
-            size=self.done.size,
-            partition_values={"topic": self.topic},
-            modification_time=int(time.time() * 1000),
-            data_change=True,
-            stats=json.dumps(stats),
-        )
-
-    def _renumber(self, shift: int) -> None:
-        if shift == 0:
-            return
-        metadata = pq.read_metadata(self._full_path)
-        with open(self._full_path, "r+b") as file:
-            for group in range(metadata.num_row_groups):
-                chunk, rows = metadata.row_group(group).column(0), metadata.row_group(group).num_rows
-                assert (chunk.path_in_schema, chunk.compression) == ("first_offset", "UNCOMPRESSED")
-                place = chunk.data_page_offset + chunk.total_compressed_size - 8 * rows
-                file.seek(place)
-                offsets = [int.from_bytes(file.read(8), "little") + shift for _ in range(rows)]
-                file.seek(place)
-                file.write(b"".join(offset.to_bytes(8, "little") for offset in offsets))
-
-    def abandon(self) -> None:
-        """Remove the file. Never raises: what cannot be removed stays an orphan that `verify` lists."""
-        try:
-            if self._writer is not None and self._done is None:
-                self._writer.close()
-        except (OSError, pa.ArrowException) as error:
-            log.warning("closing an abandoned file: %s", error)
-        try:
-            if self._file is not None:
-                self._file.close()
-        except (OSError, pa.ArrowException) as error:
-            log.warning("closing an abandoned file: %s", error)
-        try:
-            os.unlink(self._full_path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            log.warning("removing an abandoned file: %s", error)
-
-
 def _commit_delta(table: DeltaTable, staged: Sequence[StagedFile], next_offsets: Mapping[str, int]) -> None:
     table.create_write_transaction(
-        [file.add_action() for file in staged],
+        [_add_action(file) for file in staged],
         mode="append",
         schema=table.schema(),
         partition_by=["topic"],
@@ -690,8 +366,15 @@ def _commit_delta(table: DeltaTable, staged: Sequence[StagedFile], next_offsets:
     )
 
 
-def _stat_time(time: datetime.datetime) -> str:
-    return time.isoformat(timespec="microseconds").replace("+00:00", "Z")
+def _add_action(staged: StagedFile) -> AddAction:
+    return AddAction(
+        path=staged.done.path,
+        size=staged.done.size,
+        partition_values={"topic": staged.topic},
+        modification_time=int(time.time() * 1000),
+        data_change=True,
+        stats=staged.stats(),
+    )
 
 
 _COMMIT_NAME = re.compile(r"\d{20}\.json")
@@ -715,33 +398,6 @@ def _schemas_by_topic(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, pa.
     return found
 
 
-def _spans(metadata: pq.RowGroupMetaData, group: int) -> list[tuple[int, tuple[int, int] | None]]:
-    """Return (row group, byte span of its content or None) for each row of a row group."""
-    chunk = metadata.column(metadata.num_columns - 1)
-    plain = chunk.path_in_schema == "content" and chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
-    if metadata.num_rows != 1 or not plain:
-        return [(group, None)] * metadata.num_rows
-    return [(group, (chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size))]
-
-
-def binary_array(contents: Sequence[pa.Buffer]) -> pa.Array:
-    """Return the contents as one binary array; a single one is not copied."""
-    if len(contents) == 1:
-        offsets = pa.py_buffer(struct.pack("<ii", 0, contents[0].size))
-        return pa.Array.from_buffers(pa.binary(), 1, [None, offsets, contents[0]])
-    return pa.array([content.to_pybytes() for content in contents], pa.binary())
-
-
-def _leaf_paths(schema: pa.Schema) -> list[str]:
-    """Return the Parquet path of every leaf column, as ParquetWriter's per-column options want it."""
-    names = [f"appends.list.element.{child.name}" for child in APPENDS.value_type]
-    return [name for field in schema for name in (names if field.name == "appends" else [field.name])]
-
-
-def _name(file: DataFile) -> str:
-    return f"topic {file.topic!r}: file {os.path.basename(file.path)}"
-
-
 def _commit_path(root: str, table_version: int) -> str:
     return os.path.join(_log_folder(root), f"{table_version:020}.json")
 
@@ -756,8 +412,3 @@ def _unknown(table_version: int, error: BaseException) -> OutcomeUnknown:
         f"the commit of table_version {table_version} may or may not be durable ({reason(error)}); "
         "look whether the entries are there before sending them again"
     )
-
-
-def _storage_error(doing: str, error: BaseException) -> TryAgain:
-    log.warning("%s failed: %s", doing, error)
-    return TryAgain(f"{doing} failed: {reason(error)}; nothing was written; try again when that is mended")

@@ -64,3 +64,20 @@ def test_reasons_name_the_cause_and_no_path() -> None:
     )
     assert reason(OSError("[Errno 30] Read-only file system: '/secret'")) == "the file system is read-only"
     assert reason(Exception("/secret")) == "storage error, see the server's log"
+
+
+def test_a_closed_file_takes_nothing_more_and_a_discarded_one_forgets(tmp_path: Path) -> None:
+    """A handle's number is given to the next file that opens: a late write must never reach it."""
+    closed = OutputFile(str(tmp_path / "closed"))
+    closed.close()
+    with pytest.raises(ValueError, match="the file is closed"):
+        closed.write(b"late")
+    discarded = OutputFile(str(tmp_path / "discarded"))
+    discarded.write(b"early")
+    discarded.discard()
+    discarded.discard()
+    other = OutputFile(str(tmp_path / "other"))
+    assert discarded.write(bytes(2 * STAGING_BYTES)) == 2 * STAGING_BYTES
+    discarded.close()
+    other.close()
+    assert [(tmp_path / name).stat().st_size for name in ("closed", "discarded", "other")] == [0, 0, 0]

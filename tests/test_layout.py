@@ -12,6 +12,7 @@ ORDER = [
     "schema",
     "codec",
     "files",
+    "datafile",
     "store",
     "oplog",
     "provider",
