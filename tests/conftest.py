@@ -65,6 +65,17 @@ def rows(engine: Engine, snapshot: Snapshot, sql: str) -> list[dict[str, Any]]:
     return pa.Table.from_batches(list(running.batches), running.schema).to_pylist()
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to mount a tmpfs (run as root)")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
 class ServerProcess:
     """A real `flight-oplog serve` process on a free port."""
 

@@ -272,6 +272,20 @@ def test_a_batch_one_byte_over_the_limit_is_refused_whole(start: Start) -> None:
     assert put(client, "t", exact)["first_offset"] == 2000
 
 
+def test_a_full_disk_is_unavailable_and_the_server_goes_on(small_disk: Path, start: Start) -> None:
+    server = start("--compression", "none", folder=small_disk / "log")
+    with flight.connect(server.uri) as client, adbc.connect(server.uri, autocommit=True) as connection:
+        put(client, "events", SEED)
+        large = pa.record_batch({"name": [os.urandom(500).hex() for _ in range(20_000)]})
+        with refused(
+            flight.FlightUnavailableError,
+            "writing a data file failed: the disk is full; nothing was written; try again when that is mended",
+        ):
+            put(client, "events", large)
+        assert ask(connection, "SELECT count(*) AS n FROM events") == [{"n": 2}]
+        assert put(client, "events", SEED)["first_offset"] == 2
+
+
 def test_one_call_too_many_is_unavailable_and_the_next_ones_are_served(start: Start) -> None:
     server = start("--calls-max", "3")
     client = flight.connect(server.uri)

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,19 +234,6 @@ def test_a_file_nobody_names_is_a_note_not_an_error(tmp_path: Path) -> None:
         [problem] = log.verify()
     assert (problem.severity, problem.where) == ("note", "topic=events/left-behind.parquet")
     assert problem.what == "no commit names this data file: left by a crash, or being written right now"
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 8 MB."""
-    import subprocess
-
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, check=False).returncode:
-        pytest.skip("needs the right to mount a tmpfs (run as root)")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_a_full_disk_loses_nothing_and_leaves_nothing(small_disk: Path) -> None:
