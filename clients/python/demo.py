@@ -150,11 +150,11 @@ def main() -> None:
     console.print(
         f"""
 [bold]What to try next[/]
-  .venv/bin/flight-oplog serve --data {DATA}                       serve what was just written
-  .venv/bin/flight-oplog sql "SELECT * FROM flights LIMIT 5"       from another terminal
-  .venv/bin/flight-oplog ingest readings data.csv                  Parquet, CSV, NDJSON or Arrow files
-  .venv/bin/flight-oplog verify --data {DATA}                      read every byte back and check it
-  python -c 'import polars; print(polars.read_delta("{DATA}").drop("content"))'"""
+  .venv/bin/flight-oplog serve --data {DATA}      [dim]serve what was just written, and from another terminal:[/]
+  .venv/bin/flight-oplog sql "SELECT * FROM flights LIMIT 5"
+  .venv/bin/flight-oplog ingest readings data.csv       [dim]Parquet, CSV, NDJSON or Arrow files[/]
+  .venv/bin/flight-oplog verify --data {DATA}     [dim]read every byte back and check it[/]
+  .venv/bin/python -c 'import polars; print(polars.read_delta("{DATA}").drop("content"))'"""
     )
 
 
