@@ -341,3 +341,30 @@ def test_event_time_is_settled_once_so_bounds_never_speak_of_another_column(log:
     assert query("SELECT count(*) AS n FROM t WHERE t > TIMESTAMP '2000-01-01T00:00:00Z'") == [{"n": 1}]
     [topic] = query("SELECT max_time FROM system.topics WHERE topic = 't'")
     assert topic["max_time"].microsecond == 5
+
+
+def test_short_texts_group_as_views_and_answer_the_same(log: OpLog, query: Query, engine: Engine) -> None:
+    kinds = ["put", "get", None, "scan", "put", ""] * 50
+    log.append("t", pa.record_batch({"kind": kinds, "key": [f"{i:020}" for i in range(300)], "n": list(range(300))}))
+    log.append("t", pa.record_batch({"kind": ["a text that is not short at all"], "n": [300]}))
+    log.append("t", pa.record_batch({"kind": ["put"], "n": [301]}))
+    expected = [
+        {"kind": "", "c": 50},
+        {"kind": "a text that is not short at all", "c": 1},
+        {"kind": "get", "c": 50},
+        {"kind": "put", "c": 101},
+        {"kind": "scan", "c": 50},
+        {"kind": None, "c": 50},
+    ]
+    sql = "SELECT kind, count(*) AS c FROM t GROUP BY kind ORDER BY kind NULLS LAST"
+    assert query(sql) == expected
+    assert engine.prepare(sql, log.snapshot()).schema == pa.schema([("kind", pa.string()), ("c", pa.int64())])
+    assert query("SELECT DISTINCT kind FROM t WHERE n > 299 ORDER BY kind") == [
+        {"kind": "a text that is not short at all"},
+        {"kind": "put"},
+    ]
+    assert query("SELECT kind, count(*) AS c FROM t WHERE kind = 'get' AND n < 60 GROUP BY kind") == [{"kind": "get", "c": 10}]
+    assert query("SELECT max(key) AS k, count(DISTINCT kind) AS c FROM t WHERE n % 2 = 0") == [{"k": f"{298:020}", "c": 2}]
+    running = engine.run("SELECT kind, count(*) FROM t WHERE kind = 'zzz' AND n > 1000 GROUP BY kind", log.snapshot())
+    assert list(running.batches) == []
+    assert running.counts["public.t"].records_pruned == 3, "a filter on the grouped text still prunes"
