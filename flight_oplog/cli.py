@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -124,12 +124,14 @@ def _add_where(parser: argparse.ArgumentParser) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     config = _settings(options)
-    stop = threading.Event()
+    signals: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set():
+        # No lock may be taken here, so no Event either: this runs in the main thread, between any two of its steps,
+        # also while it holds the lock of the Event it waits for.
+        if signals:
             os._exit(128 + number)  # a second signal ends at once; what was acknowledged is on disk
-        stop.set()
+        signals.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
@@ -144,8 +146,8 @@ def _serve(options: argparse.Namespace) -> int:
         print(server.uri, flush=True)
         if config.insecure:
             print("warning: --insecure: anybody who reaches this address may read and append", file=sys.stderr)
-        while not stop.wait(0.5):
-            pass
+        while not signals:
+            time.sleep(0.1)
         drained = server.drain(config.drain_seconds_max)
     if not drained:
         print("flight-oplog: stopped before every call had ended; nothing acknowledged was lost", file=sys.stderr)
