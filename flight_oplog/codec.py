@@ -164,7 +164,7 @@ def gather(batches: Iterable[pa.RecordBatch], bytes_max: int = BATCH_BYTES, entr
     size = rows = 0
     for batch in batches:
         if waiting and (size + batch.nbytes > bytes_max or rows + batch.num_rows > entries_max):
-            yield _joined(waiting)
+            yield joined(waiting)
             waiting, size, rows = [], 0, 0
         if batch.nbytes > bytes_max or batch.num_rows > entries_max:
             yield from cut(batch, bytes_max, entries_max)
@@ -172,10 +172,11 @@ def gather(batches: Iterable[pa.RecordBatch], bytes_max: int = BATCH_BYTES, entr
             waiting.append(batch)
             size, rows = size + batch.nbytes, rows + batch.num_rows
     if waiting:
-        yield _joined(waiting)
+        yield joined(waiting)
 
 
-def _joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+def joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    """Return batches of one schema as one; a single one is not copied."""
     return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
 
 

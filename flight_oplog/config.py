@@ -88,7 +88,7 @@ def parse(field: dataclasses.Field[Any], text: str) -> Any:
 def load(flags: Mapping[str, Any], environment: Mapping[str, str] = os.environ, file: str | None = None) -> Config:
     """Resolve the settings. `flags` holds only what was given on the command line.
 
-    Raises RequestError that names the setting and its source for an unknown key, a wrong type or a value out of range.
+    Raises RequestError that names the setting for an unknown key, a wrong type or a value out of range.
     """
     values: dict[str, Any] = {}
     if file is not None:

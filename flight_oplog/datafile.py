@@ -193,6 +193,20 @@ def _spans(metadata: pq.RowGroupMetaData, group: int) -> list[tuple[int, tuple[i
     return [(group, (chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size))]
 
 
+def outer_row(record: Record | RecordMeta, first_offset: int) -> dict[str, Any]:
+    """Return the columns of a record's row, but for its topic and its content."""
+    return {
+        "first_offset": first_offset,
+        "entries": record.entries,
+        "schema_id": record.schema_id,
+        "appends": record.appends,
+        "min_time": record.min_time,
+        "max_time": record.max_time,
+        "bounds": codec.bounds_json(record.bounds),
+        "digest": record.digest,
+    }
+
+
 def binary_array(contents: Sequence[pa.Buffer]) -> pa.Array:
     """Return the contents as one binary array; a single one is not copied."""
     if len(contents) == 1:
@@ -260,18 +274,7 @@ class StagedFile:
         rows = []
         for record in self._pending:
             self._runs.append((self.entries, record.entries))
-            rows.append(
-                {
-                    "first_offset": self.entries,
-                    "entries": record.entries,
-                    "schema_id": record.schema_id,
-                    "appends": record.appends,
-                    "min_time": record.min_time,
-                    "max_time": record.max_time,
-                    "bounds": codec.bounds_json(record.bounds),
-                    "digest": record.digest,
-                }
-            )
+            rows.append(outer_row(record, self.entries))
             self.entries += record.entries
         table = pa.Table.from_pylist(rows, pa.schema([f for f in _FILE_SCHEMA if f.name != "content"]))
         contents = binary_array([record.content for record in self._pending])

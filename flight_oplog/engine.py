@@ -220,20 +220,20 @@ def _paced(batches: Iterator[pa.RecordBatch], bytes_max: int) -> Iterator[pa.Rec
     for batch in batches:
         if batch.nbytes > bytes_max // 2:
             if waiting:
-                yield pa.concat_batches(waiting)
+                yield codec.joined(waiting)
                 waiting, size = [], 0
             yield from codec.cut(batch, bytes_max, batch.num_rows)
         else:
             waiting.append(batch)
             size += batch.nbytes
             if size > bytes_max // 2 or time.monotonic() - since > PACE_SECONDS:
-                yield waiting[0] if len(waiting) == 1 else pa.concat_batches(waiting)
+                yield codec.joined(waiting)
                 waiting, size = [], 0
             else:
                 continue
         since = time.monotonic()
     if waiting:
-        yield waiting[0] if len(waiting) == 1 else pa.concat_batches(waiting)
+        yield codec.joined(waiting)
 
 
 def _wire_schema(schema: pa.Schema) -> pa.Schema:

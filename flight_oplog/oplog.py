@@ -86,11 +86,12 @@ class OpLog:
         refused; in each case nothing was written.
         """
         writer = self.writer(topic, entries.schema)
-        with contextlib.ExitStack() as cleanup:
-            cleanup.callback(writer.abandon)
+        try:
             for batch in entries.to_batches() if isinstance(entries, pa.Table) else _batches(entries):
                 writer.write(batch)
             return writer.commit()
+        finally:
+            writer.abandon()
 
     def writer(self, topic: str, schema: pa.Schema) -> AppendWriter:
         """Begin an append whose batches come one by one. Raises before anything is sent when the schema cannot be."""

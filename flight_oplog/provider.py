@@ -26,7 +26,7 @@ import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
-from flight_oplog.datafile import DataFile, RecordMeta, binary_array
+from flight_oplog.datafile import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.errors import Cancelled, CorruptLog
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.store import Snapshot, Topic
@@ -386,11 +386,11 @@ class EntriesTable(_Table):
                 chosen = batch if last - first == batch.num_rows else batch.take(pa.array(rows[first:last] - start))
                 few.append(chosen)
                 if sum(part.num_rows for part in few) >= _JOINED_ROWS:
-                    yield pa.concat_batches(few) if len(few) > 1 else chosen
+                    yield codec.joined(few)
                     few = []
             start = end
         if few:
-            yield pa.concat_batches(few) if len(few) > 1 else few[0]
+            yield codec.joined(few)
 
     def _stored(self, record: RecordMeta) -> pa.Schema:
         try:
@@ -454,17 +454,7 @@ class RecordsTable(_Table):
                 yield codec.with_rows([batch.column(name) for name in names], projected, batch.num_rows)
 
     def _row(self, record: RecordMeta, with_content: bool) -> dict[str, Any]:
-        row: dict[str, Any] = {
-            "topic": self._topic.name,
-            "first_offset": record.first_offset,
-            "entries": record.entries,
-            "schema_id": record.schema_id,
-            "appends": record.appends,
-            "min_time": record.min_time,
-            "max_time": record.max_time,
-            "bounds": codec.bounds_json(record.bounds),
-            "digest": record.digest,
-        }
+        row = {"topic": self._topic.name} | outer_row(record, record.first_offset)
         if with_content:
             self.counts.records_read += 1
             content = self._snapshot.store.content(record)
