@@ -207,3 +207,20 @@ def test_serve_prints_its_address_first_and_warns_when_insecure(start: Start) ->
     assert server.uri.startswith("grpc://127.0.0.1:")
     server.stop()
     assert "warning: --insecure: anybody who reaches this address may read and append" in server.errors.read_text()
+
+
+def test_columns_of_one_name_are_all_shown(tmp_path: Path) -> None:
+    with OpLog.open(str(tmp_path / "log")) as log:
+        log.append("t", pa.table({"a": [1]}))
+    query = "SELECT x.a, y.a FROM t x, (SELECT a + 10 AS a FROM t) y"
+    data = str(tmp_path / "log")
+    assert run("sql", query, "--data", data, "--format", "csv").stdout.splitlines() == ["a,a", "1,11"]
+    assert json.loads(run("sql", query, "--data", data, "--format", "json").stdout) == {"a": 1, "a:1": 11}
+
+
+def test_a_query_that_fails_midway_is_one_line(server: ServerProcess) -> None:
+    query = "SELECT 1 / (value - 50000) FROM generate_series(1, 100000)"
+    done = run("sql", query, "--server", server.uri)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "Divide by zero" in done.stderr
+    fails(run("config", FLIGHT_OPLOG_NOPE="1"), "environment variable FLIGHT_OPLOG_NOPE: there is no such setting")

@@ -209,3 +209,12 @@ def test_the_time_range_is_widened_to_whole_microseconds_and_unknown_when_out_of
     assert codec.time_range({}, schema, None) == (None, None)
     seconds = pa.schema([("t", pa.timestamp("s"))])
     assert codec.time_range({"t": {"min": 0, "max": 10**12, "nulls": 0}}, seconds, "t") == (None, None)
+
+
+def test_rows_of_unequal_size_are_cut_by_their_bytes_not_their_number() -> None:
+    batch = pa.record_batch({"s": ["x" * 100_000] * 30 + ["y"] * 10_000})
+    pieces = list(codec.cut(batch, 1_000_000, batch.num_rows))
+    assert max(piece.nbytes for piece in pieces) <= 1_000_000
+    assert pa.Table.from_batches(pieces).combine_chunks().to_batches()[0].equals(batch)
+    alone = list(codec.cut(pa.record_batch({"s": ["x" * 100, "y" * 100]}), 10, 10))
+    assert [piece.num_rows for piece in alone] == [1, 1], "a row over the limit goes alone"

@@ -368,3 +368,19 @@ def test_short_texts_group_as_views_and_answer_the_same(log: OpLog, query: Query
     running = engine.run("SELECT kind, count(*) FROM t WHERE kind = 'zzz' AND n > 1000 GROUP BY kind", log.snapshot())
     assert list(running.batches) == []
     assert running.counts["public.t"].records_pruned == 3, "a filter on the grouped text still prunes"
+
+
+def test_a_query_that_keeps_producing_is_ended_too(log: OpLog) -> None:
+    engine = Engine(Config(statement_seconds_max=1))
+    running = engine.run("SELECT value FROM generate_series(1, 1000000000000)", log.snapshot())
+    began = time.monotonic()
+    with pytest.raises(TooLarge, match=r"statement_seconds_max \(1\)"):
+        for _ in running.batches:
+            pass
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("words", ["Resources exhausted", "Internal error panicked", "table x not found", "DML not supported: Delete"])
+def test_words_in_the_data_do_not_choose_the_status(query: Query, words: str) -> None:
+    with pytest.raises(RequestError, match="the query cannot be answered"):
+        query(f"SELECT cast('{words}' AS int)")
