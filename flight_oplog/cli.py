@@ -136,11 +136,6 @@ def _serve(options: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     check_listen(config)
-    if "jemalloc" in pa.supported_memory_backends():
-        # Records come and go in pieces of 16 MiB. mimalloc, pyarrow's default, returns each to the system at once and
-        # pays for its pages again: with jemalloc a stream of large appends is written half as fast again.
-        pa.set_memory_pool(pa.jemalloc_memory_pool())
-        pa.jemalloc_set_decay_ms(10_000)
     with OpLog.open(config.data, config) as oplog:
         server = Server(oplog, config)
         print(server.uri, flush=True)

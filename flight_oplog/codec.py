@@ -20,11 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from flight_oplog.errors import CorruptLog
+from flight_oplog.files import allocate
 from flight_oplog.schema import plain_field
 
 BATCH_BYTES = 2_500_000
 BATCH_ENTRIES = 65_536
-SAMPLE_ENTRIES = 8192
+SAMPLE_ENTRIES = 2048
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 BOUND_STRING_CHARACTERS = 64
 
@@ -196,7 +197,7 @@ def encode(batches: Iterable[pa.RecordBatch], schema: pa.Schema, compression: st
 def _written(batches: Sequence[pa.RecordBatch], schema: pa.Schema, compression: str) -> pa.Buffer:
     if compression == "none":  # the size is known: no growing, no copying of what was written
         size = schema.serialize().size + sum(pa.ipc.get_record_batch_size(batch) for batch in batches) + len(_END)
-        buffer = pa.allocate_buffer(size)
+        buffer = allocate(size)
         sink, options = pa.FixedSizeBufferWriter(buffer), pa.ipc.IpcWriteOptions()
     else:
         sink, options = pa.BufferOutputStream(), pa.ipc.IpcWriteOptions(compression=compression)

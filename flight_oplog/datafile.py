@@ -21,8 +21,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flight_oplog import codec
-from flight_oplog.errors import CorruptLog
+from flight_oplog import codec, parquet
+from flight_oplog.errors import CorruptLog, TooLarge
 from flight_oplog.files import OutputFile, fsync_file, fsync_folder, reason, storage_error
 from flight_oplog.schema import APPENDS, RECORD_SCHEMA
 
@@ -32,6 +32,10 @@ ROW_GROUP_BYTES = 16 << 20
 # Keeps the `first_offset` chunk of a row group in one Parquet page, as patching it needs.
 ROW_GROUP_RECORDS = 4096
 
+# A Parquet page counts its bytes in 32 bits, its header and the value's length among them.
+CONTENT_BYTES_MAX = parquet.PAGE_BYTES_MAX - 4
+
+_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _FILE_SCHEMA = pa.schema([f for f in RECORD_SCHEMA if f.name != "topic"])
 _META_COLUMNS = [name for name in _FILE_SCHEMA.names if name != "content"]
 
@@ -99,10 +103,10 @@ class DataFile:
 
 
 def read_records(root: str, file: DataFile) -> tuple[RecordMeta, ...]:
-    with _parquet(root, file) as parquet:
+    with _parquet(root, file) as opened:
         try:
-            rows = parquet.read(columns=_META_COLUMNS).to_pylist()
-            spans = [span for g in range(parquet.num_row_groups) for span in _spans(parquet.metadata.row_group(g), g)]
+            rows = opened.read(columns=_META_COLUMNS).to_pylist()
+            spans = [span for g in range(opened.num_row_groups) for span in _spans(opened.metadata.row_group(g), g)]
         except Exception as error:  # damaged bytes surface as errors of many kinds
             raise CorruptLog(f"{_name(file)} is not readable Parquet; restore it") from error
     try:
@@ -144,10 +148,10 @@ def _metas_of(
 def read_content(root: str, record: RecordMeta) -> pa.Buffer:
     if record.span is not None:
         return _read_span(root, record, *record.span)
-    with _parquet(root, record.file) as parquet:
+    with _parquet(root, record.file) as opened:
         try:
-            column = parquet.read_row_group(record.row_group, columns=["content"]).column(0)
-            first = sum(parquet.metadata.row_group(g).num_rows for g in range(record.row_group))
+            column = opened.read_row_group(record.row_group, columns=["content"]).column(0)
+            first = sum(opened.metadata.row_group(g).num_rows for g in range(record.row_group))
             scalar = column[record.row - first]
         except Exception as error:  # damaged bytes surface as errors of many kinds
             raise CorruptLog(f"{record.where}: content is not readable; restore the file") from error
@@ -177,7 +181,7 @@ def _read_span(root: str, record: RecordMeta, start: int, end: int) -> pa.Buffer
 def _parquet(root: str, file: DataFile) -> pq.ParquetFile:
     path = os.path.join(root, file.path)
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise CorruptLog(f"{_name(file)} is missing; restore it") from None
     except (pa.ArrowException, OSError) as error:
@@ -215,17 +219,54 @@ def binary_array(contents: Sequence[pa.Buffer]) -> pa.Array:
     return pa.array([content.to_pybytes() for content in contents], pa.binary())
 
 
-def _leaf_paths(schema: pa.Schema) -> list[str]:
-    """Return the Parquet path of every leaf column, as ParquetWriter's per-column options want it."""
-    names = [f"appends.list.element.{child.name}" for child in APPENDS.value_type]
-    return [name for field in schema for name in (names if field.name == "appends" else [field.name])]
-
-
 def _name(file: DataFile) -> str:
     return f"topic {file.topic!r}: file {os.path.basename(file.path)}"
 
 
 # Writing
+
+_SHAPE = parquet.shape_of(_FILE_SCHEMA)
+
+
+def _columns(records: Sequence[Record], offsets: Sequence[int]) -> list[parquet.Values]:
+    """Return the leaf columns of a row group of `records`, in the order of the file's schema."""
+    rows = len(records)
+    owners = [owner for record in records for owner in record.appends]
+    starts = [place > 0 for record in records for place in range(len(record.appends))]
+    repetition = parquet.levels(starts, 1)
+
+    def plain(data: bytes, compress: bool = False) -> parquet.Values:
+        return parquet.Values(rows, [data], compress=compress)
+
+    def times(values: Sequence[datetime.datetime | None]) -> parquet.Values:
+        known = [_microseconds(time) for time in values if time is not None]
+        return parquet.Values(rows, [parquet.int64s(known)], parquet.levels([time is not None for time in values], 1))
+
+    def of_owners(child: pa.Field) -> parquet.Values:
+        values = [owner.get(child.name) for owner in owners]
+        known = [_microseconds(value) if pa.types.is_timestamp(child.type) else value for value in values if value is not None]
+        data = parquet.texts(known) if pa.types.is_string(child.type) else parquet.int64s(known)
+        present = parquet.levels([2 if value is None else 3 for value in values], 3)
+        return parquet.Values(len(owners), [data], repetition + present, compress=True)
+
+    contents = [part for record in records for part in (record.content.size.to_bytes(4, "little"), record.content)]
+    return [
+        parquet.Values(rows, [parquet.int64s(offsets)], checked=False),  # `StagedFile.finish` changes them
+        plain(parquet.int64s(record.entries for record in records)),
+        plain(parquet.texts(record.schema_id for record in records), compress=True),
+        *(of_owners(child) for child in APPENDS.value_type),
+        times([record.min_time for record in records]),
+        times([record.max_time for record in records]),
+        parquet.Values(
+            rows, [parquet.texts(codec.bounds_json(record.bounds) for record in records)], parquet.levels([1] * rows, 1), compress=True
+        ),
+        plain(parquet.texts(record.digest for record in records)),
+        parquet.Values(rows, contents, checked=False),  # each has its digest
+    ]
+
+
+def _microseconds(time: datetime.datetime) -> int:
+    return (time - _EPOCH) // datetime.timedelta(microseconds=1)
 
 
 class StagedFile:
@@ -240,9 +281,10 @@ class StagedFile:
         self._full_path = os.path.join(root, self._path)
         self._pending: list[Record] = []
         self._pending_bytes = 0
-        self._writer: pq.ParquetWriter | None = None
+        self._writer: parquet.Writer | None = None
         self._file: OutputFile | None = None
         self._runs: list[tuple[int, int]] = []
+        self._offset_places: list[tuple[int, int]] = []
         self._lows: list[datetime.datetime] = []
         self._highs: list[datetime.datetime] = []
         self._time_known = True
@@ -256,6 +298,9 @@ class StagedFile:
 
     def add(self, record: Record) -> None:
         """Write one record after those before it. Raises TryAgain when the disk refuses; abandon the file then."""
+        if record.content.size > CONTENT_BYTES_MAX:
+            size = f"{record.entries} entries take {record.content.size} bytes"
+            raise TooLarge(f"topic {self.topic!r}: {size}, a record holds 2 GiB; nothing was written")
         full = self._pending_bytes + record.content.size > ROW_GROUP_BYTES or len(self._pending) >= ROW_GROUP_RECORDS
         if self._pending and full:
             self._flush()
@@ -271,37 +316,27 @@ class StagedFile:
             self._flush()
 
     def _flush(self) -> None:
-        rows = []
+        first = len(self._runs)
         for record in self._pending:
             self._runs.append((self.entries, record.entries))
-            rows.append(outer_row(record, self.entries))
             self.entries += record.entries
-        table = pa.Table.from_pylist(rows, pa.schema([f for f in _FILE_SCHEMA if f.name != "content"]))
-        contents = binary_array([record.content for record in self._pending])
+        columns = _columns(self._pending, [offset for offset, _ in self._runs[first:]])
         self._pending, self._pending_bytes = [], 0
         try:
             if self._writer is None:
                 self._writer = self._create()
-            self._writer.write_table(table.append_column(_FILE_SCHEMA.field("content"), contents), row_group_size=len(rows))
+            place = self._writer.row_group(len(self._runs) - first, columns)
         except OSError as error:
             raise storage_error("writing a data file", error) from error
+        self._offset_places.append((place, first))
 
-    def _create(self) -> pq.ParquetWriter:
+    def _create(self) -> parquet.Writer:
         folder = os.path.dirname(self._full_path)
         if not os.path.isdir(folder):
             os.makedirs(folder, exist_ok=True)
             fsync_folder(self._root)
-        plain = ("first_offset", "content")
         self._file = OutputFile(self._full_path)
-        return pq.ParquetWriter(
-            self._file,
-            _FILE_SCHEMA,
-            compression={name: "NONE" if name in plain else "ZSTD" for name in _leaf_paths(_FILE_SCHEMA)},
-            use_dictionary=False,
-            column_encoding=None,
-            write_statistics=["entries", "min_time", "max_time"],
-            store_schema=False,
-        )
+        return parquet.Writer(self._file, _SHAPE, "flight_oplog version 1 (build format_version 1)")
 
     def finish(self, first_offset: int) -> DataFile:
         """Number the file's entries from `first_offset` and make its bytes durable. May be called again to renumber."""
@@ -310,11 +345,9 @@ class StagedFile:
                 if self._pending:
                     self._flush()
                 assert self._writer is not None, "a data file holds at least one record"
-                assert self._file is not None
                 self._writer.close()
-                self._file.close()
-            self._renumber(first_offset - self._first_offset)
-            self._first_offset = first_offset
+            if first_offset != self._first_offset:
+                self._renumber(first_offset)
             fsync_file(self._full_path)
             fsync_folder(os.path.dirname(self._full_path))
         except OSError as error:
@@ -330,6 +363,14 @@ class StagedFile:
         )
         return self._done
 
+    def _renumber(self, first_offset: int) -> None:
+        ends = [first for _, first in self._offset_places[1:]] + [len(self._runs)]
+        with open(self._full_path, "r+b") as file:
+            for (place, first), end in zip(self._offset_places, ends, strict=True):
+                file.seek(place)
+                file.write(parquet.int64s(first_offset + offset for offset, _ in self._runs[first:end]))
+        self._first_offset = first_offset
+
     def stats(self) -> str:
         """Return the statistics of the file's `add` action, as Delta writes them: without them nothing can skip it."""
         low: dict[str, Any] = {"first_offset": self.done.first_offset, "entries": min(n for _, n in self._runs)}
@@ -344,29 +385,10 @@ class StagedFile:
             nulls |= {"min_time": 0, "max_time": 0}
         return json.dumps({"numRecords": len(self._runs), "minValues": low, "maxValues": high, "nullCount": nulls})
 
-    def _renumber(self, shift: int) -> None:
-        if shift == 0:
-            return
-        metadata = pq.read_metadata(self._full_path)
-        with open(self._full_path, "r+b") as file:
-            for group in range(metadata.num_row_groups):
-                chunk, rows = metadata.row_group(group).column(0), metadata.row_group(group).num_rows
-                assert (chunk.path_in_schema, chunk.compression) == ("first_offset", "UNCOMPRESSED")
-                place = chunk.data_page_offset + chunk.total_compressed_size - 8 * rows
-                file.seek(place)
-                offsets = [int.from_bytes(file.read(8), "little") + shift for _ in range(rows)]
-                file.seek(place)
-                file.write(b"".join(offset.to_bytes(8, "little") for offset in offsets))
-
     def abandon(self) -> None:
         """Remove the file. Never raises: what cannot be removed stays an orphan that `verify` lists."""
         if self._file is not None:
             self._file.discard()
-        try:
-            if self._writer is not None:
-                self._writer.close()
-        except (OSError, pa.ArrowException) as error:
-            log.warning("closing an abandoned file: %s", error)
         try:
             os.unlink(self._full_path)
         except FileNotFoundError:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from flight_oplog.files import STAGING_BYTES, OutputFile, reason
+from flight_oplog.files import BLOCK_BYTES, LARGE_BYTES, STAGING_BYTES, OutputFile, allocate, reason
 
 SIZES = [0, 1, 4095, 4096, 4097, STAGING_BYTES - 1, STAGING_BYTES, STAGING_BYTES + 1, 2 * STAGING_BYTES + 4096, 3 * STAGING_BYTES + 5]
 
@@ -66,18 +66,44 @@ def test_reasons_name_the_cause_and_no_path() -> None:
     assert reason(Exception("/secret")) == "storage error, see the server's log"
 
 
-def test_a_closed_file_takes_nothing_more_and_a_discarded_one_forgets(tmp_path: Path) -> None:
+def test_a_closed_file_takes_nothing_more(tmp_path: Path) -> None:
     """A handle's number is given to the next file that opens: a late write must never reach it."""
-    closed = OutputFile(str(tmp_path / "closed"))
+    closed, discarded = OutputFile(str(tmp_path / "closed")), OutputFile(str(tmp_path / "discarded"))
     closed.close()
-    with pytest.raises(ValueError, match="the file is closed"):
-        closed.write(b"late")
-    discarded = OutputFile(str(tmp_path / "discarded"))
     discarded.write(b"early")
     discarded.discard()
     discarded.discard()
     other = OutputFile(str(tmp_path / "other"))
-    assert discarded.write(bytes(2 * STAGING_BYTES)) == 2 * STAGING_BYTES
+    for file in (closed, discarded):
+        with pytest.raises(ValueError, match="the file is closed"):
+            file.write(b"late")
     discarded.close()
     other.close()
     assert [(tmp_path / name).stat().st_size for name in ("closed", "discarded", "other")] == [0, 0, 0]
+
+
+def test_memory_is_page_aligned_and_used_again() -> None:
+    first = allocate(LARGE_BYTES)
+    place = first.address
+    assert place % BLOCK_BYTES == 0 and first.size == LARGE_BYTES
+    second = allocate(LARGE_BYTES)
+    assert second.address != place, "memory that somebody holds is nobody else's"
+    part = first.slice(100, 10)
+    del first
+    assert allocate(LARGE_BYTES).address != place, "a slice holds its memory too"
+    del part
+    assert allocate(LARGE_BYTES).address == place
+
+
+@pytest.mark.parametrize("before", [0, 1, BLOCK_BYTES, STAGING_BYTES - BLOCK_BYTES])
+@pytest.mark.parametrize("size", [LARGE_BYTES, LARGE_BYTES + 1, 5 * LARGE_BYTES + 4095])
+def test_large_pieces_at_a_block_are_written_as_they_lie(tmp_path: Path, before: int, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    piece = allocate(size)
+    pa.FixedSizeBufferWriter(piece).write(data)
+    file = OutputFile(str(tmp_path / "file"))
+    file.write(bytes(before))
+    file.write(piece)
+    file.write(b"end")
+    file.close()
+    assert (tmp_path / "file").read_bytes() == bytes(before) + data + b"end"

@@ -9,9 +9,10 @@ PACKAGE = Path(__file__).parent.parent / "flight_oplog"
 ORDER = [
     "errors",
     "config",
+    "files",
     "schema",
     "codec",
-    "files",
+    "parquet",
     "datafile",
     "store",
     "oplog",

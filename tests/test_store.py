@@ -180,11 +180,18 @@ def test_an_earlier_snapshot_stays_readable_and_a_future_one_is_not_found(log: O
     assert str(caught.value) == "table_version 4 is not committed yet"
 
 
-def flip_content(path: Path) -> None:
+def flip(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
-    place = data.index(b"hello")
     data[place] ^= 1
     path.write_bytes(data)
+
+
+def flip_content(path: Path) -> None:
+    flip(path, path.read_bytes().rindex(b"hello"))
+
+
+def flip_bound(path: Path) -> None:
+    flip(path, path.read_bytes().index(b"hello"))
 
 
 def flip_end(path: Path) -> None:
@@ -199,6 +206,7 @@ def replace_content_by_text(path: Path) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a flipped bit": (flip_content, "content does not match its digest; restore the file"),
+    "a flipped bit beside the content": (flip_bound, "is not readable Parquet; restore it"),
     "a lost end": (flip_end, "is not readable Parquet; restore it"),
     "a lost file": (lambda path: path.unlink(), "is missing; restore it"),
     "content of another type": (replace_content_by_text, "content is string, not binary; restore the file"),

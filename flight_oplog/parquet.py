@@ -1,0 +1,277 @@
+"""Parquet files of records, as bytes: each column chunk is one PLAIN data page of version 1.
+
+Written by hand because content is large and must not be copied: a general writer copied it four times, which cost more
+than everything else an append does. What is here is the part of the format a file of records needs, after
+parquet.thrift and https://parquet.apache.org/docs/file-format/; the footer is in Thrift's compact protocol.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from flight_oplog.files import BLOCK_BYTES, LARGE_BYTES, OutputFile
+
+MAGIC = b"PAR1"
+PAGE_BYTES_MAX = (1 << 31) - 1  # the format counts a page's bytes in 32 bits
+# A page is compressed from here on; smaller ones are not worth a codec's own header.
+_COMPRESSED_FROM = 256
+_ZSTD = pa.Codec("zstd", 1)
+
+_REQUIRED, _OPTIONAL, _REPEATED = 0, 1, 2
+_INT64, _BYTE_ARRAY = 2, 6
+_PLAIN, _RLE = 0, 3
+_UNCOMPRESSED, _ZSTD_CODE = 0, 6
+
+# Thrift's compact protocol: a struct is fields, each a header byte (step to its number, type) and a value, then 0.
+
+
+def _varint(number: int) -> bytes:
+    if number < 0x80:
+        return bytes((number,))
+    parts = bytearray()
+    while number >= 0x80:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
+
+
+def _zigzag(number: int) -> bytes:
+    return _varint(number << 1 if number >= 0 else (-number << 1) - 1)
+
+
+def _binary(text: str) -> bytes:
+    return _varint(len(text.encode())) + text.encode()
+
+
+def _list(kind: int, items: Sequence[bytes]) -> bytes:
+    head = bytes((len(items) << 4 | kind,)) if len(items) < 15 else bytes((0xF0 | kind,)) + _varint(len(items))
+    return head + b"".join(items)
+
+
+_TRUE, _I32, _I64, _BINARY, _LIST, _STRUCT = 1, 5, 6, 8, 9, 12
+
+
+def _struct(*fields: tuple[int, int, bytes]) -> bytes:
+    """Return a struct of (number, type, value), in the order of their numbers, which are less than 16 apart."""
+    parts = []
+    before = 0
+    for number, kind, value in fields:
+        parts.append(bytes((number - before << 4 | kind,)) + value)
+        before = number
+    return b"".join(parts) + b"\0"
+
+
+# The schema
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A column that holds values: its path, its type, and how many levels above it repeat or may be null."""
+
+    path: tuple[str, ...]
+    kind: int
+    repetition_max: int
+    definition_max: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Parquet schema: its leaves in order, and its elements as the footer wants them."""
+
+    leaves: tuple[Leaf, ...]
+    elements: tuple[bytes, ...]
+
+
+def shape_of(schema: pa.Schema) -> Shape:
+    """Return the Parquet schema of a file; int64, timestamps of microseconds, string, binary, and lists of structs of them."""
+    leaves: list[Leaf] = []
+    elements = [_element("schema", None, None, children=len(schema))]
+    for column in schema:
+        _add_field(column, (), 0, 0, leaves, elements)
+    return Shape(tuple(leaves), tuple(elements))
+
+
+def _add_field(column: pa.Field, above: tuple[str, ...], repeated: int, defined: int, leaves: list[Leaf], elements: list[bytes]) -> None:
+    path = (*above, column.name)
+    repetition = _OPTIONAL if column.nullable else _REQUIRED
+    defined += column.nullable
+    kind = column.type
+    if pa.types.is_list(kind):
+        elements.append(_element(column.name, None, repetition, 3, _struct((3, _STRUCT, b"\0")), children=1))
+        elements.append(_element("list", None, _REPEATED, children=1))
+        _add_field(kind.value_field, (*path, "list"), repeated + 1, defined + 1, leaves, elements)
+    elif pa.types.is_struct(kind):
+        elements.append(_element(column.name, None, repetition, children=kind.num_fields))
+        for child in kind:
+            _add_field(child, path, repeated, defined, leaves, elements)
+    else:
+        physical, converted, logical = _LEAF_TYPES[kind]
+        elements.append(_element(column.name, physical, repetition, converted, logical))
+        leaves.append(Leaf(path, physical, repeated, defined))
+
+
+# Arrow type → physical type, ConvertedType, LogicalType: STRING is 1; TIMESTAMP is 8, in UTC, in MICROS, which is 2.
+_LEAF_TYPES: dict[pa.DataType, tuple[int, int | None, bytes | None]] = {
+    pa.int64(): (_INT64, None, None),
+    pa.string(): (_BYTE_ARRAY, 0, _struct((1, _STRUCT, b"\0"))),
+    pa.binary(): (_BYTE_ARRAY, None, None),
+    pa.timestamp("us", "UTC"): (_INT64, 10, _struct((8, _STRUCT, _struct((1, _TRUE, b""), (2, _STRUCT, _struct((2, _STRUCT, b"\0"))))))),
+}
+
+
+def _element(
+    name: str, physical: int | None, repetition: int | None, converted: int | None = None, logical: bytes | None = None, children: int = 0
+) -> bytes:
+    fields: list[tuple[int, int, bytes]] = []
+    if physical is not None:
+        fields.append((1, _I32, _zigzag(physical)))
+    if repetition is not None:
+        fields.append((3, _I32, _zigzag(repetition)))
+    fields.append((4, _BINARY, _binary(name)))
+    if children:
+        fields.append((5, _I32, _zigzag(children)))
+    if converted is not None:
+        fields.append((6, _I32, _zigzag(converted)))
+    if logical is not None:
+        fields.append((10, _STRUCT, logical))
+    return _struct(*fields)
+
+
+# Values
+
+
+@dataclass
+class Values:
+    """What one leaf holds in one row group: PLAIN bytes in parts, so that large ones need no copy, and its levels."""
+
+    count: int
+    parts: list[Any]
+    levels: bytes = b""
+    compress: bool = False
+    checked: bool = True  # with a checksum of the page, which every reader may verify
+
+
+def int64s(values: Iterable[int]) -> bytes:
+    numbers = list(values)
+    return struct.pack(f"<{len(numbers)}q", *numbers)
+
+
+def texts(values: Iterable[str]) -> bytes:
+    parts = []
+    for text in values:
+        data = text.encode()
+        parts += [len(data).to_bytes(4, "little"), data]
+    return b"".join(parts)
+
+
+def levels(of_values: Sequence[int], maximum: int) -> bytes:
+    """Return repetition or definition levels as runs, with their length before them; nothing where all must be 0."""
+    if not maximum:
+        return b""
+    parts = []
+    start = 0
+    for place in range(1, len(of_values) + 1):
+        if place == len(of_values) or of_values[place] != of_values[start]:
+            parts.append(_varint(place - start << 1) + bytes((of_values[start],)))  # levels here are below 256: one byte
+            start = place
+    runs = b"".join(parts)
+    return len(runs).to_bytes(4, "little") + runs
+
+
+# The file
+
+
+@dataclass
+class Writer:
+    """Writes row groups one after another; `close` ends the file with its footer."""
+
+    out: OutputFile
+    shape: Shape
+    created_by: str
+    _groups: list[bytes] = field(default_factory=list)
+    _rows: int = 0
+
+    def __post_init__(self) -> None:
+        self.out.write(MAGIC)
+
+    def row_group(self, rows: int, columns: Sequence[Values]) -> int:
+        """Write one row group and return where in the file the first column's first value is.
+
+        A large part at the end begins at a block of the disk, so that it can go there as it lies in memory.
+        """
+        pages: list[tuple[bytes, list[Any], int, int]] = []  # header and levels, values, bytes, codec
+        for values in columns:
+            size = len(values.levels) + sum(len(part) for part in values.parts)
+            parts, codec, packed = [values.levels, *values.parts], _UNCOMPRESSED, size
+            if values.compress and size >= _COMPRESSED_FROM:
+                parts, codec = [_ZSTD.compress(b"".join(parts), asbytes=True)], _ZSTD_CODE
+                packed = len(parts[0])
+            check = zlib.crc32(b"".join(parts)) if values.checked else None
+            header = _page_header(size, packed, values.count, check)
+            pages.append((header, parts, len(header) + size, codec))
+        last = columns[-1].parts[-1]
+        before = sum(len(header) + sum(len(part) for part in parts) for header, parts, _, _ in pages) - len(last)
+        if len(last) >= LARGE_BYTES:
+            self.out.write(bytes(-(self.out.tell() + before) % BLOCK_BYTES))
+        start = self.out.tell()
+        chunks, raw = [], 0
+        for leaf, values, (header, parts, size, codec) in zip(self.shape.leaves, columns, pages, strict=True):
+            place = self.out.tell()
+            self.out.write(header)
+            for part in parts:
+                self.out.write(part)
+            chunks.append(_chunk(leaf, codec, values.count, size, self.out.tell() - place, place))
+            raw += size
+        end = self.out.tell()
+        self._groups.append(
+            _struct(
+                (1, _LIST, _list(_STRUCT, chunks)),
+                (2, _I64, _zigzag(raw)),
+                (3, _I64, _zigzag(rows)),
+                (5, _I64, _zigzag(start)),
+                (6, _I64, _zigzag(end - start)),
+            )
+        )
+        self._rows += rows
+        return start + len(pages[0][0])
+
+    def close(self) -> None:
+        footer = _struct(
+            (1, _I32, _zigzag(2)),
+            (2, _LIST, _list(_STRUCT, self.shape.elements)),
+            (3, _I64, _zigzag(self._rows)),
+            (4, _LIST, _list(_STRUCT, self._groups)),
+            (6, _BINARY, _binary(self.created_by)),
+        )
+        self.out.write(footer + len(footer).to_bytes(4, "little") + MAGIC)
+        self.out.close()
+
+
+def _page_header(size: int, packed: int, count: int, check: int | None) -> bytes:
+    data = _struct((1, _I32, _zigzag(count)), (2, _I32, _zigzag(_PLAIN)), (3, _I32, _zigzag(_RLE)), (4, _I32, _zigzag(_RLE)))
+    crc = [] if check is None else [(4, _I32, _zigzag(check - (check >> 31 << 32)))]  # counted as a signed number
+    return _struct((1, _I32, b"\0"), (2, _I32, _zigzag(size)), (3, _I32, _zigzag(packed)), *crc, (5, _STRUCT, data))
+
+
+_ENCODINGS = _list(_I32, [_zigzag(_PLAIN), _zigzag(_RLE)])
+
+
+def _chunk(leaf: Leaf, codec: int, count: int, size: int, packed: int, place: int) -> bytes:
+    metadata = _struct(
+        (1, _I32, _zigzag(leaf.kind)),
+        (2, _LIST, _ENCODINGS),
+        (3, _LIST, _list(_BINARY, [_binary(name) for name in leaf.path])),
+        (4, _I32, _zigzag(codec)),
+        (5, _I64, _zigzag(count)),
+        (6, _I64, _zigzag(size)),
+        (7, _I64, _zigzag(packed)),
+        (9, _I64, _zigzag(place)),
+    )
+    return _struct((2, _I64, _zigzag(0)), (3, _STRUCT, metadata))

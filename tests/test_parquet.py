@@ -1,0 +1,112 @@
+"""Our Parquet files through other people's readers: pyarrow with checksums, polars, DuckDB."""
+
+import datetime
+import io
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import polars
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flight_oplog import codec, datafile, parquet
+from flight_oplog.datafile import Record, StagedFile
+from flight_oplog.errors import TooLarge
+from flight_oplog.files import BLOCK_BYTES, LARGE_BYTES
+
+TIMES = st.none() | st.datetimes(datetime.datetime(1, 1, 2), datetime.datetime(9999, 1, 1)).map(lambda t: t.replace(tzinfo=datetime.UTC))
+TEXTS = st.none() | st.text(st.characters(codec="utf-8"), max_size=300)
+LONGS = st.none() | st.integers(-(1 << 63), (1 << 63) - 1)
+OWNERS = st.fixed_dictionaries(
+    {"entries": st.integers(0, 1 << 62), "timestamp": TIMES, "producer": TEXTS, "epoch": LONGS, "sequence": LONGS, "principal": TEXTS}
+)
+RECORDS = st.builds(
+    Record,
+    entries=st.integers(1, 1 << 40),
+    schema_id=st.text("0123456789abcdef", min_size=1, max_size=64),
+    appends=st.lists(OWNERS, min_size=1, max_size=20),
+    bounds=st.dictionaries(st.text(st.characters(codec="utf-8")), st.just({"nulls": 1}), max_size=30),
+    min_time=TIMES,
+    max_time=TIMES,
+    digest=st.text("0123456789abcdef", min_size=64, max_size=64),
+    content=st.binary(max_size=5000).map(pa.py_buffer),
+)
+
+
+def written(folder: Path, records: list[Record], first_offset: int) -> Path:
+    staged = StagedFile(str(folder), "events")
+    for record in records:
+        staged.add(record)
+    return folder / staged.finish(first_offset).path
+
+
+def expected(records: list[Record], first_offset: int) -> list[dict[str, Any]]:
+    rows = []
+    for record in records:
+        row = {name: getattr(record, name) for name in ("entries", "schema_id", "appends", "min_time", "max_time", "digest")}
+        content, bounds = record.content.to_pybytes(), codec.bounds_json(record.bounds)
+        rows.append({"first_offset": first_offset, **row, "bounds": bounds, "content": content})
+        first_offset += record.entries
+    return rows
+
+
+@settings(max_examples=60, deadline=None)
+@given(records=st.lists(RECORDS, min_size=1, max_size=8), first_offset=st.integers(0, 1 << 40))
+def test_pyarrow_reads_back_every_record_and_every_checksum_holds(
+    tmp_path_factory: pytest.TempPathFactory, records: list[Record], first_offset: int
+) -> None:
+    path = written(tmp_path_factory.mktemp("files"), records, first_offset)
+    assert pq.ParquetFile(path, page_checksum_verification=True).read().to_pylist() == expected(records, first_offset)
+
+
+def record(content: bytes, entries: int = 2) -> Record:
+    time = datetime.datetime(2026, 11, 22, 3, 4, 5, 6, datetime.UTC)
+    owners = [{"entries": 1, "timestamp": time}, {"entries": entries - 1, "timestamp": time, "producer": "p", "sequence": 7}]
+    return Record(entries, "abc", owners, {"é": {"nulls": 0, "min": 1, "max": 2}}, time, None, "d" * 64, pa.py_buffer(content))
+
+
+@pytest.mark.parametrize("sizes", [[0], [10, 0, 300], [LARGE_BYTES], [5, 3 * LARGE_BYTES + 17, 9], [16 << 20, 16 << 20, 1]])
+def test_duckdb_and_polars_read_the_same_rows(tmp_path: Path, sizes: list[int]) -> None:
+    records = [record(bytes([number]) * size) for number, size in enumerate(sizes)]
+    path = written(tmp_path, records, 1000)
+    offsets = [1000 + 2 * number for number in range(len(sizes))]
+    columns = "first_offset, entries, octet_length(content), appends[2].producer, epoch_us(min_time), max_time, bounds"
+    found = duckdb.sql(f"SELECT {columns} FROM read_parquet('{path}')").fetchall()
+    micros = 1795316645000006
+    bounds = '{"é":{"nulls":0,"min":1,"max":2}}'
+    assert found == [(offset, 2, size, "p", micros, None, bounds) for offset, size in zip(offsets, sizes, strict=True)]
+    frame = polars.read_parquet(path, hive_partitioning=False)
+    assert frame["first_offset"].to_list() == offsets
+    assert frame["content"].to_list() == [record.content.to_pybytes() for record in records]
+    assert [owners[1]["sequence"] for owners in frame["appends"].to_list()] == [7] * len(sizes)
+
+
+def test_large_content_begins_at_a_block_of_the_disk(tmp_path: Path) -> None:
+    path = written(tmp_path, [record(b"x" * size) for size in (10, 16 << 20, LARGE_BYTES, 16 << 20)], 0)
+    data = path.read_bytes()
+    places = [data.index(size.to_bytes(4, "little") + b"xxxx") + 4 for size in (16 << 20, LARGE_BYTES)]
+    assert [place % BLOCK_BYTES for place in places] == [0, 0]
+
+
+def test_content_past_what_a_page_can_count_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert datafile.CONTENT_BYTES_MAX == (1 << 31) - 5, "a page holds 2 GiB - 1, of which 4 are the length"
+    monkeypatch.setattr(datafile, "CONTENT_BYTES_MAX", 100)
+    staged = StagedFile(str(tmp_path), "events")
+    staged.add(record(bytes(100)))
+    with pytest.raises(TooLarge, match=r"^topic 'events': 2 entries take 101 bytes, a record holds 2 GiB; nothing was written"):
+        staged.add(record(bytes(101)))
+    staged.abandon()
+
+
+@given(st.lists(st.integers(0, 3), max_size=50))
+def test_levels_are_runs_with_their_length_before_them(values: list[int]) -> None:
+    data = io.BytesIO(parquet.levels(values, 3))
+    assert int.from_bytes(data.read(4), "little") == len(data.getvalue()) - 4
+    found: list[int] = []
+    while head := data.read(1):
+        found += [data.read(1)[0]] * (head[0] >> 1)  # fewer than 64 of one kind: the count is one byte
+    assert found == values
