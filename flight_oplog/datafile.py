@@ -244,7 +244,7 @@ def _columns(records: Sequence[Record], offsets: Sequence[int]) -> list[parquet.
 
     def of_owners(child: pa.Field) -> parquet.Values:
         values = [owner.get(child.name) for owner in owners]
-        known = [_microseconds(value) if pa.types.is_timestamp(child.type) else value for value in values if value is not None]
+        known: list[Any] = [_microseconds(value) if pa.types.is_timestamp(child.type) else value for value in values if value is not None]
         data = parquet.texts(known) if pa.types.is_string(child.type) else parquet.int64s(known)
         present = parquet.levels([2 if value is None else 3 for value in values], 3)
         return parquet.Values(len(owners), [data], repetition + present, compress=True)

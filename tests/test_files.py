@@ -85,7 +85,8 @@ def test_a_closed_file_takes_nothing_more(tmp_path: Path) -> None:
 def test_memory_is_page_aligned_and_used_again() -> None:
     first = allocate(LARGE_BYTES)
     place = first.address
-    assert place % BLOCK_BYTES == 0 and first.size == LARGE_BYTES
+    assert place % BLOCK_BYTES == 0
+    assert first.size == LARGE_BYTES
     second = allocate(LARGE_BYTES)
     assert second.address != place, "memory that somebody holds is nobody else's"
     part = first.slice(100, 10)
