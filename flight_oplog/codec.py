@@ -319,6 +319,12 @@ def bound_scalar(value: Any, kind: pa.DataType) -> pa.Scalar:
     return pa.scalar(value, kind)
 
 
+def outermost(limits: Iterable[dict[str, Any]], end: str, kind: pa.DataType) -> Any:
+    """Return the least "min" or the greatest "max" of several bounds of a column of type `kind`."""
+    choose = min if end == "min" else max
+    return choose((of_run[end] for of_run in limits), key=decimal.Decimal if pa.types.is_decimal(kind) else None)
+
+
 def bounds_json(found: Bounds) -> str:
     return json.dumps(found, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 

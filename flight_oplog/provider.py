@@ -13,6 +13,7 @@ columns are kept in a cache bounded in bytes: data files never change, so an ent
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+from pyarrow import acero
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
@@ -44,6 +46,7 @@ _ROWS_PER_RECORDS_BATCH = 1024
 # What a filter leaves of a record is joined up to this: a batch costs DataFusion half a millisecond, however small.
 _JOINED_ROWS = 8192
 FRAGMENTS_MAX = 100_000
+_RUN_RECORDS = 16
 VIEW_BYTES = 12
 
 _FORMAT = ds.IpcFileFormat()
@@ -159,6 +162,17 @@ def _inside(content: pa.Buffer, array: pa.Array) -> bool:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring records, pruned together before each alone: a fragment costs Arrow 20 µs."""
+
+    records: tuple[RecordMeta, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.records[0].key}+{len(self.records)}"
+
+
 class _Scanner:
     """The part of a pyarrow Scanner that DataFusion uses."""
 
@@ -269,7 +283,7 @@ class _Table(ds.Dataset):
         else:
             kept = self._prune(filter, files, keys, self._file_guarantee)
             records = [record for file in kept for record in self._snapshot.store.records(file)]
-            survivors = self._prune(filter, records, keys, self._record_guarantee)
+            survivors = self._prune_records(filter, records, keys)
         self.counts.files += len(files)
         self.counts.files_pruned += len(files) - len(kept)
         self.counts.records += len(records)
@@ -287,8 +301,18 @@ class _Table(ds.Dataset):
         dataset = ds.FileSystemDataset(fragments, self._plain, _FORMAT, _FILESYSTEM)
         return [by_key[fragment.path] for fragment in dataset.get_fragments(filter)]
 
+    def _prune_records(self, filter: pc.Expression, records: Sequence[RecordMeta], names: Sequence[str]) -> list[RecordMeta]:
+        """Prune runs of neighbours by what holds for all of them, then the records of those that are left."""
+        if len(records) > 2 * _RUN_RECORDS:
+            runs = [_Run(tuple(records[start : start + _RUN_RECORDS])) for start in range(0, len(records), _RUN_RECORDS)]
+            records = [record for run in self._prune(filter, runs, names, self._run_guarantee) for record in run.records]
+        return self._prune(filter, records, names, self._record_guarantee)
+
     def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
         """What holds for every entry of a file, said of the columns `names`; None when nothing is known."""
+        return None
+
+    def _run_guarantee(self, run: _Run, names: Sequence[str]) -> pc.Expression | None:
         return None
 
     def _record_guarantee(self, record: RecordMeta, names: Sequence[str]) -> pc.Expression | None:
@@ -332,22 +356,27 @@ class EntriesTable(_Table):
         return _between(name, low, high)
 
     def _record_guarantee(self, record: RecordMeta, names: Sequence[str]) -> pc.Expression | None:
-        stored = self._stored(record)
+        return self._guarantee([record], self._stored(record), names)
+
+    def _run_guarantee(self, run: _Run, names: Sequence[str]) -> pc.Expression | None:
+        stored = {record.schema_id: self._stored(record) for record in run.records}
+        return self._guarantee(run.records, next(iter(stored.values())), names) if len(stored) == 1 else None
+
+    def _guarantee(self, records: Sequence[RecordMeta], stored: pa.Schema, names: Sequence[str]) -> pc.Expression | None:
+        """What holds for every entry of neighbouring records of one stored schema."""
         parts = []
         for name in names:
-            limits = record.bounds.get(name, {})
-            if "min" not in limits:
+            limits = [record.bounds.get(name, {}) for record in records]
+            if any("min" not in of_record for of_record in limits):
                 continue
-            target = self._plain.field(name).type
-            low, high = (codec.bound_scalar(limits[end], stored.field(name).type).cast(target) for end in ("min", "max"))
-            parts.append(_between(name, low, high) if limits["nulls"] else (pc.field(name) >= low) & (pc.field(name) <= high))
+            kind, target = stored.field(name).type, self._plain.field(name).type
+            low, high = (codec.bound_scalar(codec.outermost(limits, end, kind), kind).cast(target) for end in ("min", "max"))
+            nulls = any(of_record["nulls"] for of_record in limits)
+            parts.append(_between(name, low, high) if nulls else (pc.field(name) >= low) & (pc.field(name) <= high))
         if "_offset" in names and "_offset" not in stored.names:
             offset = pc.field("_offset")
-            parts.append((offset >= record.first_offset) & (offset < record.first_offset + record.entries))
-        guarantee = None
-        for part in parts:
-            guarantee = part if guarantee is None else guarantee & part
-        return guarantee
+            parts.append((offset >= records[0].first_offset) & (offset < records[-1].first_offset + records[-1].entries))
+        return functools.reduce(operator.and_, parts) if parts else None
 
     def scan(
         self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None, keys: Sequence[str]
@@ -366,10 +395,13 @@ class EntriesTable(_Table):
 
     def _matching(self, record: RecordMeta, keys: Sequence[str], filter: pc.Expression) -> np.ndarray | None:
         """Return the places of the record's entries that pass, or None for all; decodes only the filter's columns."""
-        places = pa.array(np.arange(record.entries))
-        table = pa.Table.from_batches(list(self.batches(record, keys))) if keys else pa.table({})
-        found = table.append_column("\0place", places).filter(filter).column("\0place")
-        return None if len(found) == record.entries else found.to_numpy()
+        entries = pa.Table.from_batches(list(self.batches(record, keys)))
+        plan = [acero.Declaration("table_source", acero.TableSourceNodeOptions(entries))]
+        plan.append(acero.Declaration("project", acero.ProjectNodeOptions([filter], ["passes"])))
+        passes = acero.Declaration.from_sequence(plan).to_table(use_threads=False).column("passes")
+        parts = [chunk.to_numpy(zero_copy_only=False) for chunk in pc.fill_null(passes, False).chunks]
+        found = np.flatnonzero(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+        return None if len(found) == record.entries else found
 
     def _chosen(self, record: RecordMeta, projected: pa.Schema, rows: np.ndarray | None) -> Iterator[pa.RecordBatch]:
         if rows is None:
@@ -383,8 +415,7 @@ class EntriesTable(_Table):
             end = start + batch.num_rows
             first, last = np.searchsorted(rows, (start, end))
             if last > first:
-                chosen = batch if last - first == batch.num_rows else batch.take(pa.array(rows[first:last] - start))
-                few.append(chosen)
+                few.append(_taken(batch, rows[first:last] - start))
                 if sum(part.num_rows for part in few) >= _JOINED_ROWS:
                     yield codec.joined(few)
                     few = []
@@ -535,6 +566,12 @@ def _log_columns(record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array
             values = pa.array([owner[name.removeprefix("_")] for owner in record.appends], kind)
             found[name] = values.take(pa.array(np.repeat(np.arange(len(counts)), counts)))
     return found
+
+
+def _taken(batch: pa.RecordBatch, places: np.ndarray) -> pa.RecordBatch:
+    """Return the rows at `places`, which rise; neighbours are not copied."""
+    first, last = int(places[0]), int(places[-1])
+    return batch.slice(first, len(places)) if last - first == len(places) - 1 else batch.take(pa.array(places))
 
 
 def _shown(batch: pa.RecordBatch, projected: pa.Schema) -> pa.RecordBatch:
