@@ -8,9 +8,10 @@ stopped; stopping a query takes cancelling the pull and dropping every reference
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import contextlib
 import logging
 import os
+import queue
 import re
 import threading
 import time
@@ -34,6 +35,7 @@ log = logging.getLogger("flight_oplog.engine")
 
 CATALOG = "oplog"
 POLL_SECONDS = 0.05
+BATCHES_AHEAD = 2
 # A batch waits at most this long for company before it goes out.
 PACE_SECONDS = 0.05
 
@@ -171,44 +173,49 @@ class Engine:
 
 
 class _Puller:
-    """Pulls one DataFusion stream through the event loop, so that waiting for a batch can be given up.
+    """Pulls one DataFusion stream in the event loop, so that waiting for a batch can be given up.
 
-    The next batch is asked for as soon as one arrives, so computing overlaps sending.
+    It runs a little ahead of whoever takes the batches, so computing overlaps sending.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, stream: Any, context: ScanContext) -> None:
         self._loop = loop
         self._stream = [stream]
         self._context = context
-        self._coming: list[concurrent.futures.Future[pa.RecordBatch | None]] = [self._ask()]
+        self._ready: queue.SimpleQueue[pa.RecordBatch | Exception | None] = queue.SimpleQueue()
+        self._room = asyncio.Semaphore(BATCHES_AHEAD)
+        self._pulling = [asyncio.run_coroutine_threadsafe(self._pull(), loop)]
 
-    def _ask(self) -> concurrent.futures.Future[pa.RecordBatch | None]:
-        return asyncio.run_coroutine_threadsafe(self._next(), self._loop)
-
-    async def _next(self) -> pa.RecordBatch | None:
+    async def _pull(self) -> None:
         try:
-            return (await self._stream[0].__anext__()).to_pyarrow()
+            while True:
+                await self._room.acquire()
+                self._ready.put((await self._stream[0].__anext__()).to_pyarrow())
         except StopAsyncIteration:
-            return None
+            self._ready.put(None)
+        except Exception as error:
+            self._ready.put(error)
 
     def next(self, stopped: Stopped) -> pa.RecordBatch | None:
         while True:
             if stopped():
                 self.close()
                 raise Cancelled("the query was stopped")
-            if concurrent.futures.wait(self._coming, POLL_SECONDS).done:
+            with contextlib.suppress(queue.Empty):
+                batch = self._ready.get(timeout=POLL_SECONDS)
                 break
-        batch = self._coming.pop().result()
+        if isinstance(batch, Exception):
+            raise batch
         if batch is not None:
-            self._coming.append(self._ask())
+            self._loop.call_soon_threadsafe(self._room.release)
         return batch
 
     def close(self) -> None:
         """Stop the query: cancel the pull, then drop it and the stream. Whoever holds either keeps the work going."""
         self._context.stopped.set()
-        for coming in self._coming:
-            coming.cancel()
-        self._coming.clear()
+        for pulling in self._pulling:
+            pulling.cancel()
+        self._pulling.clear()
         self._stream.clear()
 
 

@@ -43,8 +43,9 @@ LOG_FIELDS = (
 )
 _LOG_NAMES = frozenset(f.name for f in LOG_FIELDS)
 _ROWS_PER_RECORDS_BATCH = 1024
-# What a filter leaves of a record is joined up to this: a batch costs DataFusion half a millisecond, however small.
-_JOINED_ROWS = 8192
+# What a filter leaves of a record is joined up to this: a batch has its price, however small; copying has one too.
+_JOINED_ROWS = 32_768
+_JOINED_BYTES = 1 << 18
 FRAGMENTS_MAX = 100_000
 _RUN_RECORDS = 16
 VIEW_BYTES = 12
@@ -416,7 +417,7 @@ class EntriesTable(_Table):
             first, last = np.searchsorted(rows, (start, end))
             if last > first:
                 few.append(_taken(batch, rows[first:last] - start))
-                if sum(part.num_rows for part in few) >= _JOINED_ROWS:
+                if sum(part.num_rows for part in few) >= _JOINED_ROWS or few[-1].nbytes >= _JOINED_BYTES:
                     yield codec.joined(few)
                     few = []
             start = end
@@ -596,20 +597,25 @@ def _keys(filter: pc.Expression, schema: pa.Schema) -> list[str]:
     if not isinstance(filter, pc.Expression):  # DataFusion hands a filter that folded to a constant over as a scalar
         raise CannotFilter(str(filter))
     text = str(filter)
-    named = pa.schema([field for field in schema if field.name in text]).empty_table()
+    named = [column for column in schema if column.name in text]
     try:
-        named.filter(filter)
+        _bind(filter, pa.schema(named))
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise CannotFilter(text) from error
-    if named.num_columns == 1:
-        return list(named.column_names)
+    if len(named) == 1:
+        return [named[0].name]
     found = []
-    for name in named.column_names:
+    for left_out in named:
         try:
-            named.drop_columns([name]).filter(filter)
+            _bind(filter, pa.schema([column for column in named if column != left_out]))
         except pa.ArrowInvalid:
-            found.append(name)
+            found.append(left_out.name)
     return found
+
+
+def _bind(filter: pc.Expression, schema: pa.Schema) -> None:
+    """Raise when the filter does not bind to the schema; Arrow offers binding only as part of something else."""
+    next(ds.FileSystemDataset([], schema, _FORMAT, _FILESYSTEM).get_fragments(filter), None)
 
 
 def _deal(records: Sequence[RecordMeta], partitions: int) -> list[Sequence[RecordMeta]]:
