@@ -200,7 +200,8 @@ def _written(batches: Sequence[pa.RecordBatch], schema: pa.Schema, compression: 
         buffer = allocate(size)
         sink, options = pa.FixedSizeBufferWriter(buffer), pa.ipc.IpcWriteOptions()
     else:
-        sink, options = pa.BufferOutputStream(), pa.ipc.IpcWriteOptions(compression=compression)
+        # Records are encoded side by side; threads within one cost more than they save.
+        sink, options = pa.BufferOutputStream(), pa.ipc.IpcWriteOptions(compression=compression, use_threads=False)
     with pa.ipc.new_stream(sink, schema, options=options) as writer:
         for batch in batches:
             writer.write_batch(batch)

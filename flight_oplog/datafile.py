@@ -24,10 +24,11 @@ import pyarrow.parquet as pq
 from flight_oplog import codec, parquet
 from flight_oplog.errors import CorruptLog, TooLarge
 from flight_oplog.files import OutputFile, fsync_file, fsync_folder, reason, storage_error
-from flight_oplog.schema import APPENDS, RECORD_SCHEMA
+from flight_oplog.schema import APPENDS, FORMAT_VERSION, RECORD_SCHEMA
 
 log = logging.getLogger("flight_oplog.datafile")
 
+CREATED_BY = f"flight_oplog version {FORMAT_VERSION} (build format_version {FORMAT_VERSION})"
 ROW_GROUP_BYTES = 16 << 20
 # Keeps the `first_offset` chunk of a row group in one Parquet page, as patching it needs.
 ROW_GROUP_RECORDS = 4096
@@ -107,6 +108,7 @@ def read_records(root: str, file: DataFile) -> tuple[RecordMeta, ...]:
         try:
             rows = opened.read(columns=_META_COLUMNS).to_pylist()
             spans = [span for g in range(opened.num_row_groups) for span in _spans(opened.metadata.row_group(g), g)]
+            ours = opened.metadata.created_by == CREATED_BY
         except Exception as error:  # damaged bytes surface as errors of many kinds
             raise CorruptLog(f"{_name(file)} is not readable Parquet; restore it") from error
     try:
@@ -114,10 +116,13 @@ def read_records(root: str, file: DataFile) -> tuple[RecordMeta, ...]:
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptLog(f"{_name(file)} does not hold records; restore it") from error
     expected = file.first_offset
+    metas = tuple(sorted(metas, key=lambda meta: meta.first_offset))
     for meta in metas:
-        if meta.first_offset != expected or meta.entries != sum(owner["entries"] for owner in meta.appends):
+        # A file that another program's compaction made may hold runs from here and there.
+        follows = meta.first_offset == expected if ours else meta.first_offset >= expected
+        if not follows or meta.entries != sum(owner["entries"] for owner in meta.appends):
             raise CorruptLog(f"{_name(file)} holds records that do not add up; restore it")
-        expected += meta.entries
+        expected = meta.first_offset + meta.entries
     if len(metas) != file.records:
         raise CorruptLog(f"{_name(file)} holds {len(metas)} of {file.records} records; restore it")
     return metas
@@ -285,6 +290,7 @@ class StagedFile:
         self._file: OutputFile | None = None
         self._runs: list[tuple[int, int]] = []
         self._offset_places: list[tuple[int, int]] = []
+        self._metas: list[dict[str, Any]] = []
         self._lows: list[datetime.datetime] = []
         self._highs: list[datetime.datetime] = []
         self._time_known = True
@@ -320,15 +326,19 @@ class StagedFile:
         for record in self._pending:
             self._runs.append((self.entries, record.entries))
             self.entries += record.entries
-        columns = _columns(self._pending, [offset for offset, _ in self._runs[first:]])
-        self._pending, self._pending_bytes = [], 0
+        records, self._pending, self._pending_bytes = self._pending, [], 0
         try:
             if self._writer is None:
                 self._writer = self._create()
-            place = self._writer.row_group(len(self._runs) - first, columns)
+            place, span = self._writer.row_group(len(records), _columns(records, [offset for offset, _ in self._runs[first:]]))
         except OSError as error:
             raise storage_error("writing a data file", error) from error
+        group = len(self._offset_places)
         self._offset_places.append((place, first))
+        for record, (offset, _) in zip(records, self._runs[first:], strict=True):
+            row = {name: getattr(record, name) for name in ("entries", "schema_id", "min_time", "max_time", "bounds", "digest")}
+            row["appends"] = [{child.name: owner.get(child.name) for child in APPENDS.value_type} for owner in record.appends]
+            self._metas.append(row | {"first_offset": offset, "row_group": group, "span": span if len(records) == 1 else None})
 
     def _create(self) -> parquet.Writer:
         folder = os.path.dirname(self._full_path)
@@ -336,7 +346,7 @@ class StagedFile:
             os.makedirs(folder, exist_ok=True)
             fsync_folder(self._root)
         self._file = OutputFile(self._full_path)
-        return parquet.Writer(self._file, _SHAPE, "flight_oplog version 1 (build format_version 1)")
+        return parquet.Writer(self._file, _SHAPE, CREATED_BY)
 
     def finish(self, first_offset: int) -> DataFile:
         """Number the file's entries from `first_offset` and make its bytes durable. May be called again to renumber."""
@@ -370,6 +380,12 @@ class StagedFile:
                 file.seek(place)
                 file.write(parquet.int64s(first_offset + offset for offset, _ in self._runs[first:end]))
         self._first_offset = first_offset
+
+    def metas(self) -> tuple[RecordMeta, ...]:
+        """Return what `read_records` would find in the finished file, without reading it."""
+        shift = self.done.first_offset
+        rows = [row | {"first_offset": shift + row["first_offset"]} for row in self._metas]
+        return tuple(RecordMeta(file=self.done, row=number, **row) for number, row in enumerate(rows))
 
     def stats(self) -> str:
         """Return the statistics of the file's `add` action, as Delta writes them: without them nothing can skip it."""

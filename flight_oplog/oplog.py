@@ -27,7 +27,7 @@ import pyarrow as pa
 
 from flight_oplog import codec
 from flight_oplog.config import Config
-from flight_oplog.datafile import Record, StagedFile
+from flight_oplog.datafile import Record, RecordMeta, StagedFile
 from flight_oplog.errors import CorruptLog, OplogError, OutcomeUnknown, RequestError, SchemaMismatch, TooLarge, TryAgain
 from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, check_topic, evolve, first_time, normal_schema, schema_id
 from flight_oplog.store import Conflict, Snapshot, Store, Topic
@@ -36,6 +36,7 @@ log = logging.getLogger("flight_oplog.oplog")
 
 CONFLICTS_MAX = 50
 SPILLS_UNDER_WAY = 2
+NORMALS_KEPT = 256
 _CLOSED = "the log is closed; nothing was written; try again when the server is back"
 
 Appendable: TypeAlias = pa.RecordBatch | pa.Table | pa.RecordBatchReader
@@ -70,6 +71,7 @@ class OpLog:
         self._encoders = ThreadPoolExecutor(max(2, os.cpu_count() or 1), "encoder")
         self._writers = ThreadPoolExecutor(max(4, os.cpu_count() or 1), "writer")
         self._committer = _Committer(store, config)
+        self._normals: dict[bytes, tuple[pa.Schema, str]] = {}
 
     @classmethod
     def open(cls, uri: str, config: Config | None = None) -> OpLog:
@@ -96,14 +98,26 @@ class OpLog:
     def writer(self, topic: str, schema: pa.Schema) -> AppendWriter:
         """Begin an append whose batches come one by one. Raises before anything is sent when the schema cannot be."""
         check_topic(topic)
-        normal = normal_schema(schema, self.config.columns_max)
+        normal, fingerprint = self._normal(schema)
         snapshot = self._store.snapshot()
         current = snapshot.topics.get(topic)
         if current is None:
             check_room(topic, sum(not name.startswith("_") for name in snapshot.topics), self.config)
-        evolve(topic, current.schema if current else None, normal, self.config.schema_rule, self.config.columns_max)
+        merge(topic, current, None, normal, fingerprint, self.config)
         event_time = current.event_time if current else None
-        return AppendWriter(self, topic, normal, event_time or first_time(normal))
+        return AppendWriter(self, topic, normal, fingerprint, event_time or first_time(normal))
+
+    def _normal(self, schema: pa.Schema) -> tuple[pa.Schema, str]:
+        """Return the normal form of a schema and its schema_id. Producers send the same few over and over."""
+        key = schema.serialize().to_pybytes()
+        found = self._normals.get(key)
+        if found is None:
+            normal = normal_schema(schema, self.config.columns_max)
+            found = normal, schema_id(normal)
+            if len(self._normals) >= NORMALS_KEPT:
+                self._normals.clear()
+            self._normals[key] = found
+        return found
 
     def snapshot(self) -> Snapshot:
         """Return the log as of the newest commit, this process's or another's."""
@@ -135,6 +149,7 @@ class OpLog:
         self._committer.stop()
         self._encoders.shutdown()
         self._writers.shutdown()
+        self._store.close()
 
     def __enter__(self) -> OpLog:
         return self
@@ -149,6 +164,18 @@ def check_room(topic: str, topics: int, config: Config) -> None:
         raise TooLarge(f"topic {topic!r} would be one more than topics_max ({config.topics_max}); nothing was written")
 
 
+def merge(topic: str, known: Topic | None, current: pa.Schema | None, incoming: pa.Schema, fingerprint: str, config: Config) -> pa.Schema:
+    """Return the topic's schema after an append; `current` is it so far when it differs from the snapshot's.
+
+    Raises SchemaMismatch naming the column, both types and the rule.
+    """
+    if current is None and known is not None:
+        if config.schema_rule == "additive" and fingerprint in known.schemas:
+            return known.schema
+        current = known.schema
+    return evolve(topic, current, incoming, config.schema_rule, config.columns_max)
+
+
 def _batches(entries: pa.RecordBatch | pa.RecordBatchReader) -> Iterable[pa.RecordBatch]:
     return [entries] if isinstance(entries, pa.RecordBatch) else entries
 
@@ -156,13 +183,13 @@ def _batches(entries: pa.RecordBatch | pa.RecordBatchReader) -> Iterable[pa.Reco
 class AppendWriter:
     """One append under way: `write` its batches, then `commit` or `abandon` it. For one thread."""
 
-    def __init__(self, oplog: OpLog, topic: str, schema: pa.Schema, event_time: str | None) -> None:
+    def __init__(self, oplog: OpLog, topic: str, schema: pa.Schema, fingerprint: str, event_time: str | None) -> None:
         self.topic = topic
         self._event_time = event_time
         self._oplog = oplog
         self._config = oplog.config
         self._schema = schema
-        self._schema_id = schema_id(schema)
+        self._schema_id = fingerprint
         self._started = datetime.datetime.now(datetime.UTC)
         self._waiting: list[pa.RecordBatch] = []
         self._waiting_bytes = self._waiting_entries = self._reserved = 0
@@ -368,7 +395,8 @@ class _Committer:
             staged = group.finish()
             version = group.base.table_version
             if staged:
-                version = self._store.commit(group.base, staged, group.next_offsets)
+                numbers = {f"topic/{topic}": offset for topic, offset in group.next_offsets.items()}
+                version = self._store.commit(group.base, staged, numbers)
         except BaseException as error:
             if not isinstance(error, OutcomeUnknown):
                 group.abandon()
@@ -402,7 +430,7 @@ class _Group:
         try:
             if current is None:
                 check_room(topic, sum(not name.startswith("_") for name in {*self.base.topics, *self._schemas}), self._config)
-            merged = evolve(topic, current, append.schema, self._config.schema_rule, self._config.columns_max)
+            merged = merge(topic, known, self._schemas.get(topic), append.schema, append.schema_id, self._config)
             self._check_widening(topic, current, append, merged)
             if append.staged is not None and append.event_time != event_time:
                 raise TryAgain(f"topic {topic!r}: its event-time column was settled meanwhile; nothing was written; try again")
@@ -549,13 +577,12 @@ def _check_rescale(topic: str, column: str, found: codec.Bounds, schema: pa.Sche
 
 
 def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
-    expected: int | None = topic.first_offset
+    runs: list[RecordMeta] = []
+    whole = True
     for file in topic.files:
         try:
-            for record in snapshot.store.records(file):
-                if expected is not None and record.first_offset != expected:
-                    yield Problem("error", record.where, f"expected offset {expected}: runs overlap or leave a gap")
-                expected = record.first_offset + record.entries
+            for record in snapshot.store.records(file, afresh=True):
+                runs.append(record)
                 if record.schema_id not in topic.schemas:
                     yield Problem("error", record.where, f"schema_id {record.schema_id} is not registered")
                 for batch in codec.decode(snapshot.store.content(record), record.entries, record.where):
@@ -563,8 +590,13 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
                         yield Problem("error", record.where, "the content's schema is not the registered one")
         except CorruptLog as error:
             yield Problem("error", f"topic {topic.name!r}", str(error))
-            expected = None  # what follows an unreadable file is not a gap
-    if expected is not None and expected != topic.next_offset:
+            whole = False  # what an unreadable file held is not a gap
+    expected = topic.first_offset
+    for record in sorted(runs, key=lambda record: record.first_offset) if whole else ():
+        if record.first_offset != expected:
+            yield Problem("error", record.where, f"expected offset {expected}: runs overlap or leave a gap")
+        expected = record.first_offset + record.entries
+    if whole and expected != topic.next_offset:
         yield Problem("error", f"topic {topic.name!r}", f"records end at offset {expected}, the log says {topic.next_offset}")
 
 

@@ -7,6 +7,7 @@ parquet.thrift and https://parquet.apache.org/docs/file-format/; the footer is i
 
 from __future__ import annotations
 
+import functools
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -201,8 +202,8 @@ class Writer:
     def __post_init__(self) -> None:
         self.out.write(MAGIC)
 
-    def row_group(self, rows: int, columns: Sequence[Values]) -> int:
-        """Write one row group and return where in the file the first column's first value is.
+    def row_group(self, rows: int, columns: Sequence[Values]) -> tuple[int, tuple[int, int]]:
+        """Write one row group; return where the first column's first value is in the file, and the last column's span.
 
         A large part at the end begins at a block of the disk, so that it can go there as it lies in memory.
         """
@@ -220,16 +221,24 @@ class Writer:
         before = sum(len(header) + sum(len(part) for part in parts) for header, parts, _, _ in pages) - len(last)
         if len(last) >= LARGE_BYTES:
             self.out.write(bytes(-(self.out.tell() + before) % BLOCK_BYTES))
-        start = self.out.tell()
-        chunks, raw = [], 0
+        start = place = self.out.tell()
+        chunks, raw, small = [], 0, []
         for leaf, values, (header, parts, size, codec) in zip(self.shape.leaves, columns, pages, strict=True):
-            place = self.out.tell()
-            self.out.write(header)
+            packed = len(header)
+            small.append(header)
             for part in parts:
-                self.out.write(part)
-            chunks.append(_chunk(leaf, codec, values.count, size, self.out.tell() - place, place))
+                packed += len(part)
+                if len(part) < LARGE_BYTES:
+                    small.append(part)
+                else:
+                    self.out.write(b"".join(small))
+                    self.out.write(part)
+                    small = []
+            chunks.append(_chunk(leaf, codec, values.count, size, packed, place))
+            place += packed
             raw += size
-        end = self.out.tell()
+        self.out.write(b"".join(small))
+        end = place
         self._groups.append(
             _struct(
                 (1, _LIST, _list(_STRUCT, chunks)),
@@ -240,7 +249,7 @@ class Writer:
             )
         )
         self._rows += rows
-        return start + len(pages[0][0])
+        return start + len(pages[0][0]), (end - packed, end)
 
     def close(self) -> None:
         footer = _struct(
@@ -255,23 +264,23 @@ class Writer:
 
 
 def _page_header(size: int, packed: int, count: int, check: int | None) -> bytes:
-    data = _struct((1, _I32, _zigzag(count)), (2, _I32, _zigzag(_PLAIN)), (3, _I32, _zigzag(_RLE)), (4, _I32, _zigzag(_RLE)))
-    crc = [] if check is None else [(4, _I32, _zigzag(check - (check >> 31 << 32)))]  # counted as a signed number
-    return _struct((1, _I32, b"\0"), (2, _I32, _zigzag(size)), (3, _I32, _zigzag(packed)), *crc, (5, _STRUCT, data))
-
-
-_ENCODINGS = _list(_I32, [_zigzag(_PLAIN), _zigzag(_RLE)])
+    """PageHeader: type DATA_PAGE, both sizes, crc, and a DataPageHeader: count, PLAIN, levels in RLE."""
+    parts = [b"\x15\0\x15", _zigzag(size), b"\x15", _zigzag(packed)]
+    if check is None:
+        parts.append(b"\x2c")
+    else:
+        parts += [b"\x15", _zigzag(check - (check >> 31 << 32)), b"\x1c"]  # the checksum counts as a signed number
+    return b"".join((*parts, b"\x15", _zigzag(count), b"\x15\0\x15\x06\x15\x06\0\0"))
 
 
 def _chunk(leaf: Leaf, codec: int, count: int, size: int, packed: int, place: int) -> bytes:
-    metadata = _struct(
-        (1, _I32, _zigzag(leaf.kind)),
-        (2, _LIST, _ENCODINGS),
-        (3, _LIST, _list(_BINARY, [_binary(name) for name in leaf.path])),
-        (4, _I32, _zigzag(codec)),
-        (5, _I64, _zigzag(count)),
-        (6, _I64, _zigzag(size)),
-        (7, _I64, _zigzag(packed)),
-        (9, _I64, _zigzag(place)),
-    )
-    return _struct((2, _I64, _zigzag(0)), (3, _STRUCT, metadata))
+    """ColumnChunk: file_offset 0, and its ColumnMetaData."""
+    numbers = (_zigzag(codec), b"\x16", _zigzag(count), b"\x16", _zigzag(size), b"\x16", _zigzag(packed), b"\x26", _zigzag(place))
+    return b"".join((b"\x26\0\x1c", _chunk_head(leaf), b"\x15", *numbers, b"\0\0"))
+
+
+@functools.cache
+def _chunk_head(leaf: Leaf) -> bytes:
+    encodings = _list(_I32, [_zigzag(_PLAIN), _zigzag(_RLE)])
+    path = _list(_BINARY, [_binary(name) for name in leaf.path])
+    return _struct((1, _I32, _zigzag(leaf.kind)), (2, _LIST, encodings), (3, _LIST, path))[:-1]

@@ -9,10 +9,9 @@ Invariants
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
 import os
-import re
 import threading
 import time
 from collections import OrderedDict
@@ -23,12 +22,12 @@ from typing import Any
 import pyarrow as pa
 from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
-from deltalake.transaction import AddAction, CommitProperties, Transaction
 
-from flight_oplog import codec
+from flight_oplog import codec, deltalog
 from flight_oplog.datafile import DataFile, RecordMeta, StagedFile, read_content, read_records
-from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, OutcomeUnknown
-from flight_oplog.files import fsync_file, fsync_folder, reason, storage_error
+from flight_oplog.deltalog import Changes
+from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, Unsupported
+from flight_oplog.files import fsync_file, fsync_folder, storage_error
 from flight_oplog.schema import (
     FORMAT_VERSION,
     RECORD_SCHEMA,
@@ -43,6 +42,10 @@ from flight_oplog.schema import (
 log = logging.getLogger("flight_oplog.store")
 
 SNAPSHOTS_KEPT = 64
+CHECKPOINT_INTERVAL = 100
+RELOAD_SECONDS = 3600
+# The Delta protocol of the tables made here, for readers and for writers.
+PROTOCOL = (1, 2)
 FORMAT_KEY = "oplog.formatVersion"
 
 
@@ -96,8 +99,16 @@ class Snapshot:
 
     def records(self, topic: str) -> Iterator[RecordMeta]:
         """Yield the topic's records in offset order, without their content."""
-        for file in self.topic(topic).files:
-            yield from self.store.records(file)
+        files = self.topic(topic).files
+        # A later file begins where all of an earlier one lies before, but for what another program's compaction made.
+        for place, file in enumerate(files):
+            records = self.store.records(file)
+            following = files[place + 1].first_offset if place + 1 < len(files) else None
+            if following is not None and records and records[-1].first_offset > following:
+                rest = [record for later in files[place:] for record in self.store.records(later)]
+                yield from sorted(rest, key=lambda record: record.first_offset)
+                return
+            yield from records
 
 
 class Store:
@@ -105,13 +116,20 @@ class Store:
 
     def __init__(self, root: str, table: DeltaTable) -> None:
         self.root = root
-        self._table = table
         self._lock = threading.RLock()
         self._metas: dict[str, tuple[RecordMeta, ...]] = {}
         self._registry: dict[str, list[dict[str, Any]]] = {}
         self._recent: OrderedDict[int, Snapshot] = OrderedDict()
-        self._current = self._load(table)
-        self._recent[self._current.table_version] = self._current
+        self._checkpointing: threading.Thread | None = None
+        self._looked = time.monotonic()
+        self._start_from(table)
+
+    def _start_from(self, table: DeltaTable) -> None:
+        """Take over what a table read by delta-rs holds; from there on, each entry of its log is followed here."""
+        self._table = table
+        self._numbers: dict[str, int] = {}
+        self._protocol = table.protocol()
+        self._remember(self._load(table))
 
     # Opening
 
@@ -158,7 +176,7 @@ class Store:
                     FORMAT_KEY: str(FORMAT_VERSION),
                     "delta.appendOnly": "true",
                     "delta.dataSkippingStatsColumns": "first_offset,entries,min_time,max_time",
-                    "delta.checkpointInterval": "100",
+                    "delta.checkpointInterval": str(CHECKPOINT_INTERVAL),
                     "delta.logRetentionDuration": "interval 7 days",
                 },
                 raise_if_key_not_exists=False,
@@ -166,26 +184,42 @@ class Store:
         except DeltaError:
             if not DeltaTable.is_deltatable(root):  # another process may have created it a moment earlier
                 raise
-        fsync_file(_commit_path(root, 0))
-        for folder in (_log_folder(root), root, os.path.dirname(root)):
+        fsync_file(deltalog.entry_path(root, 0))
+        for folder in (deltalog.folder(root), root, os.path.dirname(root)):
             fsync_folder(folder)
 
     # Snapshots
 
     def snapshot(self) -> Snapshot:
         """Return the newest snapshot: everything committed before this call, by this process or another."""
-        if os.path.exists(_commit_path(self.root, self._current.table_version + 1)):
+        if self._looked < time.monotonic() - RELOAD_SECONDS:
+            self.reload()
+        elif os.path.exists(deltalog.entry_path(self.root, self._current.table_version + 1)):
             self.refresh()
+        self._looked = time.monotonic()
         return self._current
 
     def refresh(self) -> Snapshot:
+        """Follow the entries that came after the newest snapshot. Raises CorruptLog for a damaged one."""
         with self._lock:
             try:
-                self._table.update_incremental()
+                while (changes := deltalog.read(self.root, self._current.table_version + 1)) is not None:
+                    if changes.upgrades:
+                        return self.reload()
+                    self._follow(self._current, changes)
+            except OSError as error:
+                raise storage_error("reading the table", error) from error
+            return self._current
+
+    def reload(self) -> Snapshot:
+        """Read the table afresh: after a long pause, the entries that would have to be followed may be gone."""
+        with self._lock:
+            try:
+                table = DeltaTable(self.root)
             except (OSError, DeltaError) as error:
                 raise storage_error("reading the table", error) from error
-            if self._table.version() != self._current.table_version:
-                self._remember(self._load(self._table))
+            if table.version() > self._current.table_version:
+                self._start_from(table)
             return self._current
 
     def snapshot_at(self, table_version: int) -> Snapshot:
@@ -204,47 +238,65 @@ class Store:
             log.warning("table version %d: %s", table_version, error)
             raise NotFound(f"table_version {table_version} can no longer be read; query a newer one") from error
 
+    def number(self, name: str) -> int | None:
+        """Return the newest number of an application id, as `txn` actions carry it, or None."""
+        with self._lock:
+            if name in self._numbers:
+                return self._numbers[name]
+            return self._table.transaction_version(name)
+
     def _remember(self, snapshot: Snapshot) -> None:
         self._current = snapshot
         self._recent[snapshot.table_version] = snapshot
         while len(self._recent) > SNAPSHOTS_KEPT:
             self._recent.popitem(last=False)
 
+    def _follow(self, base: Snapshot, changes: Changes) -> None:
+        snapshot = self._after(base, base.table_version + 1, changes)
+        self._numbers.update(changes.numbers)
+        self._remember(snapshot)
+
     def _load(self, table: DeltaTable) -> Snapshot:
         adds = pa.table(table.get_add_actions(flatten=True))
-        files: dict[str, list[DataFile]] = {}
-        if adds.num_rows:
-            for add in adds.to_pylist():
-                file = DataFile(
-                    path=add["path"],
-                    topic=add["partition.topic"],
-                    size=add["size_bytes"],
-                    records=add["num_records"],
-                    first_offset=add["min.first_offset"],
-                    min_time=add.get("min.min_time"),
-                    max_time=add.get("max.max_time"),
-                )
-                files.setdefault(file.topic, []).append(file)
-        for of_topic in files.values():
-            of_topic.sort(key=lambda file: file.first_offset)
-        next_offsets = {topic: table.transaction_version(f"topic/{topic}") for topic in files}
-        return self._assemble(table.version(), files, next_offsets)
+        files = [
+            DataFile(
+                path=add["path"],
+                topic=add["partition.topic"],
+                size=add["size_bytes"],
+                records=add["num_records"],
+                first_offset=add["min.first_offset"],
+                min_time=add.get("min.min_time"),
+                max_time=add.get("max.max_time"),
+            )
+            for add in (adds.to_pylist() if adds.num_rows else ())
+        ]
+        numbers = {f"topic/{topic}": table.transaction_version(f"topic/{topic}") or 0 for topic in {file.topic for file in files}}
+        return self._after(Snapshot(0, {}, self), table.version(), Changes(files, numbers=numbers))
 
-    def _assemble(self, table_version: int, files: Mapping[str, Sequence[DataFile]], next_offsets: Mapping[str, int | None]) -> Snapshot:
-        rows = [row for file in files.get(SCHEMAS_TOPIC, ()) for row in self._registry_rows(file)]
-        by_topic = _schemas_by_topic(rows)
-        if SCHEMAS_TOPIC in files:
-            by_topic[SCHEMAS_TOPIC] = {schema_id(SCHEMAS_SCHEMA): SCHEMAS_SCHEMA}
-        topics: dict[str, Topic] = {}
-        for name, schemas in by_topic.items():
-            merged: pa.Schema | None = None
-            for schema in schemas.values():
-                merged = evolve(name, merged, schema, "additive")
-            assert merged is not None
-            topics[name] = Topic(name, merged, schemas, tuple(files.get(name, ())), next_offsets.get(name) or 0)
-        for name in files:
-            if name not in topics:
+    def _after(self, base: Snapshot, table_version: int, changes: Changes) -> Snapshot:
+        """Return the snapshot that `changes` make of `base`; what they do not touch is shared."""
+        added: dict[str, list[DataFile]] = {}
+        for file in changes.added:
+            added.setdefault(file.topic, []).append(file)
+        schemas = _schemas_by_topic([row for file in added.get(SCHEMAS_TOPIC, ()) for row in self._registry_rows(file)])
+        if SCHEMAS_TOPIC in added:
+            schemas[SCHEMAS_TOPIC] = {schema_id(SCHEMAS_SCHEMA): SCHEMAS_SCHEMA}
+        topics = dict(base.topics)
+        for name in {*added, *schemas, *(topic_of(path) for path in changes.removed)}:
+            topic = topics.get(name) or Topic(name, pa.schema([]), {}, (), 0)
+            merged = topic.schema if topic.schemas else None
+            for fingerprint, schema in schemas.get(name, {}).items():
+                if fingerprint not in topic.schemas:
+                    merged = evolve(name, merged, schema, "additive")
+            if merged is None:
                 raise CorruptLog(f"topic {name!r}: its schema is not in {SCHEMAS_TOPIC}; restore that topic's files")
+            topics[name] = Topic(
+                name,
+                merged,
+                {**topic.schemas, **schemas.get(name, {})},
+                _files_after(topic.files, added.get(name, ()), changes.removed),
+                changes.numbers.get(f"topic/{name}", topic.next_offset),
+            )
         return Snapshot(table_version, topics, self)
 
     def _registry_rows(self, file: DataFile) -> list[dict[str, Any]]:
@@ -259,9 +311,9 @@ class Store:
 
     # Reading
 
-    def records(self, file: DataFile) -> tuple[RecordMeta, ...]:
-        """Return the rows of a data file without their content."""
-        found = self._metas.get(file.path)
+    def records(self, file: DataFile, afresh: bool = False) -> tuple[RecordMeta, ...]:
+        """Return the rows of a data file without their content, from memory unless `afresh`."""
+        found = None if afresh else self._metas.get(file.path)
         if found is None:
             found = self._metas[file.path] = read_records(self.root, file)
         return found
@@ -279,66 +331,61 @@ class Store:
         """Begin a data file that nobody sees until `commit` names it."""
         return StagedFile(self.root, topic)
 
-    def commit(self, base: Snapshot, staged: Sequence[StagedFile], next_offsets: Mapping[str, int]) -> int:
+    def commit(self, base: Snapshot, staged: Sequence[StagedFile], numbers: Mapping[str, int]) -> int:
         """Commit finished files as the table version after `base`, atomically and durably; return that version.
 
-        `next_offsets` holds the offset after the last entry of each topic written.
+        `numbers` holds the new number of each application id that changes, the next offset of each topic among them.
         Raises Conflict when another process took that version, TryAgain when nothing was written, OutcomeUnknown when
         it cannot be told; the files must be kept then.
         """
-        path = _commit_path(self.root, base.table_version + 1)
+        table_version = base.table_version + 1
         with self._lock:
-            if self._table.version() != base.table_version:
+            if self._current.table_version != base.table_version:
                 raise Conflict("the table has moved on; nothing was written")
+            if (self._protocol.min_reader_version, self._protocol.min_writer_version) != PROTOCOL:
+                raise Unsupported(
+                    "another program has upgraded the table to a Delta protocol that this one does not write "
+                    f"(reader {self._protocol.min_reader_version}, writer {self._protocol.min_writer_version}); nothing was written"
+                )
             try:
-                _commit_delta(self._table, staged, next_offsets)
-            except (OSError, DeltaError) as error:
-                # The commit file itself is the only witness of what happened.
-                if not os.path.exists(path):
-                    raise storage_error("the commit", error) from error
-                if not self._outcome(path, staged[0].done):
-                    raise Conflict("another process committed first; nothing was written") from error
-            try:
-                fsync_file(path)
-                fsync_folder(_log_folder(self.root))
+                deltalog.write(self.root, table_version, staged, numbers)
+            except FileExistsError as error:
+                raise Conflict("another process committed first; nothing was written") from error
             except OSError as error:
-                raise _unknown(base.table_version + 1, error) from error
+                raise storage_error("the commit", error) from error
             try:
-                self._table.update_incremental()
-                if self._table.version() == base.table_version + 1:
-                    self._remember(self._advance(base, [file.done for file in staged], next_offsets))
-                else:
-                    self._remember(self._load(self._table))
+                for file in staged:
+                    self._metas[file.done.path] = file.metas()
+                self._follow(base, Changes([file.done for file in staged], numbers=numbers))
             except Exception:  # it is committed and durable, whatever happens now; the next snapshot() reads it again
-                log.exception("reading back table version %d", base.table_version + 1)
-            return base.table_version + 1
+                log.exception("following table version %d", table_version)
+            if table_version % CHECKPOINT_INTERVAL == 0 and (self._checkpointing is None or not self._checkpointing.is_alive()):
+                self._checkpointing = threading.Thread(target=self._checkpoint, name="checkpoint")
+                self._checkpointing.start()
+            return table_version
 
-    @staticmethod
-    def _outcome(path: str, file: DataFile) -> bool:
-        """Whether the commit file at `path` is the one that names `file`."""
+    def _checkpoint(self) -> None:
+        """Sum up the Delta log in a checkpoint, so that opening the table stays cheap; drop entries past their retention."""
         try:
-            with open(path, encoding="utf-8") as lines:
-                return any(file.path in line for line in lines)
-        except OSError as error:
-            raise _unknown(int(os.path.basename(path)[:20]), error) from error
+            table = DeltaTable(self.root)
+            table.create_checkpoint()
+            # Entries may only go when what replaces them is on the disk for good.
+            for name in os.listdir(deltalog.folder(self.root)):
+                if name == "_last_checkpoint" or name.startswith(f"{table.version():020}.checkpoint"):
+                    fsync_file(os.path.join(deltalog.folder(self.root), name))
+            fsync_folder(deltalog.folder(self.root))
+            table.cleanup_metadata()
+            deltalog.sweep(self.root)
+        except Exception as error:  # a log without this checkpoint is whole; the next one comes soon
+            log.warning("the checkpoint failed: %s", error)
 
-    def _advance(self, base: Snapshot, done: Sequence[DataFile], next_offsets: Mapping[str, int]) -> Snapshot:
-        """Return the snapshot after our own commit, without reading the table again."""
-        files: dict[str, Sequence[DataFile]] = {name: topic.files for name, topic in base.topics.items()}
-        for file in done:
-            files[file.topic] = (*files.get(file.topic, ()), file)
-        known = {name: topic.next_offset for name, topic in base.topics.items()}
-        return self._assemble(base.table_version + 1, files, known | dict(next_offsets))
+    def close(self) -> None:
+        """Wait for a checkpoint under way."""
+        if self._checkpointing is not None:
+            self._checkpointing.join()
 
     def damaged_commits(self) -> list[int]:
-        """Return the versions whose commit file is not whole: delta-rs reads an emptied one as a commit of nothing."""
-        damaged = []
-        for name in sorted(os.listdir(_log_folder(self.root))):
-            if _COMMIT_NAME.fullmatch(name):
-                with open(os.path.join(_log_folder(self.root), name), "rb") as file:
-                    if not _is_commit(file.read()):
-                        damaged.append(int(name[:20]))
-        return damaged
+        return deltalog.damaged(self.root)
 
     def orphans(self) -> list[str]:
         """Return data files in the folder that no snapshot names: what a crash or a failed append left behind."""
@@ -352,40 +399,20 @@ class Store:
         return sorted(found)
 
 
-def _commit_delta(table: DeltaTable, staged: Sequence[StagedFile], next_offsets: Mapping[str, int]) -> None:
-    table.create_write_transaction(
-        [_add_action(file) for file in staged],
-        mode="append",
-        schema=table.schema(),
-        partition_by=["topic"],
-        commit_properties=CommitProperties(
-            app_transactions=[Transaction(f"topic/{topic}", offset) for topic, offset in next_offsets.items()],
-            # A retry inside delta-rs could land on a later version than the receipts name.
-            max_commit_retries=0,
-        ),
-    )
+def topic_of(path: str) -> str:
+    """Return the topic that a data file's path names: topic=<name>/<file>."""
+    return path.partition("/")[0].removeprefix("topic=")
 
 
-def _add_action(staged: StagedFile) -> AddAction:
-    return AddAction(
-        path=staged.done.path,
-        size=staged.done.size,
-        partition_values={"topic": staged.topic},
-        modification_time=int(time.time() * 1000),
-        data_change=True,
-        stats=staged.stats(),
-    )
-
-
-_COMMIT_NAME = re.compile(r"\d{20}\.json")
-
-
-def _is_commit(content: bytes) -> bool:
-    try:
-        actions = [json.loads(line) for line in content.splitlines() if line]
-    except ValueError:
-        return False
-    return bool(actions) and all(isinstance(action, dict) for action in actions)
+def _files_after(before: tuple[DataFile, ...], added: Sequence[DataFile], removed: frozenset[str]) -> tuple[DataFile, ...]:
+    kept = tuple(file for file in before if file.path not in removed) if removed else before
+    files = (*kept, *added)
+    if (
+        any(first.first_offset > second.first_offset for first, second in itertools.pairwise(files[len(kept) - 1 if kept else 0 :]))
+        or removed
+    ):
+        return tuple(sorted(files, key=lambda file: file.first_offset))
+    return files
 
 
 def _schemas_by_topic(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, pa.Schema]]:
@@ -396,19 +423,3 @@ def _schemas_by_topic(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, pa.
         plain = pa.schema([plain_field(field) for field in schema])
         found.setdefault(row["topic"], {})[row["schema_id"]] = plain
     return found
-
-
-def _commit_path(root: str, table_version: int) -> str:
-    return os.path.join(_log_folder(root), f"{table_version:020}.json")
-
-
-def _log_folder(root: str) -> str:
-    return os.path.join(root, "_delta_log")
-
-
-def _unknown(table_version: int, error: BaseException) -> OutcomeUnknown:
-    log.error("the commit of table version %d: %s", table_version, error)
-    return OutcomeUnknown(
-        f"the commit of table_version {table_version} may or may not be durable ({reason(error)}); "
-        "look whether the entries are there before sending them again"
-    )

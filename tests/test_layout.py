@@ -14,6 +14,7 @@ ORDER = [
     "codec",
     "parquet",
     "datafile",
+    "deltalog",
     "store",
     "oplog",
     "provider",

@@ -168,7 +168,7 @@ def test_offsets_that_point_nowhere_are_refused_before_anything_follows_them(log
 
 def test_a_committed_append_keeps_its_receipt_whatever_happens_next(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
     log.append("t", pa.record_batch({"a": [1]}))
-    monkeypatch.setattr(Store, "_advance", lambda *_: 1 / 0)
+    monkeypatch.setattr(Store, "_follow", lambda *_: 1 / 0)
     assert log.append("t", pa.record_batch({"a": [2]})) == Receipt("t", 1, 1, 2)
     monkeypatch.undo()
     assert log.append("t", pa.record_batch({"a": [3]})) == Receipt("t", 2, 1, 3)
