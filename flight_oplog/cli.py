@@ -84,6 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     verify = commands.add_parser("verify", help="read a whole log and report damage; the server may run meanwhile")
     _add_settings(verify, ["data"])
+    verify.add_argument(
+        "--remove-orphans",
+        type=int,
+        metavar="SECONDS",
+        help="also remove data files that no commit names and nobody has written to for so long: what a crash left",
+    )
     verify.set_defaults(command=_verify)
 
     config = commands.add_parser("config", help="show every setting, its value and what it means")
@@ -286,6 +292,8 @@ def _ingest(options: argparse.Namespace) -> int:
             schema, batches = _open_file(file)
             with _progress(file) as advance:
                 receipt = client.append(options.topic, schema, batches, advance)
+            assert receipt.first_offset is not None
+            assert receipt.entries is not None
             last = receipt.first_offset + receipt.entries
             print(f"{file}: {receipt.entries:,} entries in topic {receipt.topic}, offsets [{receipt.first_offset}, {last})")
     return 0
@@ -372,8 +380,11 @@ _OPENERS: dict[str, Callable[[str], tuple[pa.Schema, Iterator[pa.RecordBatch]]]]
 def _verify(options: argparse.Namespace) -> int:
     config = _settings(options)
     with OpLog(Store.open(config.data, create=False), config) as oplog:
+        removed = [] if options.remove_orphans is None else oplog.remove_orphans(options.remove_orphans)
         problems = oplog.verify()
         snapshot = oplog.snapshot()
+    for path in removed:
+        print(f"removed: {path}")
     for problem in problems:
         print(f"{problem.severity}: {problem.where}: {problem.what}")
     errors = sum(problem.severity == "error" for problem in problems)

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from flight_oplog import codec
+from flight_oplog.committer import Receipt
 from flight_oplog.errors import NotFound, OplogError, RequestError, TryAgain, Unsupported
-from flight_oplog.oplog import Receipt
 
 # Room under the 16 MiB that other servers and proxies on the way accept.
 MESSAGE_BYTES = 8 << 20

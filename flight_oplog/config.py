@@ -40,6 +40,7 @@ class Config:
     batch_bytes_max: int = setting(256 * MIB, "one batch a client may send, bytes in memory", least=1)
     append_bytes_max: int = setting(64 << 30, "one append, bytes in memory summed over its batches", least=1)
     queue_bytes_max: int = setting(256 * MIB, "entries held in memory for appends under way; past it they spill", least=1)
+    appends_in_flight_max: int = setting(1024, "appends of one stream under way before reading goes on", least=1)
     columns_max: int = setting(2000, "columns of one topic, nested fields counted", least=1)
     topics_max: int = setting(10_000, "topics of one log", least=1)
     sql_bytes_max: int = setting(1 * MIB, "one SQL text", least=1)

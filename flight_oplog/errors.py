@@ -3,7 +3,8 @@
     OplogError
     ├── RequestError        the caller must change the request; nothing was written
     │   ├── SchemaMismatch  the append's schema is refused by the topic's rule
-    │   └── TooLarge        a limit from the settings table was passed
+    │   ├── TooLarge        a limit from the settings table was passed
+    │   └── OutOfOrder      the append does not follow what is there: a gap, an older epoch, another end
     ├── NotFound            the topic, table or handle does not exist
     ├── Unsupported         well formed, and this server does not do it
     ├── TryAgain            nothing was written; the same request may succeed later
@@ -34,6 +35,10 @@ class SchemaMismatch(RequestError):
 
 
 class TooLarge(RequestError):
+    pass
+
+
+class OutOfOrder(RequestError):
     pass
 
 

@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import functools
 import ipaddress
+import itertools
 import json
 import logging
+import queue
 import re
 import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import Future
+from dataclasses import asdict, replace
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 import pyarrow.flight as fl
 
+from flight_oplog.committer import Origin, Receipt
 from flight_oplog.config import Config
 from flight_oplog.engine import Engine
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TryAgain, Unsupported
+from flight_oplog.flightsql import wire
 from flight_oplog.flightsql.service import Planned, Result, Service
 from flight_oplog.oplog import OpLog
 from flight_oplog.provider import topic_batches
@@ -36,6 +42,8 @@ log = logging.getLogger("flight_oplog.server")
 MESSAGE_BYTES_MAX = 1200
 ACKS_HEADER = "oplog-acks"
 COMMIT_HEADER = "oplog-commit"
+PRODUCER_HEADER = "oplog-producer"
+WORDS_BYTES_MAX = 1024
 
 
 # Errors
@@ -140,6 +148,59 @@ class _Call(fl.ServerMiddleware):
         self._free.release()
 
 
+class _Acks:
+    """Sends receipts of one stream back in the order of its appends, from a thread of its own.
+
+    The stream's handler reads meanwhile, so a client may have many appends under way; one that does not read its acks
+    holds up nobody but itself. An append that failed is answered in its place, and ends the stream at its next message.
+    """
+
+    def __init__(self, writer: Any, in_flight_max: int) -> None:
+        self._writer = writer
+        self._under_way: queue.Queue[tuple[Future[Receipt], int] | None] = queue.Queue(in_flight_max)
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="acks", daemon=True)
+        self._thread.start()
+
+    def expect(self, receipt: Future[Receipt], sequence: int) -> None:
+        """Send the receipt when it comes. Waits while too many are under way; raises what an earlier append failed with."""
+        self._under_way.put((receipt, sequence))
+        self.check()
+
+    def check(self) -> None:
+        if self._failed is not None:
+            raise self._failed
+
+    def finish(self) -> None:
+        """Wait until every receipt is sent."""
+        self._under_way.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        is_open = True
+        while (item := self._under_way.get()) is not None:
+            receipt, sequence = item
+            try:
+                answer = _ack(receipt.result())
+            except BaseException as error:
+                self._failed = self._failed or error
+                answer = _refusal(error, sequence)
+            if is_open:
+                try:
+                    self._writer.write(answer)
+                except (pa.ArrowException, OSError):  # the client is gone; its appends are committed all the same
+                    is_open = False
+
+
+def _ack(receipt: Receipt) -> bytes:
+    return json.dumps(asdict(receipt)).encode()
+
+
+def _refusal(error: BaseException, sequence: int) -> bytes:
+    shown = error if isinstance(error, OplogError) else OplogError("the append failed; the server's log says more")
+    return json.dumps({"sequence": sequence, "status": shown.status, "error": str(shown)}).encode()
+
+
 class Server(fl.FlightServerBase):
     """Serves a log until `drain`. It listens, on `uri`, as soon as it is constructed."""
 
@@ -174,32 +235,70 @@ class Server(fl.FlightServerBase):
 
     @_rpc
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
-        topic = _topic_of(descriptor)
+        is_command = descriptor.descriptor_type == fl.DescriptorType.CMD and bool(descriptor.command)
+        topic = self._service.put(descriptor.command) if is_command else _topic_of(descriptor)
         try:
             schema = reader.schema
         except (pa.ArrowException, OSError, StopIteration):
             raise RequestError(f"topic {topic!r}: the stream does not begin with a readable schema; nothing was written") from None
         headers = context.get_middleware("call").headers
-        explicit = headers.get(COMMIT_HEADER) == "explicit"
-        append = self._oplog.writer(topic, schema)
+        origin = _origin_of(topic, headers)
+        messages = _received(reader, topic)
+        first = next(messages, (None, {}))
+        if "sequence" in first[1] and not is_command:
+            self._append_each(context, topic, schema, origin, itertools.chain([first], messages), writer)
+        else:
+            receipt = self._append_all(context, topic, schema, origin, itertools.chain([first], messages), headers)
+            if is_command:
+                writer.write(wire.encode(wire.DoPutUpdateResult(receipt.entries or 0)))
+            elif headers.get(ACKS_HEADER) == "true":
+                writer.write(_ack(receipt))
+
+    def _append_all(
+        self, context: Any, topic: str, schema: pa.Schema, origin: Origin, messages: Iterator[_Message], headers: dict[str, str]
+    ) -> Receipt:
+        """Take the whole stream as one append."""
+        append = self._oplog.writer(topic, schema, origin)
         try:
-            committed = not explicit
-            for batch, word in _received(reader, topic):
+            committed = headers.get(COMMIT_HEADER) != "explicit"
+            for batch, words in messages:
+                if "sequence" in words:
+                    raise RequestError(f"topic {topic!r}: a batch has a sequence where the first had none; nothing was written")
                 if batch is not None:
                     append.write(batch)
-                committed = committed or _says_commit(word)
+                committed = committed or words == {"commit": True}
             # A client that died or cancelled looks exactly like one that finished; only this tells them apart. And
             # pyarrow's own client cannot break off at all, so it may ask that the end of the stream be not enough.
             if context.is_cancelled() or not committed:
                 raise Cancelled(f"topic {topic!r}: the client broke off; nothing was written")
-            if self._stopping.is_set():
-                raise TryAgain("the server is shutting down; nothing was written; try again when it is back")
-            receipt = append.commit()
+            self._check_open()
+            return append.commit()
         finally:
             append.abandon()
-        if headers.get(ACKS_HEADER) == "true":
-            ack = {name: getattr(receipt, name) for name in ("topic", "first_offset", "entries", "table_version")}
-            writer.write(json.dumps(ack).encode())
+
+    def _append_each(self, context: Any, topic: str, schema: pa.Schema, origin: Origin, messages: Iterator[_Message], writer: Any) -> None:
+        """Take every batch of the stream as an append of its own; receipts go back in their order, while others arrive."""
+        acks = _Acks(writer, self._config.appends_in_flight_max)
+        try:
+            for batch, words in messages:
+                if batch is None or not words.keys() <= {"sequence", "expected_offset"} or "sequence" not in words:
+                    raise RequestError(f'topic {topic!r}: after a batch with a sequence, each message is a batch with {{"sequence": n}}')
+                self._check_open()
+                append = self._oplog.writer(topic, schema, replace(origin, **words))
+                try:
+                    append.write(batch)
+                    if context.is_cancelled():
+                        raise Cancelled(f"topic {topic!r}: the client broke off")
+                    acks.expect(append.submit(), words["sequence"])
+                finally:
+                    append.abandon()
+        finally:
+            acks.finish()
+        acks.check()
+
+    def _check_open(self) -> None:
+        if self._stopping.is_set():
+            raise TryAgain("the server is shutting down; nothing was written; try again when it is back")
 
     # Reading
 
@@ -273,8 +372,6 @@ def check_listen(config: Config) -> str:
 
 def _topic_of(descriptor: Any) -> str:
     if descriptor.descriptor_type != fl.DescriptorType.PATH:
-        if descriptor.command:
-            raise Unsupported("do_put takes a descriptor with the path [topic]; Flight SQL commands are not served there")
         raise RequestError("the descriptor is empty: send a path with one topic")
     if len(descriptor.path) != 1:
         raise RequestError(f"the descriptor's path has {len(descriptor.path)} parts: send one, the topic")
@@ -284,16 +381,23 @@ def _topic_of(descriptor: Any) -> str:
     return name
 
 
-def _says_commit(word: pa.Buffer | None) -> bool:
-    """Whether a message's app_metadata is {"commit": true}."""
-    try:
-        return word is not None and json.loads(word.to_pybytes()) == {"commit": True}
-    except (ValueError, RecursionError):
-        return False
+_Message: TypeAlias = tuple[pa.RecordBatch | None, dict[str, Any]]
+_ORIGIN_HEADERS = {"oplog-epoch": "epoch", "oplog-sequence": "sequence", "oplog-expected-offset": "expected_offset"}
 
 
-def _received(reader: Any, topic: str) -> Iterator[tuple[pa.RecordBatch | None, pa.Buffer | None]]:
-    """Yield the batch and the app_metadata of each message; what the wire sends is hostile until proven otherwise."""
+def _origin_of(topic: str, headers: dict[str, str]) -> Origin:
+    """Return what the call's headers say of where its appends come from."""
+    numbers = {}
+    for header, name in _ORIGIN_HEADERS.items():
+        if header in headers:
+            if not re.fullmatch(r"[0-9]{1,19}", headers[header], re.ASCII):
+                raise RequestError(f"topic {topic!r}: header {header} is not a number: {headers[header][:80]!r}; nothing was written")
+            numbers[name] = int(headers[header])
+    return Origin(headers.get(PRODUCER_HEADER), **numbers)
+
+
+def _received(reader: Any, topic: str) -> Iterator[_Message]:
+    """Yield the batch and the words of each message; what the wire sends is hostile until proven otherwise."""
     while True:
         try:
             chunk = reader.read_chunk()
@@ -303,7 +407,18 @@ def _received(reader: Any, topic: str) -> Iterator[tuple[pa.RecordBatch | None, 
             raise Cancelled(f"topic {topic!r}: the stream broke off; nothing was written") from error
         except (pa.ArrowException, OSError) as error:
             raise RequestError(f"topic {topic!r}: the stream is not valid Arrow data; nothing was written") from error
-        yield chunk.data, chunk.app_metadata
+        yield chunk.data, _words(chunk.app_metadata)
+
+
+def _words(metadata: pa.Buffer | None) -> dict[str, Any]:
+    """Return the JSON object in a message's app_metadata; what is none says nothing to us."""
+    if metadata is None or metadata.size > WORDS_BYTES_MAX:
+        return {}
+    try:
+        words = json.loads(metadata.to_pybytes())
+    except (ValueError, RecursionError):
+        return {}
+    return words if isinstance(words, dict) else {}
 
 
 def _topic_info(topic: Topic) -> fl.FlightInfo:

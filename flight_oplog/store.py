@@ -398,6 +398,21 @@ class Store:
                     found.append(path)
         return sorted(found)
 
+    def remove_orphans(self, seconds: float) -> list[str]:
+        """Remove orphans that nobody has written to for so long; return their paths."""
+        removed = []
+        for path in self.orphans():
+            full_path = os.path.join(self.root, path)
+            try:
+                if os.path.getmtime(full_path) <= time.time() - seconds:
+                    os.unlink(full_path)
+                    removed.append(path)
+            except FileNotFoundError:  # an append gave it up meanwhile
+                continue
+            except OSError as error:
+                raise storage_error("removing orphans", error) from error
+        return removed
+
 
 def topic_of(path: str) -> str:
     """Return the topic that a data file's path names: topic=<name>/<file>."""

@@ -47,7 +47,7 @@ def test_the_readme_programs_run(tmp_path: Path, start: Callable[..., ServerProc
     server = start(folder=tmp_path / "my-log")
     monkeypatch.chdir(tmp_path)
     programs = blocks("python")
-    assert len(programs) == 4
+    assert len(programs) == 5
     for program in programs:
         exec(compile(program.replace(DEFAULT, server.uri), "README.md", "exec"), {})
 
@@ -88,7 +88,7 @@ def test_the_changelog_begins_with_this_version() -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    assert sorted(flight_oplog.__all__) == ["Config", "OpLog", "Problem", "Receipt", "Snapshot", "Topic"]
+    assert sorted(flight_oplog.__all__) == ["Config", "OpLog", "Origin", "Problem", "Receipt", "Snapshot", "Topic"]
 
 
 def test_the_lock_pins_by_hash_and_names_no_address() -> None:

@@ -16,6 +16,7 @@ ORDER = [
     "datafile",
     "deltalog",
     "store",
+    "committer",
     "oplog",
     "provider",
     "engine",

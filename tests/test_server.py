@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import adbc_driver_flightsql.dbapi as adbc
 import adbc_driver_manager
@@ -48,16 +49,28 @@ def refused(kind: type[BaseException], expected: str) -> Iterator[None]:
 # Streaming in
 
 
+def receipt(first_offset: int, entries: int, table_version: int) -> dict[str, Any]:
+    """What the server answers an append to `t` that names no producer."""
+    return {
+        "topic": "t",
+        "first_offset": first_offset,
+        "entries": entries,
+        "table_version": table_version,
+        "sequence": None,
+        "duplicate": False,
+    }
+
+
 def test_one_stream_of_many_batches_is_one_append(client: flight.FlightClient, connection: adbc.Connection) -> None:
     sizes = ((0, 1), (1, 999), (1000, 0), (1000, 100_000))
     batches = [pa.record_batch({"n": pa.array(range(start, start + size), pa.int64())}) for start, size in sizes]
-    assert put(client, "t", *batches) == {"topic": "t", "first_offset": 0, "entries": 101_000, "table_version": 1}
+    assert put(client, "t", *batches) == receipt(0, 101_000, 1)
     assert ask(connection, "SELECT count(*) AS n, sum(n) AS s FROM t") == [{"n": 101_000, "s": 101_000 * 100_999 // 2}]
 
 
 def test_a_batch_of_a_million_rows_and_a_stream_of_no_batches(client: flight.FlightClient, connection: adbc.Connection) -> None:
     schema = pa.schema([("n", pa.int64())])
-    assert put(client, "t", schema=schema) == {"topic": "t", "first_offset": 0, "entries": 0, "table_version": 1}
+    assert put(client, "t", schema=schema) == receipt(0, 0, 1)
     assert put(client, "t", pa.record_batch({"n": pa.array(range(1_000_000))}))["entries"] == 1_000_000
     assert ask(connection, "SELECT max(n) AS m, count(*) AS n FROM t") == [{"m": 999_999, "n": 1_000_000}]
 

@@ -16,12 +16,16 @@ import pyarrow as pa
 
 from flight_oplog import __version__, codec
 from flight_oplog.config import Config
-from flight_oplog.engine import Engine, Stopped, table_schema, tables
-from flight_oplog.errors import RequestError, Unsupported
+from flight_oplog.engine import CATALOG, Engine, Stopped, table_schema, tables
+from flight_oplog.errors import NotFound, RequestError, Unsupported
 from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
 from flight_oplog.oplog import OpLog
+from flight_oplog.schema import check_topic
 
+# TableDefinitionOptions of FlightSql.proto
+_IF_NOT_EXIST_FAIL = 2
+_IF_EXISTS_FAIL, _IF_EXISTS_REPLACE = 1, 3
 _NO_TRANSACTIONS = "transactions are not served; send the statement without a transaction_id"
 
 
@@ -59,6 +63,12 @@ class Service:
         """Fetch what a ticket stands for; see `Engine.run` for `stopped`."""
         message = wire.unpack(ticket)
         return self._route(message, "get")(self, message, stopped)
+
+    def put(self, command: bytes) -> str:
+        """Return the topic that the entries after the command in a DoPut descriptor are appended to."""
+        message = wire.unpack(command)
+        topic: str = self._route(message, "put")(self, message)
+        return topic
 
     def action(self, kind: str, body: bytes) -> list[bytes]:
         """Perform one of the protocol's actions and return its results."""
@@ -115,6 +125,27 @@ class Service:
     def _close_prepared(self, message: wire.ActionClosePreparedStatementRequest) -> list[bytes]:
         return []  # the client carries the statement; there is nothing to free
 
+    # Appends
+
+    def _ingest(self, message: wire.CommandStatementIngest) -> str:
+        name = message.table
+        check_topic(name)
+        if message.transaction_id:
+            raise Unsupported(_NO_TRANSACTIONS)
+        if message.temporary:
+            raise Unsupported(f"topic {name!r}: temporary tables are not served; nothing was written")
+        if message.catalog not in (None, "", CATALOG) or message.schema not in (None, "", "public"):
+            raise RequestError(f"topic {name!r}: entries go to {CATALOG}.public, not to another catalog or schema; nothing was written")
+        options = message.table_definition_options or wire.TableDefinitionOptions()
+        exists = name in self._oplog.snapshot().topics
+        if exists and options.if_exists == _IF_EXISTS_FAIL:
+            raise RequestError(f"topic {name!r} exists already; nothing was written; append to it instead")
+        if exists and options.if_exists == _IF_EXISTS_REPLACE:
+            raise Unsupported(f"topic {name!r}: the log is append-only, a topic is never replaced; nothing was written")
+        if not exists and options.if_not_exist == _IF_NOT_EXIST_FAIL:
+            raise NotFound(f"topic {name!r} does not exist; nothing was written; create it with the first append")
+        return name
+
     # Metadata
 
     def _db_schemas(self, message: wire.CommandGetDbSchemas) -> pa.RecordBatch:
@@ -131,6 +162,7 @@ class Route:
 
     flight_info: Callable[[Service, Any, bytes], Planned] | None
     get: Callable[[Service, Any, Stopped], Result] | None
+    put: Callable[[Service, Any], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +188,7 @@ ROUTES: dict[type[Any], Route] = {
     wire.CommandStatementQuery: Route(Service._plan_statement, None),
     wire.TicketStatementQuery: Route(None, Service._get_statement),
     wire.CommandPreparedStatementQuery: Route(Service._plan_prepared, None),
+    wire.CommandStatementIngest: Route(None, None, Service._ingest),
     wire.CommandGetCatalogs: _fixed(lambda service, message: metadata.catalogs()),
     wire.CommandGetDbSchemas: _fixed(Service._db_schemas),
     wire.CommandGetTables: _fixed(Service._tables),

@@ -22,12 +22,13 @@ _TYPE_URL = f"type.googleapis.com/{PACKAGE}."
 
 
 def wire(number: int, kind: str) -> Any:
-    """Declare a field: its number and kind; `?` marks an optional one (None when absent), `*` a repeated one."""
+    """Declare a field: its number and kind, a scalar or a message; `?` marks an optional one (None when absent), `*` a
+    repeated one. An enum travels like an int32."""
     default: Any = None if kind.endswith("?") else () if kind.endswith("*") else _DEFAULTS[kind]
     return dataclasses.field(default=default, metadata={"number": number, "kind": kind})
 
 
-_DEFAULTS: dict[str, Any] = {"string": "", "bytes": b"", "bool": False, "uint32": 0, "int64": 0}
+_DEFAULTS: dict[str, Any] = {"string": "", "bytes": b"", "bool": False, "int32": 0, "uint32": 0, "int64": 0}
 
 
 # Commands, in descriptors and tickets
@@ -79,6 +80,27 @@ class CommandGetSqlInfo:
     info: tuple[int, ...] = wire(1, "uint32*")
 
 
+@dataclass(frozen=True)
+class TableDefinitionOptions:
+    if_not_exist: int = wire(1, "int32")  # 1 create, 2 fail
+    if_exists: int = wire(2, "int32")  # 1 fail, 2 append, 3 replace
+
+
+@dataclass(frozen=True)
+class CommandStatementIngest:
+    table_definition_options: TableDefinitionOptions | None = wire(1, "TableDefinitionOptions?")  # noqa: RUF009
+    table: str = wire(2, "string")
+    schema: str | None = wire(3, "string?")
+    catalog: str | None = wire(4, "string?")
+    temporary: bool = wire(5, "bool")
+    transaction_id: bytes | None = wire(6, "bytes?")
+
+
+@dataclass(frozen=True)
+class DoPutUpdateResult:
+    record_count: int = wire(1, "int64")
+
+
 # Actions
 
 
@@ -112,6 +134,9 @@ _CLASSES: dict[str, type[Any]] = {
         CommandGetTables,
         CommandGetTableTypes,
         CommandGetSqlInfo,
+        TableDefinitionOptions,
+        CommandStatementIngest,
+        DoPutUpdateResult,
         ActionCreatePreparedStatementRequest,
         ActionCreatePreparedStatementResult,
         ActionClosePreparedStatementRequest,
@@ -127,9 +152,12 @@ def _descriptors() -> dict[str, Any]:
         for field in dataclasses.fields(cls):
             kind = field.metadata["kind"]
             added = message.field.add(name=field.name, number=field.metadata["number"])
-            added.type = getattr(types, f"TYPE_{kind.rstrip('?*').upper()}")
+            if (inner := kind.rstrip("?*")) in _DEFAULTS:
+                added.type = getattr(types, f"TYPE_{inner.upper()}")
+            else:
+                added.type, added.type_name = types.TYPE_MESSAGE, f".{PACKAGE}.{inner}"
             added.label = types.LABEL_REPEATED if kind.endswith("*") else types.LABEL_OPTIONAL
-            if kind.endswith("?"):
+            if kind.endswith("?") and added.type != types.TYPE_MESSAGE:
                 added.proto3_optional = True
                 added.oneof_index = len(message.oneof_decl)
                 message.oneof_decl.add(name=f"_{field.name}")
@@ -143,16 +171,27 @@ _MESSAGES = _descriptors()
 
 def pack(value: Any) -> bytes:
     """Return `value` as the bytes of a google.protobuf.Any, as commands, tickets and action bodies travel."""
-    name = type(value).__name__
-    message = _MESSAGES[name]()
+    wrapped: bytes = any_pb2.Any(type_url=_TYPE_URL + type(value).__name__, value=encode(value)).SerializeToString()
+    return wrapped
+
+
+def encode(value: Any) -> bytes:
+    """Return `value` as plain protobuf bytes, as the results of DoPut travel."""
+    encoded: bytes = _message(value).SerializeToString(deterministic=True)
+    return encoded
+
+
+def _message(value: Any) -> Any:
+    message = _MESSAGES[type(value).__name__]()
     for field in dataclasses.fields(value):
         content = getattr(value, field.name)
         if field.metadata["kind"].endswith("*"):
             getattr(message, field.name).extend(content)
+        elif dataclasses.is_dataclass(content):
+            getattr(message, field.name).CopyFrom(_message(content))
         elif content is not None:
             setattr(message, field.name, content)
-    wrapped: bytes = any_pb2.Any(type_url=_TYPE_URL + name, value=message.SerializeToString(deterministic=True)).SerializeToString()
-    return wrapped
+    return message
 
 
 def unpack(data: bytes) -> Any:
@@ -175,6 +214,10 @@ def unpack(data: bytes) -> Any:
         message.ParseFromString(wrapper.value)
     except DecodeError:
         raise RequestError(f"the Flight SQL message {name} is malformed") from None
+    return _decoded(message, name)
+
+
+def _decoded(message: Any, name: str) -> Any:
     return _CLASSES[name](**{field.name: _value(message, field) for field in dataclasses.fields(_CLASSES[name])})
 
 
@@ -183,4 +226,6 @@ def _value(message: Any, field: dataclasses.Field[Any]) -> Any:
     if kind.endswith("?") and not message.HasField(field.name):
         return None
     content = getattr(message, field.name)
+    if kind.rstrip("?*") in _CLASSES:
+        return _decoded(content, kind.rstrip("?*"))
     return tuple(content) if kind.endswith("*") else content

@@ -1,0 +1,498 @@
+"""The one thread that commits: takes every append that waits, numbers them, makes one Delta commit of them all.
+
+While that commit is on its way the next group gathers: a quiet log answers at once, a busy one makes bigger commits.
+
+Producers. A producer names itself and counts its appends to a topic: 0, 1, 2, ... The rules are Kafka's: the next
+number is accepted; one already committed is answered again with the original receipt and writes nothing; a gap is an
+error that names the number expected; a number from an older epoch is fenced off; a newer epoch begins again at 0. The
+last number and epoch ride in the same Delta commit as the entries (`txn` actions), so they survive whatever the
+entries survive, and racing servers agree on them. Original receipts are remembered for a while, and found again in the
+records themselves after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import queue
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+
+from flight_oplog import codec
+from flight_oplog.config import Config
+from flight_oplog.datafile import Record, StagedFile
+from flight_oplog.errors import OplogError, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, schema_id
+from flight_oplog.store import Conflict, Snapshot, Store, Topic
+
+log = logging.getLogger("flight_oplog.committer")
+
+CONFLICTS_MAX = 50
+RECEIPTS_KEPT = 65_536
+# How far back in a topic an original receipt is looked for when it is no longer remembered.
+RECORDS_SEARCHED_MAX = 256
+NUMBER_MAX = (1 << 63) - 1
+PRODUCER_PATTERN = re.compile(r"[!-~]{1,128}")
+CLOSED = "the log is closed; nothing was written; try again when the server is back"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an append comes from, so that it can be told from another, and what must hold for it to be taken."""
+
+    producer: str | None = None
+    epoch: int = 0
+    sequence: int | None = None
+    expected_offset: int | None = None
+
+    def check(self, topic: str) -> None:
+        """Raise RequestError for a name or number that cannot be one."""
+        for name in ("epoch", "sequence", "expected_offset"):
+            number = getattr(self, name)
+            if number is not None and not (type(number) is int and 0 <= number <= NUMBER_MAX):
+                raise RequestError(f"topic {topic!r}: {name} {str(number)[:80]!r} is not a number from 0 to 2^63 - 1; nothing was written")
+        if self.producer is None:
+            return
+        if not PRODUCER_PATTERN.fullmatch(self.producer):
+            raise RequestError(
+                f"topic {topic!r}: the producer's name {self.producer[:80]!r} is not 1 to 128 printable ASCII characters; "
+                "nothing was written"
+            )
+        if self.sequence is None:
+            raise RequestError(f"topic {topic!r}: producer {self.producer!r} sends no sequence; nothing was written")
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What an append returns once it is durable and visible: its run is [first_offset, first_offset + entries).
+
+    A duplicate has the original's run, or none where that is no longer remembered. Its entries are visible at
+    `table_version` in any case.
+    """
+
+    topic: str
+    first_offset: int | None
+    entries: int | None
+    table_version: int
+    sequence: int | None = None
+    duplicate: bool = False
+
+
+def check_room(topic: str, topics: int, config: Config) -> None:
+    """Raise TooLarge when a log of `topics` topics has no room for one more."""
+    if topics >= config.topics_max:
+        raise TooLarge(f"topic {topic!r} would be one more than topics_max ({config.topics_max}); nothing was written")
+
+
+def merge(topic: str, known: Topic | None, current: pa.Schema | None, incoming: pa.Schema, fingerprint: str, config: Config) -> pa.Schema:
+    """Return the topic's schema after an append; `current` is it so far when it differs from the snapshot's.
+
+    Raises SchemaMismatch naming the column, both types and the rule.
+    """
+    if current is None and known is not None:
+        if config.schema_rule == "additive" and fingerprint in known.schemas:
+            return known.schema
+        current = known.schema
+    return evolve(topic, current, incoming, config.schema_rule, config.columns_max)
+
+
+@dataclass(slots=True, eq=False)
+class Append:
+    """An append handed to the committer: small ones as batches in memory, long ones as a staged file."""
+
+    topic: str
+    schema: pa.Schema
+    schema_id: str
+    event_time: str | None
+    started: datetime.datetime
+    batches: list[pa.RecordBatch]
+    staged: StagedFile | None
+    entries: int
+    origin: Origin
+    receipt: Future[Receipt] = field(default_factory=Future)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(batch.nbytes for batch in self.batches)
+
+    @property
+    def owner(self) -> dict[str, Any]:
+        """The append's part in the `appends` of a record that holds all of it."""
+        return owner_of(self.origin, self.entries, self.started)
+
+    @property
+    def key(self) -> tuple[str, str, int, int] | None:
+        """What a duplicate of it has in common with it."""
+        origin = self.origin
+        return None if origin.producer is None or origin.sequence is None else (self.topic, origin.producer, origin.epoch, origin.sequence)
+
+    def drop(self) -> None:
+        if self.staged is not None:
+            self.staged.abandon()
+
+    def refuse(self, error: BaseException) -> None:
+        self.drop()
+        self.receipt.set_exception(error)
+
+    def bounds(self) -> list[codec.Bounds]:
+        return self.staged.bounds if self.staged is not None else [codec.bounds(self.batches, self.schema)]
+
+
+def owner_of(origin: Origin, entries: int, started: datetime.datetime) -> dict[str, Any]:
+    """Return one element of a record's `appends`."""
+    owner: dict[str, Any] = {"entries": entries, "timestamp": started}
+    if origin.producer is not None:
+        owner |= {"producer": origin.producer, "epoch": origin.epoch, "sequence": origin.sequence}
+    return owner
+
+
+class Committer:
+    """The one thread that commits. Strategy at the top of this module."""
+
+    def __init__(self, store: Store, config: Config) -> None:
+        self._store = store
+        self._config = config
+        self._producers = _Producers(store)
+        self._queue: queue.SimpleQueue[Append | None] = queue.SimpleQueue()
+        self._gate = threading.Lock()
+        self._stopped = False
+        self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
+        self._thread.start()
+
+    def submit(self, append: Append) -> Future[Receipt]:
+        with self._gate:
+            if self._stopped:
+                append.drop()
+                raise TryAgain(CLOSED)
+            self._queue.put(append)
+        return append.receipt
+
+    def stop(self) -> None:
+        with self._gate:
+            if not self._stopped:
+                self._stopped = True
+                self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        open_ = True
+        while open_:
+            group = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    group.append(self._queue.get_nowait())
+            open_ = None not in group
+            appends = [append for append in group if append is not None]
+            if appends:
+                self._commit_group(appends)
+
+    def _commit_group(self, appends: list[Append]) -> None:
+        """Give every append of the group its receipt or its error; never raises."""
+        try:
+            for _ in range(CONFLICTS_MAX):
+                try:
+                    self._try_commit(appends)
+                    return
+                except Conflict:
+                    self._store.refresh()
+            raise TryAgain(f"other servers committed first {CONFLICTS_MAX} times; nothing was written; try again")
+        except BaseException as error:
+            if not isinstance(error, OplogError):
+                log.exception("committing a group of %d appends", len(appends))
+                error = TryAgain("the commit failed, see the server's log; nothing was written; try again")
+            for append in appends:
+                if not append.receipt.done():
+                    if not isinstance(error, OutcomeUnknown):
+                        append.drop()
+                    append.receipt.set_exception(error)
+
+    def _try_commit(self, appends: list[Append]) -> None:
+        """Number the appends after the newest snapshot and commit them as its next version."""
+        group = _Group(self._store, self._config, self._producers)
+        try:
+            for append in appends:
+                if not append.receipt.done():
+                    try:
+                        group.place(append)
+                    except (RequestError, TryAgain) as error:
+                        append.refuse(error)
+            staged = group.finish()
+            version = group.base.table_version
+            if staged or group.numbers:
+                version = self._store.commit(group.base, staged, group.numbers)
+        except BaseException as error:
+            if not isinstance(error, OutcomeUnknown):
+                group.abandon()
+            raise
+        for append, first_offset in group.placed:
+            receipt = Receipt(append.topic, first_offset, append.entries, version, append.origin.sequence)
+            if append.key is not None:
+                self._producers.remember(append.key, receipt)
+            append.receipt.set_result(receipt)
+        for append in group.duplicates:
+            append.drop()
+            append.receipt.set_result(self._producers.original(append, group.base, version))
+
+
+class _Producers:
+    """What the log knows of its producers. The newest number and epoch are the table's; receipts are remembered here."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._receipts: OrderedDict[tuple[str, str, int, int], Receipt] = OrderedDict()
+
+    def last(self, topic: str, producer: str) -> tuple[int, int]:
+        """Return (epoch, sequence) of the producer's newest append to the topic; the sequence is -1 before the first."""
+        epoch = self._store.number(f"epoch/{topic}/{producer}") or 0
+        sequence = self._store.number(f"producer/{topic}/{producer}")
+        return epoch, -1 if sequence is None else sequence
+
+    def remember(self, key: tuple[str, str, int, int], receipt: Receipt) -> None:
+        self._receipts[key] = receipt
+        if len(self._receipts) > RECEIPTS_KEPT:
+            self._receipts.popitem(last=False)
+
+    def original(self, append: Append, snapshot: Snapshot, table_version: int) -> Receipt:
+        """Return the receipt of the append that this one repeats, as far as it can still be told."""
+        assert append.key is not None
+        found = self._receipts.get(append.key)
+        if found is not None:
+            return replace(found, duplicate=True)
+        first_offset, entries = _find_run(append.key, snapshot) or (None, None)
+        return Receipt(append.topic, first_offset, entries, table_version, append.origin.sequence, duplicate=True)
+
+
+def _find_run(key: tuple[str, str, int, int], snapshot: Snapshot) -> tuple[int, int] | None:
+    """Look the newest records through, backwards, for the run of entries that an append wrote: (first offset, entries)."""
+    topic, *wanted = key
+    found: tuple[int, int] | None = None
+    left = RECORDS_SEARCHED_MAX
+    for file in reversed(snapshot.topics[topic].files if topic in snapshot.topics else ()):
+        for record in reversed(snapshot.store.records(file)):
+            end = record.first_offset + record.entries
+            for owner in reversed(record.appends):
+                start = end - owner["entries"]
+                if [owner["producer"], owner["epoch"], owner["sequence"]] == wanted:
+                    found = (start, (found[1] if found else 0) + owner["entries"])
+                elif found is not None:
+                    return found
+                end = start
+            left -= 1
+            if left == 0 and found is None:
+                return None
+    return found
+
+
+class _Group:
+    """Appends that share a commit, numbered from one snapshot. Built again from scratch after a conflict."""
+
+    def __init__(self, store: Store, config: Config, producers: _Producers) -> None:
+        self.base = store.snapshot()
+        self.placed: list[tuple[Append, int]] = []
+        self.duplicates: list[Append] = []
+        self.numbers: dict[str, int] = {}
+        self._producers = producers
+        self._last: dict[tuple[str, str], tuple[int, int]] = {}
+        self._next_offsets: dict[str, int] = {}
+        self._store = store
+        self._config = config
+        self._schemas: dict[str, pa.Schema] = {}
+        self._event_times: dict[str, str | None] = {}
+        self._new_schemas: dict[tuple[str, str], pa.Schema] = {}
+        self._gathering: dict[str, list[Append]] = {}
+        self._files: list[tuple[StagedFile, int]] = []
+        self._ours: list[StagedFile] = []
+
+    def place(self, append: Append) -> None:
+        """Give the append its offsets. Raises what is wrong with it, and then nothing of it is in the group."""
+        topic = append.topic
+        if self._is_duplicate(append):
+            self.duplicates.append(append)
+            return
+        expected = append.origin.expected_offset
+        if expected is not None and expected != self._next(topic):
+            raise OutOfOrder(f"topic {topic!r} ends at offset {self._next(topic)}, not at {expected}; nothing was written")
+        known = self.base.topics.get(topic)
+        current = self._schemas.get(topic) or (known.schema if known else None)
+        event_time = self._event_times.get(topic) or (known.event_time if known else None) or first_time(append.schema)
+        if current is None:
+            check_room(topic, sum(not name.startswith("_") for name in {*self.base.topics, *self._schemas}), self._config)
+        merged = merge(topic, known, self._schemas.get(topic), append.schema, append.schema_id, self._config)
+        self._check_widening(topic, current, append, merged)
+        if append.staged is not None and append.event_time != event_time:
+            raise TryAgain(f"topic {topic!r}: its event-time column was settled meanwhile; nothing was written; try again")
+        self._schemas[topic], self._event_times[topic] = merged, event_time
+        if topic not in self.base.topics or append.schema_id not in self.base.topics[topic].schemas:
+            self._new_schemas.setdefault((topic, append.schema_id), append.schema)
+        first_offset = self._next(topic)
+        self.placed.append((append, first_offset))
+        if append.staged is not None:
+            self._flush(topic)
+            self._files.append((append.staged, first_offset))
+        elif append.entries:
+            self._gathering.setdefault(topic, []).append(append)
+        if append.entries:
+            self._advance(topic, first_offset + append.entries)
+        if append.origin.producer is not None and append.origin.sequence is not None:
+            self._count(topic, append.origin.producer, append.origin.epoch, append.origin.sequence)
+
+    def _is_duplicate(self, append: Append) -> bool:
+        """Whether the append is committed already. Raises OutOfOrder when it is neither that nor the next one."""
+        origin, topic = append.origin, append.topic
+        if origin.producer is None or origin.sequence is None:
+            return False
+        epoch, last = self._last.get((topic, origin.producer)) or self._producers.last(topic, origin.producer)
+        if origin.epoch < epoch:
+            raise OutOfOrder(
+                f"topic {topic!r}: epoch {origin.epoch} of producer {origin.producer!r} is fenced off by epoch {epoch}; "
+                "nothing was written; another process has taken over"
+            )
+        if origin.epoch > epoch:
+            last = -1
+        if origin.sequence > last + 1:
+            raise OutOfOrder(
+                f"topic {topic!r}: producer {origin.producer!r} sent sequence {origin.sequence}, expected {last + 1}; nothing was written; "
+                "send what is missing first"
+            )
+        return origin.sequence <= last
+
+    def _count(self, topic: str, producer: str, epoch: int, sequence: int) -> None:
+        before, _ = self._last.get((topic, producer)) or self._producers.last(topic, producer)
+        self._last[topic, producer] = epoch, sequence
+        self.numbers[f"producer/{topic}/{producer}"] = sequence
+        if epoch != before:
+            self.numbers[f"epoch/{topic}/{producer}"] = epoch
+
+    def _next(self, topic: str) -> int:
+        known = self.base.topics.get(topic)
+        return self._next_offsets.get(topic, known.next_offset if known else 0)
+
+    def _advance(self, topic: str, next_offset: int) -> None:
+        self._next_offsets[topic] = self.numbers[f"topic/{topic}"] = next_offset
+
+    def _check_widening(self, topic: str, current: pa.Schema | None, append: Append, merged: pa.Schema) -> None:
+        """Refuse a change of time unit that some value, old or new, would not survive: reading must never fail later."""
+        for name in _rescaled(append.schema, merged):
+            for found in append.bounds():
+                _check_rescale(topic, name, found, append.schema, merged)
+        if current is None or not (rescaled := _rescaled(current, merged)):
+            return
+        earlier = [(other.schema, found) for other, _ in self.placed if other.topic == topic for found in other.bounds()]
+        for name in rescaled:
+            for schema, found in earlier:
+                _check_rescale(topic, name, found, schema, merged)
+            for record in self.base.records(topic) if topic in self.base.topics else ():
+                _check_rescale(topic, name, record.bounds, self.base.topics[topic].schemas[record.schema_id], merged)
+
+    def _flush(self, topic: str) -> None:
+        """Write the topic's gathered small appends as one file, a record for each run of one schema."""
+        gathered = self._gathering.pop(topic, [])
+        if not gathered:
+            return
+        staged = self._store.stage(topic)
+        self._ours.append(staged)
+        first = next(offset for append, offset in self.placed if append is gathered[0])
+        self._files.append((staged, first))
+        for run in _runs(gathered, self._config):
+            batches = [batch for append in run for batch in append.batches]
+            owners = [append.owner for append in run]
+            event_time, compression = self._event_times[topic], self._config.compression
+            staged.add(make_record(batches, run[0].schema, run[0].schema_id, owners, event_time, compression))
+
+    def finish(self) -> list[StagedFile]:
+        """Write what is still in memory, register new schemas, number every file and make it durable."""
+        for topic in list(self._gathering):
+            self._flush(topic)
+        if self._new_schemas:
+            self._register()
+        for staged, first_offset in self._files:
+            staged.finish(first_offset)
+        return [staged for staged, _ in self._files]
+
+    def _register(self) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        rows = []
+        counts = {name: len(topic.schemas) for name, topic in self.base.topics.items()}
+        for (topic, fingerprint), schema in self._new_schemas.items():
+            number = counts[topic] = counts.get(topic, 0) + 1
+            rows.append(
+                {
+                    "topic": topic,
+                    "schema_id": fingerprint,
+                    "number": number,
+                    "schema": schema.serialize().to_pybytes(),
+                    "first_seen": now,
+                }
+            )
+        batch = pa.RecordBatch.from_pylist(rows, SCHEMAS_SCHEMA)
+        staged = self._store.stage(SCHEMAS_TOPIC)
+        self._ours.append(staged)
+        owner = {"entries": len(rows), "timestamp": now}
+        staged.add(make_record([batch], SCHEMAS_SCHEMA, schema_id(SCHEMAS_SCHEMA), [owner], "first_seen", self._config.compression))
+        first = self._next(SCHEMAS_TOPIC)
+        self._files.append((staged, first))
+        self._advance(SCHEMAS_TOPIC, first + len(rows))
+
+    def abandon(self) -> None:
+        """Remove the files this group made; the appends' own files stay for another try."""
+        for staged in self._ours:
+            staged.abandon()
+
+
+def _runs(appends: list[Append], config: Config) -> Iterator[list[Append]]:
+    """Split appends into neighbours that one record can hold: same schema, within the record limits."""
+    run: list[Append] = []
+    size = entries = 0
+    for append in appends:
+        over = size + append.nbytes > config.record_bytes_max or entries + append.entries > config.record_entries_max
+        if run and (append.schema_id != run[0].schema_id or over):
+            yield run
+            run, size, entries = [], 0, 0
+        run.append(append)
+        size, entries = size + append.nbytes, entries + append.entries
+    if run:
+        yield run
+
+
+def make_record(
+    batches: list[pa.RecordBatch],
+    schema: pa.Schema,
+    fingerprint: str,
+    appends: list[dict[str, Any]],
+    event_time: str | None,
+    compression: str,
+) -> Record:
+    """Encode batches of one schema as one record."""
+    found = codec.bounds(batches, schema)
+    known = event_time in schema.names and pa.types.is_timestamp(schema.field(event_time).type)
+    low, high = codec.time_range(found, schema, event_time if known else None)
+    entries = sum(batch.num_rows for batch in batches)
+    content = codec.encode(batches, schema, compression)
+    return Record(entries, fingerprint, appends, found, low, high, codec.digest(content), content)
+
+
+def _rescaled(narrow: pa.Schema, wide: pa.Schema) -> list[str]:
+    """Columns whose time unit the wide schema changes, at the top level."""
+    return [f.name for f in narrow if pa.types.is_timestamp(f.type) and wide.field(f.name).type != f.type]
+
+
+def _check_rescale(topic: str, column: str, found: codec.Bounds, schema: pa.Schema, wide: pa.Schema) -> None:
+    limits = found.get(column, {})
+    if "min" not in limits or column not in schema.names:
+        return
+    narrow, target = schema.field(column).type, wide.field(column).type
+    try:
+        pa.array([limits["min"], limits["max"]], pa.int64()).cast(narrow).cast(target)
+    except pa.ArrowInvalid:
+        raise SchemaMismatch(
+            f"topic {topic!r}: column {column!r} would become {target}, which cannot hold all of its {narrow} values; "
+            "the additive rule allows only widening that keeps every value exact; nothing was written"
+        ) from None
