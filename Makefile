@@ -3,8 +3,10 @@
 PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 DATA ?= oplog-data
+SEED ?= 1
+KILLS ?= 300
 
-.PHONY: help setup demo serve test check lint types bench dist lock clean
+.PHONY: help setup demo serve test check lint types bench faults dist lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -39,6 +41,9 @@ check: lint types test ## lint, types and tests
 
 bench: setup ## ratios to peers, all in one run (10 M entries; ENTRIES=n for fewer)
 	@$(BIN)/python tests/bench/bench.py
+
+faults: setup ## kill the server at every point of a commit and at random, and look what is left (SEED=1 KILLS=300)
+	@$(BIN)/python tests/faults/faults.py --seed $(SEED) --kills $(KILLS)
 
 dist: setup ## build the wheel into dist/
 	@$(BIN)/python -m build --no-isolation --wheel --outdir dist . >/dev/null && ls dist/*.whl

@@ -14,7 +14,8 @@ WORLD = {"name": "world", "node_id": "00000000000004d2"}
 
 
 def test_two_entries_stream_in_and_come_back_by_sql(client: flight.FlightClient, connection: adbc.Connection) -> None:
-    assert put(client, "events", SEED) == {"topic": "events", "first_offset": 0, "entries": 2, "table_version": 1}
+    receipt = put(client, "events", SEED)
+    assert (receipt["topic"], receipt["first_offset"], receipt["entries"], receipt["table_version"]) == ("events", 0, 2, 1)
     assert ask(connection, "SELECT * FROM events") == [HELLO, WORLD]
     assert ask(connection, "SELECT * FROM events WHERE name = 'hello'") == [HELLO]
     assert ask(connection, "SELECT count(*) AS n FROM events") == [{"n": 2}]
