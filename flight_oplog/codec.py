@@ -164,14 +164,15 @@ def gather(batches: Iterable[pa.RecordBatch], bytes_max: int = BATCH_BYTES, entr
     waiting: list[pa.RecordBatch] = []
     size = rows = 0
     for batch in batches:
-        if waiting and (size + batch.nbytes > bytes_max or rows + batch.num_rows > entries_max):
+        more, more_rows = batch.nbytes, batch.num_rows
+        if waiting and (size + more > bytes_max or rows + more_rows > entries_max):
             yield joined(waiting)
             waiting, size, rows = [], 0, 0
-        if batch.nbytes > bytes_max or batch.num_rows > entries_max:
+        if more > bytes_max or more_rows > entries_max:
             yield from cut(batch, bytes_max, entries_max)
-        elif batch.num_rows:
+        elif more_rows:
             waiting.append(batch)
-            size, rows = size + batch.nbytes, rows + batch.num_rows
+            size, rows = size + more, rows + more_rows
     if waiting:
         yield joined(waiting)
 

@@ -116,12 +116,9 @@ class Append:
     batches: list[pa.RecordBatch]
     staged: StagedFile | None
     entries: int
+    nbytes: int
     origin: Origin
     receipt: Future[Receipt] = field(default_factory=Future)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(batch.nbytes for batch in self.batches)
 
     @property
     def owner(self) -> dict[str, Any]:
@@ -306,6 +303,7 @@ class _Group:
         self._config = config
         self._schemas: dict[str, pa.Schema] = {}
         self._event_times: dict[str, str | None] = {}
+        self._fitting: dict[str, set[str]] = {}
         self._new_schemas: dict[tuple[str, str], pa.Schema] = {}
         self._gathering: dict[str, list[Append]] = {}
         self._files: list[tuple[StagedFile, int]] = []
@@ -320,18 +318,10 @@ class _Group:
         expected = append.origin.expected_offset
         if expected is not None and expected != self._next(topic):
             raise OutOfOrder(f"topic {topic!r} ends at offset {self._next(topic)}, not at {expected}; nothing was written")
-        known = self.base.topics.get(topic)
-        current = self._schemas.get(topic) or (known.schema if known else None)
-        event_time = self._event_times.get(topic) or (known.event_time if known else None) or first_time(append.schema)
-        if current is None:
-            check_room(topic, sum(not name.startswith("_") for name in {*self.base.topics, *self._schemas}), self._config)
-        merged = merge(topic, known, self._schemas.get(topic), append.schema, append.schema_id, self._config)
-        self._check_widening(topic, current, append, merged)
-        if append.staged is not None and append.event_time != event_time:
+        if append.schema_id not in self._fitting.get(topic, ()):
+            self._fit(append)
+        if append.staged is not None and append.event_time != self._event_times[topic]:
             raise TryAgain(f"topic {topic!r}: its event-time column was settled meanwhile; nothing was written; try again")
-        self._schemas[topic], self._event_times[topic] = merged, event_time
-        if topic not in self.base.topics or append.schema_id not in self.base.topics[topic].schemas:
-            self._new_schemas.setdefault((topic, append.schema_id), append.schema)
         first_offset = self._next(topic)
         self.placed.append((append, first_offset))
         if append.staged is not None:
@@ -343,6 +333,24 @@ class _Group:
             self._advance(topic, first_offset + append.entries)
         if append.origin.producer is not None and append.origin.sequence is not None:
             self._count(topic, append.origin.producer, append.origin.epoch, append.origin.sequence)
+
+    def _fit(self, append: Append) -> None:
+        """Bring the topic's schema and the append's together. Raises SchemaMismatch, or TooLarge for one topic too many."""
+        topic = append.topic
+        known = self.base.topics.get(topic)
+        current = self._schemas.get(topic) or (known.schema if known else None)
+        if current is None:
+            check_room(topic, sum(not name.startswith("_") for name in {*self.base.topics, *self._schemas}), self._config)
+        merged = merge(topic, known, self._schemas.get(topic), append.schema, append.schema_id, self._config)
+        self._check_widening(topic, current, append, merged)
+        event_time = self._event_times.get(topic) or (known.event_time if known else None) or first_time(append.schema)
+        self._schemas[topic], self._event_times[topic] = merged, event_time
+        if known is None or append.schema_id not in known.schemas:
+            self._new_schemas.setdefault((topic, append.schema_id), append.schema)
+        if merged != current:
+            self._fitting[topic] = set()
+        if not _rescaled(append.schema, merged):  # else every append's values have to be looked at
+            self._fitting.setdefault(topic, set()).add(append.schema_id)
 
     def _is_duplicate(self, append: Append) -> bool:
         """Whether the append is committed already. Raises OutOfOrder when it is neither that nor the next one."""
@@ -471,6 +479,8 @@ def make_record(
     compression: str,
 ) -> Record:
     """Encode batches of one schema as one record."""
+    if len(batches) > 2 and sum(batch.num_rows for batch in batches) <= codec.BATCH_ENTRIES:
+        batches = list(codec.gather(batches))  # many small appends: everything below costs by the batch
     found = codec.bounds(batches, schema)
     known = event_time in schema.names and pa.types.is_timestamp(schema.field(event_time).type)
     low, high = codec.time_range(found, schema, event_time if known else None)

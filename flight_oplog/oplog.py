@@ -89,7 +89,7 @@ class OpLog:
         check_topic(topic)
         origin.check(topic)
         normal, fingerprint = self._normal(schema)
-        snapshot = self._store.snapshot()
+        snapshot = self._store.latest  # the committer looks again, at the newest
         current = snapshot.topics.get(topic)
         if current is None:
             check_room(topic, sum(not name.startswith("_") for name in snapshot.topics), self.config)
@@ -186,12 +186,13 @@ class AppendWriter:
             batch.validate(full=True)
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise RequestError(f"topic {self.topic!r}: a batch is not valid Arrow data ({_line(error)}); nothing was written") from error
-        if batch.nbytes > self._config.batch_bytes_max:
+        size = batch.nbytes
+        if size > self._config.batch_bytes_max:
             raise TooLarge(
-                f"topic {self.topic!r}: a batch of {batch.nbytes} bytes is over batch_bytes_max ({self._config.batch_bytes_max}); "
+                f"topic {self.topic!r}: a batch of {size} bytes is over batch_bytes_max ({self._config.batch_bytes_max}); "
                 "send smaller batches; nothing was written"
             )
-        self._bytes += batch.nbytes
+        self._bytes += size
         if self._bytes > self._config.append_bytes_max:
             raise TooLarge(
                 f"topic {self.topic!r}: the append is over append_bytes_max ({self._config.append_bytes_max}); "
@@ -201,22 +202,27 @@ class AppendWriter:
             plain = codec.conform(batch, self._schema)
         except pa.ArrowException as error:
             raise RequestError(f"topic {self.topic!r}: a batch cannot be stored ({_line(error)}); nothing was written") from error
+        if plain is batch and size <= self._config.record_bytes_max and batch.num_rows <= self._config.record_entries_max:
+            self._take(batch, size)
+            return
         for piece in codec.cut(plain, self._config.record_bytes_max, self._config.record_entries_max):
-            self._take(piece)
+            self._take(piece, piece.nbytes)
 
-    def _take(self, piece: pa.RecordBatch) -> None:
-        full = self._waiting_bytes + piece.nbytes > self._config.record_bytes_max
+    def _take(self, piece: pa.RecordBatch, size: int) -> None:
+        if not piece.num_rows:
+            return
+        full = self._waiting_bytes + size > self._config.record_bytes_max
         if self._waiting and (full or self._waiting_entries + piece.num_rows > self._config.record_entries_max):
             self._spill()
-        if not self._oplog._memory.take(piece.nbytes):
+        if not self._oplog._memory.take(size):
             # Memory is used up by other appends: this one holds none and goes on through the disk.
             self._waiting.append(piece)
             self._waiting_entries += piece.num_rows
             self._spill()
             return
-        self._reserved += piece.nbytes
+        self._reserved += size
         self._waiting.append(piece)
-        self._waiting_bytes += piece.nbytes
+        self._waiting_bytes += size
         self._waiting_entries += piece.num_rows
 
     def _spill(self) -> None:
@@ -280,6 +286,7 @@ class AppendWriter:
             self._waiting,
             self._staged,
             entries,
+            self._waiting_bytes,
             self._origin,
         )
         self._owned = False

@@ -17,9 +17,10 @@ import re
 import threading
 import traceback
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from typing import Any, TypeAlias
 
 import pyarrow as pa
@@ -157,14 +158,19 @@ class _Acks:
 
     def __init__(self, writer: Any, in_flight_max: int) -> None:
         self._writer = writer
-        self._under_way: queue.Queue[tuple[Future[Receipt], int] | None] = queue.Queue(in_flight_max)
+        self._room = threading.Semaphore(in_flight_max)
+        self._under_way: deque[tuple[Future[Receipt], int]] = deque()
+        # The thread is woken when receipts come, not when appends go: waking costs more than all else here.
+        self._news: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="acks", daemon=True)
         self._thread.start()
 
     def expect(self, receipt: Future[Receipt], sequence: int) -> None:
         """Send the receipt when it comes. Waits while too many are under way; raises what an earlier append failed with."""
-        self._under_way.put((receipt, sequence))
+        self._room.acquire()
+        self._under_way.append((receipt, sequence))
+        receipt.add_done_callback(lambda receipt: self._news.put(True))
         self.check()
 
     def check(self) -> None:
@@ -173,27 +179,35 @@ class _Acks:
 
     def finish(self) -> None:
         """Wait until every receipt is sent."""
-        self._under_way.put(None)
+        self._news.put(False)
         self._thread.join()
 
     def _run(self) -> None:
-        is_open = True
-        while (item := self._under_way.get()) is not None:
-            receipt, sequence = item
+        is_ending = False
+        while not (is_ending and not self._under_way):
+            is_ending = not self._news.get() or is_ending
+            while self._under_way and self._under_way[0][0].done():
+                self._send(*self._under_way.popleft())
+                self._room.release()
+
+    def _send(self, receipt: Future[Receipt], sequence: int) -> None:
+        try:
+            answer = _ack(receipt.result())
+        except BaseException as error:
+            self._failed = self._failed or error
+            answer = _refusal(error, sequence)
+        if self._writer is not None:
             try:
-                answer = _ack(receipt.result())
-            except BaseException as error:
-                self._failed = self._failed or error
-                answer = _refusal(error, sequence)
-            if is_open:
-                try:
-                    self._writer.write(answer)
-                except (pa.ArrowException, OSError):  # the client is gone; its appends are committed all the same
-                    is_open = False
+                self._writer.write(answer)
+            except (pa.ArrowException, OSError):  # the client is gone; its appends are committed all the same
+                self._writer = None
 
 
 def _ack(receipt: Receipt) -> bytes:
-    return json.dumps(asdict(receipt)).encode()
+    return json.dumps({name: getattr(receipt, name) for name in _RECEIPT_FIELDS}).encode()
+
+
+_RECEIPT_FIELDS = [column.name for column in fields(Receipt)]
 
 
 def _refusal(error: BaseException, sequence: int) -> bytes:

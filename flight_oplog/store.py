@@ -57,13 +57,18 @@ class Conflict(OplogError):
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """A topic as of one snapshot: its merged schema, every schema its records use, its files in offset order."""
+    """A topic as of one snapshot: its merged schema, every schema its records use, its files in offset order.
+
+    `event_time` is the event-time column: the first timestamp column of the first registered schema that has one. It
+    never changes, so the time bounds of all the topic's files and records speak of the same column.
+    """
 
     name: str
     schema: pa.Schema
     schemas: Mapping[str, pa.Schema]
     files: tuple[DataFile, ...]
     next_offset: int
+    event_time: str | None = None
 
     @property
     def first_offset(self) -> int:
@@ -72,14 +77,6 @@ class Topic:
     @property
     def entries(self) -> int:
         return self.next_offset - self.first_offset
-
-    @property
-    def event_time(self) -> str | None:
-        """The event-time column: the first timestamp column of the first registered schema that has one.
-
-        It never changes, so the time bounds of all the topic's files and records speak of the same column.
-        """
-        return next((name for schema in self.schemas.values() if (name := first_time(schema)) is not None), None)
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,7 @@ class Store:
     def _start_from(self, table: DeltaTable) -> None:
         """Take over what a table read by delta-rs holds; from there on, each entry of its log is followed here."""
         self._table = table
-        self._numbers: dict[str, int] = {}
+        self._numbers: dict[str, int | None] = {}
         self._protocol = table.protocol()
         self._remember(self._load(table))
 
@@ -199,6 +196,11 @@ class Store:
         self._looked = time.monotonic()
         return self._current
 
+    @property
+    def latest(self) -> Snapshot:
+        """The newest snapshot this process knows, without looking for a newer one."""
+        return self._current
+
     def refresh(self) -> Snapshot:
         """Follow the entries that came after the newest snapshot. Raises CorruptLog for a damaged one."""
         with self._lock:
@@ -241,9 +243,9 @@ class Store:
     def number(self, name: str) -> int | None:
         """Return the newest number of an application id, as `txn` actions carry it, or None."""
         with self._lock:
-            if name in self._numbers:
-                return self._numbers[name]
-            return self._table.transaction_version(name)
+            if name not in self._numbers:
+                self._numbers[name] = self._table.transaction_version(name)
+            return self._numbers[name]
 
     def _remember(self, snapshot: Snapshot) -> None:
         self._current = snapshot
@@ -284,18 +286,20 @@ class Store:
         topics = dict(base.topics)
         for name in {*added, *schemas, *(topic_of(path) for path in changes.removed)}:
             topic = topics.get(name) or Topic(name, pa.schema([]), {}, (), 0)
-            merged = topic.schema if topic.schemas else None
+            merged, event_time = topic.schema if topic.schemas else None, topic.event_time
             for fingerprint, schema in schemas.get(name, {}).items():
                 if fingerprint not in topic.schemas:
                     merged = evolve(name, merged, schema, "additive")
+                    event_time = event_time or first_time(schema)
             if merged is None:
                 raise CorruptLog(f"topic {name!r}: its schema is not in {SCHEMAS_TOPIC}; restore that topic's files")
             topics[name] = Topic(
                 name,
                 merged,
-                {**topic.schemas, **schemas.get(name, {})},
+                {**topic.schemas, **schemas[name]} if name in schemas else topic.schemas,
                 _files_after(topic.files, added.get(name, ()), changes.removed),
                 changes.numbers.get(f"topic/{name}", topic.next_offset),
+                event_time,
             )
         return Snapshot(table_version, topics, self)
 
