@@ -29,13 +29,14 @@ from flight_oplog import __version__
 from flight_oplog.client import Client
 from flight_oplog.config import SETTINGS, Config, load, parse
 from flight_oplog.engine import Engine
-from flight_oplog.errors import OplogError, RequestError
+from flight_oplog.errors import OplogError, RequestError, TryAgain
 from flight_oplog.oplog import OpLog
 from flight_oplog.server import Server, check_listen
 from flight_oplog.store import Store
 
 DEFAULT_SERVER = "grpc://127.0.0.1:8815"
 ROWS_SHOWN = 100
+AGAIN_SECONDS = 1.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -77,6 +78,15 @@ def build_parser() -> argparse.ArgumentParser:
     ingest.add_argument("files", nargs="+", metavar="FILE")
     ingest.add_argument("--server", default=DEFAULT_SERVER, help=f"address of the server (default: {DEFAULT_SERVER})")
     ingest.set_defaults(command=_ingest)
+
+    tail = commands.add_parser("tail", help="print a topic's entries in order, one JSON object a line; --follow waits for more")
+    tail.add_argument("topic")
+    tail.add_argument("--follow", action="store_true", help="go on with every commit as it lands, across restarts of the server")
+    tail.add_argument("--from", dest="start", default="earliest", metavar="PLACE", help="an offset, earliest or latest (default: earliest)")
+    tail.add_argument("--columns", metavar="A,B", help="only these columns")
+    tail.add_argument("--where", metavar="CONDITION", help="only entries that meet an SQL condition")
+    tail.add_argument("--server", default=DEFAULT_SERVER, help=f"address of the server (default: {DEFAULT_SERVER})")
+    tail.set_defaults(command=_tail)
 
     topics = commands.add_parser("topics", help="list the topics")
     _add_where(topics)
@@ -157,13 +167,32 @@ def _serve(options: argparse.Namespace) -> int:
     os._exit(0)  # gRPC threads of a stalled client would hold the interpreter up
 
 
-# sql, topics
+# sql, tail, topics
 
 
 def _sql(options: argparse.Namespace) -> int:
     with _result(options, options.query) as (schema, batches):
         _PRINTERS[options.format](schema, batches, options.rows)
     return 0
+
+
+def _tail(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # waiting for a batch, Python would not get to see it
+    start: int | str = int(options.start) if options.start.isascii() and options.start.isdigit() else options.start
+    columns = options.columns.split(",") if options.columns else None
+    while True:
+        try:
+            with Client(options.server) as client:
+                for batch, next_offset in client.follow(options.topic, start, options.follow, columns, options.where):
+                    _print_json(batch.schema, iter([batch]), 0)
+                    sys.stdout.flush()
+                    start = next_offset
+            return 0
+        except TryAgain as error:
+            if not options.follow:
+                raise
+            print(f"flight-oplog: {error}", file=sys.stderr)
+            time.sleep(AGAIN_SECONDS)
 
 
 def _topics(options: argparse.Namespace) -> int:

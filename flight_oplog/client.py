@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import pyarrow as pa
 import pyarrow.flight as fl
@@ -67,12 +67,22 @@ class Client:
             raise OplogError(f"topic {topic!r}: the server ended the stream without a receipt; look whether the entries are there")
         return Receipt(**json.loads(ack.to_pybytes()))
 
-    def read(self, topic: str, start: int = 0) -> Iterator[pa.RecordBatch]:
-        """Yield a topic's entries from offset `start` on, in offset order."""
-        ticket = fl.Ticket(json.dumps({"topic": topic, "from": start}).encode())
+    def follow(
+        self, topic: str, start: int | str = 0, follow: bool = True, columns: Sequence[str] | None = None, where: str | None = None
+    ) -> Iterator[tuple[pa.RecordBatch, int]]:
+        """Yield a topic's entries in offset order as (batch, offset to come back to); with `follow`, for ever.
+
+        `start` is an offset, "earliest" or "latest"; `where` is an SQL condition.
+        """
+        body = {"topic": topic, "from": start, "follow": follow, "columns": columns, "where": where}
+        ticket = fl.Ticket(json.dumps({name: value for name, value in body.items() if value is not None}).encode())
+        waiting: list[pa.RecordBatch] = []  # a run that goes on: none of it counts before all of it is here
         try:
             for chunk in self._flight.do_get(ticket):
-                yield chunk.data
+                waiting.append(chunk.data)
+                if chunk.app_metadata is not None and chunk.app_metadata.size:
+                    yield codec.joined(waiting), json.loads(chunk.app_metadata.to_pybytes())["next_offset"]
+                    waiting = []
         except (pa.ArrowException, OSError) as error:
             raise self._translated(error) from None
 

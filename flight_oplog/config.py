@@ -50,6 +50,7 @@ class Config:
     statement_seconds_max: int = setting(3600, "one query, first batch to last", least=1)
     statement_bytes_max: int = setting(2048 * MIB, "memory of one query's sorts, joins and aggregates; past it they spill", least=1)
     ticket_seconds_max: int = setting(3600, "a query's ticket can be redeemed this long", least=1)
+    keep_alive_seconds: int = setting(20, "a follower with nothing to send says so this often", least=1)
     message_bytes_max: int = setting(3 * MIB, "one result batch on the wire; clients refuse more than 4 MiB", least=1)
     cache_bytes_max: int = setting(128 * MIB, "decoded columns kept in memory", least=0)
     drain_seconds_max: int = setting(30, "calls under way may finish this long after SIGTERM", least=0)

@@ -91,6 +91,7 @@ class DataFile:
     size: int
     records: int
     first_offset: int
+    last_record: int  # the first offset of its last record
     min_time: datetime.datetime | None = None
     max_time: datetime.datetime | None = None
 
@@ -368,6 +369,7 @@ class StagedFile:
             size=os.path.getsize(self._full_path),
             records=len(self._runs),
             first_offset=first_offset,
+            last_record=first_offset + self._runs[-1][0],
             min_time=min(self._lows) if self._time_known else None,
             max_time=max(self._highs) if self._time_known else None,
         )

@@ -95,6 +95,7 @@ def _data_file(add: Mapping[str, Any]) -> DataFile:
         size=int(add["size"]),
         records=int(stats["numRecords"]),
         first_offset=int(stats["minValues"]["first_offset"]),
+        last_record=int(stats["maxValues"]["first_offset"]),
         min_time=None if low is None else datetime.datetime.fromisoformat(low),
         max_time=None if high is None else datetime.datetime.fromisoformat(high),
     )

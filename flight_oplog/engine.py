@@ -89,13 +89,25 @@ class Engine:
         """
         return Statement(sql, snapshot, _wire_schema(self._plan(sql, snapshot)[0].schema()))
 
-    def run(self, sql: str, snapshot: Snapshot, stopped: Stopped = lambda: False) -> Running:
+    def prepare_run(self, sql: str, snapshot: Snapshot) -> tuple[Statement, str]:
+        """Plan a statement that can be run over each new run of a topic's entries; return it and the topic's name.
+
+        Such a statement makes something of each entry by itself: it reads one topic, and has projections and filters.
+        Raises RequestError that says why another one cannot be followed, and what `prepare` raises.
+        """
+        frame, _ = self._plan(sql, snapshot)
+        topic = _followed(sql, frame.logical_plan())
+        return Statement(sql, snapshot, _wire_schema(frame.schema())), topic
+
+    def run(self, sql: str, snapshot: Snapshot, stopped: Stopped = lambda: False, offsets: tuple[int, int] | None = None) -> Running:
         """Start `sql` against `snapshot`. Batches hold at most `message_bytes_max` bytes; their schema is `prepare`'s.
+
+        With `offsets`, topics show only the entries within [first, last), and rows keep the entries' order.
 
         `stopped` is asked about every 50 ms; once it is true the work ends and the iterator raises Cancelled. Closing
         the iterator, or losing it, ends the work too.
         """
-        frame, stream, context = self._start(sql, snapshot)
+        frame, stream, context = self._start(sql, snapshot, offsets)
         schema = _wire_schema(frame.schema())
         deadline = time.monotonic() + self._config.statement_seconds_max
         puller = _Puller(self._loop, stream, context)
@@ -103,13 +115,13 @@ class Engine:
         batches = self._pull(puller, context, schema, deadline, stopped)
         return Running(schema, _paced(batches, self._config.message_bytes_max), context.counts)
 
-    def _start(self, sql: str, snapshot: Snapshot) -> tuple[Any, Any, ScanContext]:
+    def _start(self, sql: str, snapshot: Snapshot, offsets: tuple[int, int] | None) -> tuple[Any, Any, ScanContext]:
         """Start a statement in the fastest way its filters allow; the last way allows any."""
         ways = [(False, True), (False, False)]
         if _GROUPS.search(sql):
             ways.insert(0, (True, True))
         for views, push_filters in ways:
-            frame, context = self._plan(sql, snapshot, views, push_filters)
+            frame, context = self._plan(sql, snapshot, views, push_filters, offsets)
             try:
                 return frame, frame.execute_stream(), context
             except Exception as error:
@@ -117,12 +129,15 @@ class Engine:
                     raise _translated(error, context) from error
         raise AssertionError("a statement whose filters stay in DataFusion cannot fail for them")
 
-    def _plan(self, sql: str, snapshot: Snapshot, views: bool = False, push_filters: bool = True) -> tuple[Any, ScanContext]:
+    def _plan(
+        self, sql: str, snapshot: Snapshot, views: bool = False, push_filters: bool = True, offsets: tuple[int, int] | None = None
+    ) -> tuple[Any, ScanContext]:
         self._check(sql)
-        context = ScanContext(self._cache, self._partitions, views)
+        partitions = self._partitions if offsets is None else 1
+        context = ScanContext(self._cache, partitions, views, offsets)
         # A spill pool of its own bounds each statement; spilled runs go to the system's temporary folder.
         runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(self._config.statement_bytes_max)
-        session = SessionContext(SessionConfig(_SETTINGS).with_target_partitions(self._partitions), runtime)
+        session = SessionContext(SessionConfig(_SETTINGS).with_target_partitions(partitions), runtime)
         session.register_catalog_provider(CATALOG, _Catalog(snapshot, context))
         if not push_filters:
             session.remove_optimizer_rule("push_down_filter")
@@ -358,6 +373,28 @@ def _measure(sql: str) -> tuple[str, int, int]:
         elif token and token != ";":
             operators += 1
     return first, operators, tables
+
+
+_EACH_BY_ITSELF = frozenset(("Projection", "Filter", "SubqueryAlias", "TableScan"))
+
+
+def _followed(sql: str, plan: Any) -> str:
+    """Return the one topic that a statement reads; raise RequestError when it does not take each entry by itself."""
+    kind = ""
+    while plan is not None:
+        variant, inputs = plan.to_variant(), plan.inputs()
+        kind = type(variant).__name__
+        if kind == "EmptyRelation":
+            break
+        if kind not in _EACH_BY_ITSELF or len(inputs) > 1:
+            raise RequestError(f"the statement cannot be followed: {kind} needs more than one entry at a time; use columns and WHERE alone")
+        plan = inputs[0] if inputs else None
+    if kind != "TableScan" or _measure(sql)[2] != 1:
+        raise RequestError("the statement cannot be followed: it has to read one topic, once")
+    _, db_schema, name = variant.fqn()
+    if db_schema not in (None, "public", "log"):
+        raise RequestError(f"the statement cannot be followed: {db_schema}.{name} is no topic's entries")
+    return str(name)
 
 
 # DataFusion tells its kinds of error apart only by the words they begin with.

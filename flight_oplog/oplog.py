@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -112,6 +112,10 @@ class OpLog:
     def snapshot(self) -> Snapshot:
         """Return the log as of the newest commit, this process's or another's."""
         return self._store.snapshot()
+
+    def wait_for(self, condition: Callable[[Snapshot], bool], seconds: float) -> Snapshot:
+        """Wait until the newest snapshot that this process knows meets a condition, at most so long; return it."""
+        return self._store.wait_for(condition, seconds)
 
     def snapshot_at(self, table_version: int) -> Snapshot:
         """Return the log as of an earlier commit. Raises NotFound when it cannot be read any more."""

@@ -77,6 +77,7 @@ class ScanContext:
     cache: ColumnCache
     partitions: int
     views: bool = False  # show short texts as string views, which DataFusion groups twice as fast
+    offsets: tuple[int, int] | None = None  # show only entries within [first, last)
     stopped: threading.Event = field(default_factory=threading.Event)
     failures: list[Exception] = field(default_factory=list)
     counts: dict[str, ScanCounts] = field(default_factory=dict)
@@ -278,13 +279,16 @@ class _Table(ds.Dataset):
 
     def _surviving(self, filter: pc.Expression | None, keys: Sequence[str]) -> list[RecordMeta]:
         files = list(self._topic.files)
-        if filter is None:
-            kept = files
-            survivors = records = [record for file in files for record in self._snapshot.store.records(file)]
-        else:
-            kept = self._prune(filter, files, keys, self._file_guarantee)
+        kept = files if filter is None else self._prune(filter, files, keys, self._file_guarantee)
+        if self.context.offsets is not None:
+            first, last = self.context.offsets
+            near = set(self._topic.files_within(first, last))
+            kept = [file for file in kept if file in near]
             records = [record for file in kept for record in self._snapshot.store.records(file)]
-            survivors = self._prune_records(filter, records, keys)
+            records = sorted((r for r in records if r.first_offset < last and r.first_offset + r.entries > first), key=_by_offset)
+        else:
+            records = [record for file in kept for record in self._snapshot.store.records(file)]
+        survivors = records if filter is None else self._prune_records(filter, records, keys)
         self.counts.files += len(files)
         self.counts.files_pruned += len(files) - len(kept)
         self.counts.records += len(records)
@@ -382,11 +386,11 @@ class EntriesTable(_Table):
     def scan(
         self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None, keys: Sequence[str]
     ) -> Iterator[pa.RecordBatch]:
-        if filter is None and not projected.names:  # COUNT(*): the records' own numbers are enough
+        if filter is None and not projected.names and self.context.offsets is None:  # COUNT(*): the records' numbers are enough
             yield codec.with_rows([], projected, sum(record.entries for record in records))
             return
         for record in records:
-            rows = None if filter is None else self._matching(record, keys, filter)
+            rows = self._within(record, None if filter is None else self._matching(record, keys, filter))
             if rows is not None and not len(rows):
                 continue
             for batch in self._chosen(record, projected, rows):
@@ -403,6 +407,15 @@ class EntriesTable(_Table):
         parts = [chunk.to_numpy(zero_copy_only=False) for chunk in pc.fill_null(passes, False).chunks]
         found = np.flatnonzero(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
         return None if len(found) == record.entries else found
+
+    def _within(self, record: RecordMeta, rows: np.ndarray | None) -> np.ndarray | None:
+        """Return those of the record's places (None: all of them) that lie within the offsets asked for."""
+        if self.context.offsets is None:
+            return rows
+        first, last = (offset - record.first_offset for offset in self.context.offsets)
+        if rows is None:
+            return None if first <= 0 and last >= record.entries else np.arange(max(0, first), min(record.entries, last))
+        return rows[(rows >= first) & (rows < last)]
 
     def _chosen(self, record: RecordMeta, projected: pa.Schema, rows: np.ndarray | None) -> Iterator[pa.RecordBatch]:
         if rows is None:
@@ -581,6 +594,10 @@ def _shown(batch: pa.RecordBatch, projected: pa.Schema) -> pa.RecordBatch:
         return batch
     columns = [c if c.type == f.type else c.cast(f.type) for c, f in zip(batch.columns, projected, strict=True)]
     return pa.RecordBatch.from_arrays(columns, schema=projected)
+
+
+def _by_offset(record: RecordMeta) -> int:
+    return record.first_offset
 
 
 def _between(name: str, low: pa.Scalar, high: pa.Scalar) -> pc.Expression:

@@ -29,11 +29,11 @@ import pyarrow.flight as fl
 from flight_oplog.committer import Origin, Receipt
 from flight_oplog.config import Config
 from flight_oplog.engine import Engine
-from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TryAgain, Unsupported
+from flight_oplog.errors import Cancelled, OplogError, RequestError, TryAgain, Unsupported
 from flight_oplog.flightsql import wire
-from flight_oplog.flightsql.service import Planned, Result, Service
+from flight_oplog.flightsql.service import Planned, Service
+from flight_oplog.follow import Place, TopicRead, is_place
 from flight_oplog.oplog import OpLog
-from flight_oplog.provider import topic_batches
 from flight_oplog.schema import TOPIC_PATTERN
 from flight_oplog.store import Topic
 
@@ -44,6 +44,8 @@ MESSAGE_BYTES_MAX = 1200
 ACKS_HEADER = "oplog-acks"
 COMMIT_HEADER = "oplog-commit"
 PRODUCER_HEADER = "oplog-producer"
+FOLLOW_HEADER = "oplog-follow"
+FROM_HEADER = "oplog-from"
 WORDS_BYTES_MAX = 1024
 
 
@@ -320,7 +322,10 @@ class Server(fl.FlightServerBase):
     def get_flight_info(self, context: Any, descriptor: Any) -> fl.FlightInfo:
         if descriptor.descriptor_type == fl.DescriptorType.PATH:
             return _topic_info(self._oplog.snapshot().topic(_topic_of(descriptor)))
-        planned = self._planned(descriptor)
+        if descriptor.command[:1] == b"{":
+            schema, topic = self._service.plan_read(TopicRead.parse(descriptor.command))
+            return fl.FlightInfo(schema, descriptor, [fl.FlightEndpoint(descriptor.command, [])], topic.entries, -1)
+        planned = self._planned(descriptor, _follow_of(context.get_middleware("call").headers))
         # No location: the client comes back over the connection it has, whatever name or port led it here.
         return fl.FlightInfo(planned.schema, descriptor, [fl.FlightEndpoint(planned.ticket, [])], -1, -1)
 
@@ -328,24 +333,24 @@ class Server(fl.FlightServerBase):
     def get_schema(self, context: Any, descriptor: Any) -> fl.SchemaResult:
         if descriptor.descriptor_type == fl.DescriptorType.PATH:
             return fl.SchemaResult(self._oplog.snapshot().topic(_topic_of(descriptor)).schema)
-        return fl.SchemaResult(self._planned(descriptor).schema)
+        if descriptor.command[:1] == b"{":
+            return fl.SchemaResult(self._service.plan_read(TopicRead.parse(descriptor.command))[0])
+        return fl.SchemaResult(self._planned(descriptor, None).schema)
 
-    def _planned(self, descriptor: Any) -> Planned:
+    def _planned(self, descriptor: Any, follow: Place | None) -> Planned:
         if descriptor.descriptor_type != fl.DescriptorType.CMD or not descriptor.command:
             raise RequestError("the descriptor is empty: send a path with one topic, or a Flight SQL command")
-        return self._service.flight_info(descriptor.command)
+        return self._service.flight_info(descriptor.command, follow)
 
     @_rpc
     def do_get(self, context: Any, ticket: fl.Ticket) -> fl.GeneratorStream:
         stopped = self._stopped(context)
-        result = self._topic_result(ticket.ticket, stopped) if ticket.ticket[:1] == b"{" else self._service.get(ticket.ticket, stopped)
+        if ticket.ticket[:1] == b"{":
+            request = TopicRead.parse(ticket.ticket)
+            result = self._service.read(request, request.sql, stopped)
+        else:
+            result = self._service.get(ticket.ticket, stopped)
         return fl.GeneratorStream(result.schema, _streamed(result.batches, self._stopping))
-
-    def _topic_result(self, ticket: bytes, stopped: Callable[[], bool]) -> Result:
-        name, start = _parse_topic_ticket(ticket)
-        snapshot = self._oplog.snapshot()
-        topic = snapshot.topic(name)
-        return Result(topic.schema, topic_batches(snapshot, topic, start, self._config.message_bytes_max, stopped))
 
     @_rpc
     def do_exchange(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
@@ -441,14 +446,12 @@ def _topic_info(topic: Topic) -> fl.FlightInfo:
     return fl.FlightInfo(topic.schema, fl.FlightDescriptor.for_path(topic.name), [fl.FlightEndpoint(ticket, [])], topic.entries, size)
 
 
-def _parse_topic_ticket(ticket: bytes) -> tuple[str, int]:
-    try:
-        body = json.loads(ticket)
-        name, start = body.pop("topic"), body.pop("from", 0)
-    except (ValueError, KeyError, AttributeError, RecursionError):
-        raise RequestError('the ticket is not of the form {"topic": name, "from": offset}') from None
-    if body or type(name) is not str or not TOPIC_PATTERN.fullmatch(name) or type(start) is not int or start < 0:
-        raise RequestError('the ticket is not of the form {"topic": name, "from": offset}')
-    if name.startswith("_"):
-        raise NotFound(f"topic {name!r} is the log's own; read it with SQL as log.{name}")
-    return name, start
+def _follow_of(headers: dict[str, str]) -> Place | None:
+    """Return from where a statement is to be followed, or None when it is to be run once."""
+    if headers.get(FOLLOW_HEADER) != "true":
+        return None
+    text = headers.get(FROM_HEADER, "earliest")
+    place: Place = int(text) if re.fullmatch(r"[0-9]{1,19}", text, re.ASCII) else text
+    if not is_place(place):
+        raise RequestError(f'header {FROM_HEADER} is {text[:80]!r}, not an offset, "earliest" or "latest"')
+    return place

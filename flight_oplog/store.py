@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,6 +78,15 @@ class Topic:
     def entries(self) -> int:
         return self.next_offset - self.first_offset
 
+    def files_within(self, first: int, last: int) -> list[DataFile]:
+        """Return the files that may hold entries with offsets in [first, last)."""
+        ends = [later.first_offset for later in self.files[1:]] + [self.next_offset]
+        return [
+            file
+            for place, (file, end) in enumerate(zip(self.files, ends, strict=True))
+            if file.first_offset < last and (end > first or _reaches_into(file, self.files[place + 1 : place + 2]))
+        ]
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -97,15 +106,12 @@ class Snapshot:
     def records(self, topic: str) -> Iterator[RecordMeta]:
         """Yield the topic's records in offset order, without their content."""
         files = self.topic(topic).files
-        # A later file begins where all of an earlier one lies before, but for what another program's compaction made.
         for place, file in enumerate(files):
-            records = self.store.records(file)
-            following = files[place + 1].first_offset if place + 1 < len(files) else None
-            if following is not None and records and records[-1].first_offset > following:
+            if _reaches_into(file, files[place + 1 : place + 2]):
                 rest = [record for later in files[place:] for record in self.store.records(later)]
                 yield from sorted(rest, key=lambda record: record.first_offset)
                 return
-            yield from records
+            yield from self.store.records(file)
 
 
 class Store:
@@ -114,6 +120,7 @@ class Store:
     def __init__(self, root: str, table: DeltaTable) -> None:
         self.root = root
         self._lock = threading.RLock()
+        self._news = threading.Condition()
         self._metas: dict[str, tuple[RecordMeta, ...]] = {}
         self._registry: dict[str, list[dict[str, Any]]] = {}
         self._recent: OrderedDict[int, Snapshot] = OrderedDict()
@@ -252,6 +259,14 @@ class Store:
         self._recent[snapshot.table_version] = snapshot
         while len(self._recent) > SNAPSHOTS_KEPT:
             self._recent.popitem(last=False)
+        with self._news:
+            self._news.notify_all()
+
+    def wait_for(self, condition: Callable[[Snapshot], bool], seconds: float) -> Snapshot:
+        """Wait until the newest snapshot known meets a condition, at most so long; return it."""
+        with self._news:
+            self._news.wait_for(lambda: condition(self._current), seconds)
+        return self._current
 
     def _follow(self, base: Snapshot, changes: Changes) -> None:
         snapshot = self._after(base, base.table_version + 1, changes)
@@ -267,6 +282,7 @@ class Store:
                 size=add["size_bytes"],
                 records=add["num_records"],
                 first_offset=add["min.first_offset"],
+                last_record=add["max.first_offset"],
                 min_time=add.get("min.min_time"),
                 max_time=add.get("max.max_time"),
             )
@@ -421,6 +437,11 @@ class Store:
 def topic_of(path: str) -> str:
     """Return the topic that a data file's path names: topic=<name>/<file>."""
     return path.partition("/")[0].removeprefix("topic=")
+
+
+def _reaches_into(file: DataFile, following: Sequence[DataFile]) -> bool:
+    """Whether a file has records after the next one's first: only what another program's compaction made has."""
+    return any(file.last_record > later.first_offset for later in following)
 
 
 def _files_after(before: tuple[DataFile, ...], added: Sequence[DataFile], removed: frozenset[str]) -> tuple[DataFile, ...]:

@@ -3,6 +3,8 @@
 import json
 import os
 import pty
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +15,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
-from conftest import SEED, ServerProcess
+from conftest import SEED, ServerProcess, put
+from pyarrow import flight
 
 from flight_oplog import OpLog
 from flight_oplog.config import SETTINGS
@@ -232,3 +235,36 @@ def test_a_query_that_fails_midway_is_one_line(server: ServerProcess) -> None:
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "Divide by zero" in done.stderr
     fails(run("config", FLIGHT_OPLOG_NOPE="1"), "environment variable FLIGHT_OPLOG_NOPE: there is no such setting")
+
+
+def test_tail_prints_entries_and_goes_on_across_a_restart(start: Callable[..., ServerProcess]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"grpc://127.0.0.1:{free.getsockname()[1]}"
+    server = start("--listen", address)
+    with flight.connect(server.uri) as client:
+        put(client, "events", SEED)
+    done = run("tail", "events", "--server", address)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == SEED.to_pylist()
+    done = run("tail", "events", "--server", address, "--from", "1", "--columns", "name,node_id", "--where", "name <> 'x'")
+    assert [json.loads(line) for line in done.stdout.splitlines()] == SEED.to_pylist()[1:]
+    done = run("tail", "nothing", "--server", address)
+    assert (done.returncode, done.stderr) == (1, "flight-oplog: error: topic 'nothing' does not exist; append to it to create it\n")
+    command = [sys.executable, "-m", "flight_oplog", "tail", "events", "--follow", "--from", "latest", "--server", address]
+    tail = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert tail.stdout is not None
+        time.sleep(1.5)
+        with flight.connect(server.uri) as client:
+            put(client, "events", SEED.slice(1))
+        assert json.loads(tail.stdout.readline())["name"] == "world"
+        server.stop(signal.SIGKILL)
+        server = start("--listen", address, folder=server.folder)
+        with flight.connect(server.uri) as client:
+            put(client, "events", SEED)
+        assert [json.loads(tail.stdout.readline())["name"] for _ in range(2)] == ["hello", "world"]
+    finally:
+        tail.send_signal(signal.SIGINT)
+        _, errors = tail.communicate(timeout=20)
+    assert "flight-oplog: " in errors
+    assert "Traceback" not in errors

@@ -20,6 +20,7 @@ ORDER = [
     "oplog",
     "provider",
     "engine",
+    "follow",
     "flightsql.wire",
     "flightsql.metadata",
     "flightsql.handles",

@@ -20,8 +20,10 @@ from flight_oplog.engine import CATALOG, Engine, Stopped, table_schema, tables
 from flight_oplog.errors import NotFound, RequestError, Unsupported
 from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
+from flight_oplog.follow import Follower, Place, TopicRead, words
 from flight_oplog.oplog import OpLog
 from flight_oplog.schema import check_topic
+from flight_oplog.store import Topic
 
 # TableDefinitionOptions of FlightSql.proto
 _IF_NOT_EXIST_FAIL = 2
@@ -39,10 +41,10 @@ class Planned:
 
 @dataclass(frozen=True)
 class Result:
-    """A result on its way: batches of exactly `schema`, none over `message_bytes_max`."""
+    """A result on its way: batches of exactly `schema`, none over `message_bytes_max`, some with app_metadata."""
 
     schema: pa.Schema
-    batches: Iterator[pa.RecordBatch]
+    batches: Iterator[tuple[pa.RecordBatch, bytes | None]]
 
 
 class Service:
@@ -53,10 +55,13 @@ class Service:
         self._engine = engine
         self.config = config
         self._sealer = Sealer(secrets.token_bytes(32))
+        self._follower = Follower(oplog, engine, config)
 
-    def flight_info(self, command: bytes) -> Planned:
-        """Plan the command in a descriptor."""
+    def flight_info(self, command: bytes, follow: Place | None = None) -> Planned:
+        """Plan the command in a descriptor; with `follow`, a statement to be run over a topic as it grows, from there."""
         message = wire.unpack(command)
+        if follow is not None:
+            return self._follow_sql(self._sql_of(message), follow)
         return self._route(message, "flight_info")(self, message, command)
 
     def get(self, ticket: bytes, stopped: Stopped) -> Result:
@@ -100,6 +105,21 @@ class Service:
         handle = self._sealer.seal("statement", body, self.config.ticket_seconds_max)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
+    def _sql_of(self, message: Any) -> str:
+        """Return the text of a statement that may be followed."""
+        if isinstance(message, wire.CommandStatementQuery) and not message.transaction_id:
+            return message.query
+        if isinstance(message, wire.CommandPreparedStatementQuery):
+            sql: str = self._sealer.open("prepared statement", message.prepared_statement_handle)["sql"]
+            return sql
+        raise Unsupported(f"{type(message).__name__} cannot be followed: only a SELECT can")
+
+    def _follow_sql(self, sql: str, start: Place) -> Planned:
+        statement, topic = self._engine.prepare_run(sql, self._oplog.snapshot())
+        body = {"sql": sql, "topic": topic, "from": start}
+        handle = self._sealer.seal("follow", body, self.config.ticket_seconds_max)
+        return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
+
     def _plan_statement(self, message: wire.CommandStatementQuery, command: bytes) -> Planned:
         if message.transaction_id:
             raise Unsupported(_NO_TRANSACTIONS)
@@ -109,10 +129,24 @@ class Service:
         return self._plan_sql(self._sealer.open("prepared statement", message.prepared_statement_handle)["sql"])
 
     def _get_statement(self, message: wire.TicketStatementQuery, stopped: Stopped) -> Result:
+        if self._sealer.kind(message.statement_handle) == "follow":
+            body = self._sealer.open("follow", message.statement_handle)
+            return self.read(TopicRead(body["topic"], body["from"], follow=True), body["sql"], stopped)
         body = self._sealer.open("statement", message.statement_handle)
         snapshot = self._oplog.snapshot_at(body["table_version"])
         running = self._engine.run(body["sql"], snapshot, stopped)
-        return Result(running.schema, running.batches)
+        return Result(running.schema, ((batch, None) for batch in running.batches))
+
+    def plan_read(self, request: TopicRead) -> tuple[pa.Schema, Topic]:
+        """Return what the batches of a topic's ticket will look like, and the topic."""
+        snapshot = self._oplog.snapshot()
+        topic = snapshot.topic(request.topic)
+        return topic.schema if request.sql is None else self._engine.prepare_run(request.sql, snapshot)[0].schema, topic
+
+    def read(self, request: TopicRead, sql: str | None, stopped: Stopped) -> Result:
+        """Read a topic in offset order; each batch says in its app_metadata which offset comes next."""
+        schema, runs = self._follower.read(request.topic, sql, request.start, request.follow, stopped)
+        return Result(schema, ((run.batch, words(run)) for run in runs))
 
     def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest) -> list[bytes]:
         if message.transaction_id:
@@ -179,7 +213,7 @@ def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:
     def get(service: Service, message: Any, stopped: Stopped) -> Result:
         batch = answer(service, message)
         pieces = codec.cut(batch, service.config.message_bytes_max, batch.num_rows) if batch.num_rows else iter([batch])
-        return Result(batch.schema, pieces)
+        return Result(batch.schema, ((piece, None) for piece in pieces))
 
     return Route(lambda service, message, command: Planned(answer(service, message).schema, command), get)
 

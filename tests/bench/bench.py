@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from appends import bench_appends
 from datafusion import SessionConfig, SessionContext
 from deltalake import DeltaTable, write_deltalake
 from pyarrow import flight
@@ -200,19 +201,19 @@ def show(results: list[tuple[str, str, float, float]]) -> None:
     for heading in ("what", "against", "ratio", "mark"):
         table.add_column(heading, justify="right" if heading in ("ratio", "mark") else "left")
     for what, against, ratio, mark in results:
-        table.add_row(what, against, f"[{'green' if ratio >= mark else 'red'}]{ratio:.2f}[/]", f"{mark:.1f}")
+        table.add_row(what, against, f"[{'green' if ratio >= mark else 'red'}]{ratio:.2f}[/]", f"{mark:.1f}" if mark else "")
     Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="oplog-bench-"))
-    only = sys.argv[1:] or ["put", "stream", "query"]
+    only = sys.argv[1:] or ["put", "stream", "query", "appends"]
     flags = ("--data", str(folder / "log"), "--listen", "grpc://127.0.0.1:0", "--cache-bytes-max", str(CACHE))
     server, ours = process("-m", "flight_oplog", "serve", *flags, "--batch-bytes-max", str(64 << 20))
     other, peer = process(__file__, "--peer")
     results = []
     try:
-        batches = list(events(ENTRIES))
+        batches = list(events(ENTRIES if only != ["appends"] else BATCH))
         if "put" in only:
             results += bench_put(folder, ours, peer, batches[: max(1, len(batches) // 4)])
         put(ours, "events", batches)
@@ -227,6 +228,8 @@ def main() -> None:
             del batches
             with OpLog.open(str(folder / "log")) as log:
                 results += bench_queries(log, folder / "plain")
+        if "appends" in only:
+            results += bench_appends(list(events(40 * BATCH)))
         show(results)
     finally:
         for stopped in (server, other):
