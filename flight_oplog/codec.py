@@ -131,6 +131,39 @@ def _recast_struct(array: pa.Array, target: pa.DataType) -> pa.Array:
     return pa.StructArray.from_arrays(children, fields=list(target), mask=array.is_null())
 
 
+def expanded_nbytes(array: pa.Array) -> int:
+    """Return how many bytes an array may take in its normal form, at most: a few bytes can stand for many."""
+    types, kind = pa.types, array.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return expanded_nbytes(array.storage)
+    if types.is_dictionary(kind):
+        return len(array) * _widest(array.dictionary)
+    if types.is_run_end_encoded(kind):
+        return len(array) * _widest(array.values)
+    if kind in (pa.string_view(), pa.binary_view()):
+        # A view is 16 bytes, the first four of them its length; Arrow has no kernel to tell.
+        lengths = np.frombuffer(array.buffers()[1], "<i4").reshape(-1, 4)[array.offset : array.offset + len(array), 0]
+        return int(lengths[array.is_valid().to_numpy(zero_copy_only=False)].sum(dtype=np.int64))
+    if types.is_list_view(kind) or types.is_large_list_view(kind):
+        return (pc.sum(pc.list_value_length(array)).as_py() or 0) * _widest(array.values)
+    if types.is_struct(kind):
+        return sum(expanded_nbytes(array.field(place)) for place in range(kind.num_fields))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return array.nbytes + expanded_nbytes(array.values)
+    if types.is_map(kind):
+        return array.nbytes + expanded_nbytes(array.keys) + expanded_nbytes(array.items)
+    nbytes: int = array.nbytes
+    return nbytes
+
+
+def _widest(values: pa.Array) -> int:
+    """Return the bytes of the largest of some values, or of all of them where that takes too long to tell."""
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_binary(kind) or pa.types.is_large_string(kind) or pa.types.is_large_binary(kind):
+        return pc.max(pc.binary_length(values)).as_py() or 0
+    return max(1, kind.bit_width // 8) if pa.types.is_primitive(kind) else expanded_nbytes(values)
+
+
 _BY_HAND: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Array, pa.DataType], pa.Array]], ...] = (
     (pa.types.is_run_end_encoded, _recast_run_ends),
     (lambda kind: pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind), _recast_list),

@@ -29,7 +29,7 @@ import pyarrow as pa
 from flight_oplog import codec
 from flight_oplog.config import Config
 from flight_oplog.datafile import Record, StagedFile
-from flight_oplog.errors import OplogError, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog.errors import CorruptLog, OplogError, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
 from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, schema_id
 from flight_oplog.store import Conflict, Snapshot, Store, Topic
 
@@ -165,6 +165,7 @@ class Committer:
         self._thread.start()
 
     def submit(self, append: Append) -> Future[Receipt]:
+        append.receipt.set_running_or_notify_cancel()  # whoever waits may go away, the append may not
         with self._gate:
             if self._stopped:
                 append.drop()
@@ -190,6 +191,7 @@ class Committer:
             appends = [append for append in group if append is not None]
             if appends:
                 self._commit_group(appends)
+            del group, appends  # an idle log holds on to nothing
 
     def _commit_group(self, appends: list[Append]) -> None:
         """Give every append of the group its receipt or its error; never raises."""
@@ -214,13 +216,17 @@ class Committer:
     def _try_commit(self, appends: list[Append]) -> None:
         """Number the appends after the newest snapshot and commit them as its next version."""
         group = _Group(self._store, self._config, self._producers)
+        refused: list[tuple[Append, Exception]] = []
         try:
             for append in appends:
-                if not append.receipt.done():
-                    try:
-                        group.place(append)
-                    except (RequestError, TryAgain) as error:
-                        append.refuse(error)
+                try:
+                    takes = group.check(append)
+                except (RequestError, TryAgain) as error:
+                    # It may be refused for what came before it in this group: it is told when that is committed.
+                    refused.append((append, error))
+                    continue
+                if takes:
+                    group.place(append)
             staged = group.finish()
             version = group.base.table_version
             if staged or group.numbers:
@@ -229,6 +235,7 @@ class Committer:
             if not isinstance(error, OutcomeUnknown):
                 group.abandon()
             raise
+        # From here on everything is durable: nothing may fail, and no file may go.
         for append, first_offset in group.placed:
             receipt = Receipt(append.topic, first_offset, append.entries, version, append.origin.sequence)
             if append.key is not None:
@@ -237,6 +244,8 @@ class Committer:
         for append in group.duplicates:
             append.drop()
             append.receipt.set_result(self._producers.original(append, group.base, version))
+        for append, reason in refused:
+            append.refuse(reason)
 
 
 class _Producers:
@@ -246,11 +255,10 @@ class _Producers:
         self._store = store
         self._receipts: OrderedDict[tuple[str, str, int, int], Receipt] = OrderedDict()
 
-    def last(self, topic: str, producer: str) -> tuple[int, int]:
+    def last(self, base: Snapshot, topic: str, producer: str) -> tuple[int, int]:
         """Return (epoch, sequence) of the producer's newest append to the topic; the sequence is -1 before the first."""
-        epoch = self._store.number(f"epoch/{topic}/{producer}") or 0
-        sequence = self._store.number(f"producer/{topic}/{producer}")
-        return epoch, -1 if sequence is None else sequence
+        epoch, sequence = self._store.numbers(base, f"epoch/{topic}/{producer}", f"producer/{topic}/{producer}")
+        return epoch or 0, -1 if sequence is None else sequence
 
     def remember(self, key: tuple[str, str, int, int], receipt: Receipt) -> None:
         self._receipts[key] = receipt
@@ -263,7 +271,9 @@ class _Producers:
         found = self._receipts.get(append.key)
         if found is not None:
             return replace(found, duplicate=True)
-        first_offset, entries = _find_run(append.key, snapshot) or (None, None)
+        first_offset, entries = None, None
+        with contextlib.suppress(CorruptLog):  # that it is a duplicate stands, whatever can be read of it
+            first_offset, entries = _find_run(append.key, snapshot) or (None, None)
         return Receipt(append.topic, first_offset, entries, table_version, append.origin.sequence, duplicate=True)
 
 
@@ -309,19 +319,29 @@ class _Group:
         self._files: list[tuple[StagedFile, int]] = []
         self._ours: list[StagedFile] = []
 
-    def place(self, append: Append) -> None:
-        """Give the append its offsets. Raises what is wrong with it, and then nothing of it is in the group."""
+    def check(self, append: Append) -> bool:
+        """Whether the append is to be placed; a duplicate is not. Raises what is wrong with it: then it is not in the group."""
         topic = append.topic
         if self._is_duplicate(append):
             self.duplicates.append(append)
-            return
+            return False
         expected = append.origin.expected_offset
         if expected is not None and expected != self._next(topic):
             raise OutOfOrder(f"topic {topic!r} ends at offset {self._next(topic)}, not at {expected}; nothing was written")
+        if append.staged is not None and append.event_time != self._event_time(append):
+            raise TryAgain(f"topic {topic!r}: its event-time column was settled meanwhile; nothing was written; try again")
         if append.schema_id not in self._fitting.get(topic, ()):
             self._fit(append)
-        if append.staged is not None and append.event_time != self._event_times[topic]:
-            raise TryAgain(f"topic {topic!r}: its event-time column was settled meanwhile; nothing was written; try again")
+        return True
+
+    def _event_time(self, append: Append) -> str | None:
+        """Return the topic's event-time column, which this append may be the first to settle."""
+        known = self.base.topics.get(append.topic)
+        return self._event_times.get(append.topic) or (known.event_time if known else None) or first_time(append.schema)
+
+    def place(self, append: Append) -> None:
+        """Give an append that was checked its offsets. Raises TryAgain when the storage refuses: then the group is lost."""
+        topic = append.topic
         first_offset = self._next(topic)
         self.placed.append((append, first_offset))
         if append.staged is not None:
@@ -343,8 +363,7 @@ class _Group:
             check_room(topic, sum(not name.startswith("_") for name in {*self.base.topics, *self._schemas}), self._config)
         merged = merge(topic, known, self._schemas.get(topic), append.schema, append.schema_id, self._config)
         self._check_widening(topic, current, append, merged)
-        event_time = self._event_times.get(topic) or (known.event_time if known else None) or first_time(append.schema)
-        self._schemas[topic], self._event_times[topic] = merged, event_time
+        self._schemas[topic], self._event_times[topic] = merged, self._event_time(append)
         if known is None or append.schema_id not in known.schemas:
             self._new_schemas.setdefault((topic, append.schema_id), append.schema)
         if merged != current:
@@ -357,7 +376,7 @@ class _Group:
         origin, topic = append.origin, append.topic
         if origin.producer is None or origin.sequence is None:
             return False
-        epoch, last = self._last.get((topic, origin.producer)) or self._producers.last(topic, origin.producer)
+        epoch, last = self._last.get((topic, origin.producer)) or self._producers.last(self.base, topic, origin.producer)
         if origin.epoch < epoch:
             raise OutOfOrder(
                 f"topic {topic!r}: epoch {origin.epoch} of producer {origin.producer!r} is fenced off by epoch {epoch}; "
@@ -373,7 +392,7 @@ class _Group:
         return origin.sequence <= last
 
     def _count(self, topic: str, producer: str, epoch: int, sequence: int) -> None:
-        before, _ = self._last.get((topic, producer)) or self._producers.last(topic, producer)
+        before, _ = self._last.get((topic, producer)) or self._producers.last(self.base, topic, producer)
         self._last[topic, producer] = epoch, sequence
         self.numbers[f"producer/{topic}/{producer}"] = sequence
         if epoch != before:

@@ -38,6 +38,7 @@ class Config:
     record_bytes_max: int = setting(16 * MIB, "entries gathered in one record, bytes in memory", least=1)
     record_entries_max: int = setting(1 << 20, "entries gathered in one record", least=1)
     batch_bytes_max: int = setting(256 * MIB, "one batch a client may send, bytes in memory", least=1)
+    batch_entries_max: int = setting(1 << 24, "one batch a client may send, entries", least=1)
     append_bytes_max: int = setting(64 << 30, "one append, bytes in memory summed over its batches", least=1)
     queue_bytes_max: int = setting(256 * MIB, "entries held in memory for appends under way; past it they spill", least=1)
     appends_in_flight_max: int = setting(1024, "appends of one stream under way before reading goes on", least=1)

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flight_oplog import codec, parquet
-from flight_oplog.errors import CorruptLog, TooLarge
+from flight_oplog.errors import CorruptLog, TooLarge, TryAgain
 from flight_oplog.files import OutputFile, fsync_file, fsync_folder, reason, storage_error
 from flight_oplog.schema import APPENDS, FORMAT_VERSION, RECORD_SCHEMA
 
@@ -295,6 +295,7 @@ class StagedFile:
         self._lows: list[datetime.datetime] = []
         self._highs: list[datetime.datetime] = []
         self._time_known = True
+        self._is_broken = False
         self._first_offset = 0
         self._done: DataFile | None = None
 
@@ -322,8 +323,14 @@ class StagedFile:
         if self._pending_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
+    def flush(self, bytes_min: int = 0) -> None:
+        """Write what was added and waits for company, when it is so much, so that it is no longer held in memory."""
+        if self._pending and self._pending_bytes >= bytes_min:
+            self._flush()
+
     def _flush(self) -> None:
         first = len(self._runs)
+        self._is_broken = True  # until all of it is written
         for record in self._pending:
             self._runs.append((self.entries, record.entries))
             self.entries += record.entries
@@ -335,6 +342,7 @@ class StagedFile:
         except OSError as error:
             raise storage_error("writing a data file", error) from error
         group = len(self._offset_places)
+        self._is_broken = False
         self._offset_places.append((place, first))
         for record, (offset, _) in zip(records, self._runs[first:], strict=True):
             row = {name: getattr(record, name) for name in ("entries", "schema_id", "min_time", "max_time", "bounds", "digest")}
@@ -353,8 +361,9 @@ class StagedFile:
         """Number the file's entries from `first_offset` and make its bytes durable. May be called again to renumber."""
         try:
             if self._done is None:
-                if self._pending:
-                    self._flush()
+                self.flush()
+                if self._is_broken:
+                    raise TryAgain("a data file could not be written whole; nothing was written; try again")
                 assert self._writer is not None, "a data file holds at least one record"
                 self._writer.close()
             if first_offset != self._first_offset:

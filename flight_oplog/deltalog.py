@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from flight_oplog.datafile import DataFile, StagedFile
 from flight_oplog.errors import CorruptLog, OutcomeUnknown
 from flight_oplog.files import fsync_folder, reason
@@ -28,6 +30,7 @@ log = logging.getLogger("flight_oplog.deltalog")
 
 LEFT_BEHIND_SECONDS = 3600
 _ENTRY_NAME = re.compile(r"\d{20}\.json")
+_CHECKPOINT_NAME = re.compile(r"(\d{20})\.checkpoint\.parquet")
 _STAGED_SUFFIX = ".tmp"
 
 
@@ -65,6 +68,32 @@ def read(root: str, table_version: int) -> Changes | None:
         raise CorruptLog(f"table_version {table_version}: its commit file is damaged; restore it") from error
 
 
+def numbers(root: str, table_version: int) -> dict[str, int]:
+    """Return the latest number of every application id as of a table version: from a checkpoint, and the entries after it."""
+    checkpoints = [int(found[1]) for name in os.listdir(folder(root)) if (found := _CHECKPOINT_NAME.fullmatch(name))]
+    start = max((version for version in checkpoints if version <= table_version), default=-1)
+    latest: dict[str, int] = {}
+    if start >= 0:
+        rows = pq.read_table(os.path.join(folder(root), f"{start:020}.checkpoint.parquet"), columns=["txn"]).column("txn").to_pylist()
+        latest = {row["appId"]: row["version"] for row in rows if row is not None and row["appId"] is not None}
+    for version in range(start + 1, table_version + 1):
+        changes = read(root, version)
+        if changes is None:
+            raise CorruptLog(f"table_version {version}: its commit file is missing; restore it")
+        latest.update(changes.numbers)
+    return latest
+
+
+def removed(root: str) -> set[str]:
+    """Return the data files that entries still kept take out of the table: older versions of it may be read yet."""
+    found: set[str] = set()
+    for name in os.listdir(folder(root)):
+        if _ENTRY_NAME.fullmatch(name):
+            with contextlib.suppress(CorruptLog):
+                found |= (read(root, int(name[:20])) or Changes()).removed
+    return found
+
+
 def _actions(content: bytes) -> list[dict[str, Any]]:
     actions = [json.loads(line) for line in content.splitlines() if line]
     if not actions or not all(isinstance(action, dict) for action in actions):
@@ -89,6 +118,9 @@ def _changes(actions: Sequence[dict[str, Any]]) -> Changes:
 def _data_file(add: Mapping[str, Any]) -> DataFile:
     stats = json.loads(add["stats"])
     low, high = stats["minValues"].get("min_time"), stats["maxValues"].get("max_time")
+    nulls = stats.get("nullCount", {})
+    if low is None or high is None or nulls.get("min_time") or nulls.get("max_time"):  # the bounds leave out what is unknown
+        low = high = None
     return DataFile(
         path=urllib.parse.unquote(add["path"]),
         topic=str(add["partitionValues"]["topic"]),
@@ -97,8 +129,13 @@ def _data_file(add: Mapping[str, Any]) -> DataFile:
         first_offset=int(stats["minValues"]["first_offset"]),
         last_record=int(stats["maxValues"]["first_offset"]),
         min_time=None if low is None else datetime.datetime.fromisoformat(low),
-        max_time=None if high is None else datetime.datetime.fromisoformat(high),
+        max_time=None if high is None else end_of_millisecond(datetime.datetime.fromisoformat(high)),
     )
+
+
+def end_of_millisecond(time: datetime.datetime) -> datetime.datetime:
+    """Return the last microsecond of a time's millisecond: Delta writers may cut the statistics of times to that."""
+    return time.replace(microsecond=time.microsecond // 1000 * 1000 + 999)
 
 
 def damaged(root: str) -> list[int]:

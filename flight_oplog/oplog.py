@@ -11,6 +11,7 @@ OutcomeUnknown, which says so.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import logging
 import os
 import threading
@@ -33,6 +34,7 @@ from flight_oplog.store import Snapshot, Store, Topic
 log = logging.getLogger("flight_oplog.oplog")
 
 SPILLS_UNDER_WAY = 2
+FLUSH_BYTES = 1 << 20
 NORMALS_KEPT = 256
 _ANONYMOUS = Origin()
 
@@ -99,7 +101,7 @@ class OpLog:
 
     def _normal(self, schema: pa.Schema) -> tuple[pa.Schema, str]:
         """Return the normal form of a schema and its schema_id. Producers send the same few over and over."""
-        key = schema.serialize().to_pybytes()
+        key = hashlib.sha256(schema.serialize()).digest()
         found = self._normals.get(key)
         if found is None:
             normal = normal_schema(schema, self.config.columns_max)
@@ -185,12 +187,19 @@ class AppendWriter:
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Take one batch. Raises RequestError or TooLarge for a batch that cannot be stored; abandon the append then."""
+        self._check_owned()
         try:
             # Before anything else looks at the batch: even its size is read through offsets that a client made up.
             batch.validate(full=True)
         except (pa.ArrowException, UnicodeDecodeError) as error:
             raise RequestError(f"topic {self.topic!r}: a batch is not valid Arrow data ({_line(error)}); nothing was written") from error
-        size = batch.nbytes
+        if batch.num_rows > self._config.batch_entries_max:
+            raise TooLarge(
+                f"topic {self.topic!r}: a batch of {batch.num_rows} entries is over batch_entries_max ({self._config.batch_entries_max}); "
+                "send smaller batches; nothing was written"
+            )
+        # Encoded columns are written out: it is their size as values that counts.
+        size = batch.nbytes if batch.schema == self._schema else sum(map(codec.expanded_nbytes, batch.columns))
         if size > self._config.batch_bytes_max:
             raise TooLarge(
                 f"topic {self.topic!r}: a batch of {size} bytes is over batch_bytes_max ({self._config.batch_bytes_max}); "
@@ -259,6 +268,8 @@ class AppendWriter:
             if before is not None:
                 before.result()
             staged.add(encoded)
+            # Its memory is given back now: only a little may wait for company.
+            staged.flush(FLUSH_BYTES if reserved else 0)
         finally:
             self._oplog._memory.give_back(reserved)
 
@@ -266,6 +277,10 @@ class AppendWriter:
         """Wait until nothing is being written; raise what went wrong with it."""
         while self._spilling:
             self._spilling.popleft().result()
+
+    def _check_owned(self) -> None:
+        if not self._owned:
+            raise ValueError("the append was submitted or abandoned already")
 
     def _release(self) -> None:
         self._oplog._memory.give_back(self._reserved)
@@ -277,6 +292,7 @@ class AppendWriter:
 
     def submit(self) -> Future[Receipt]:
         """Hand the append to the committer and return its receipt to come. Appends are committed in this order."""
+        self._check_owned()
         if self._staged is not None and self._waiting:
             self._spill()
         self._settle()

@@ -276,8 +276,11 @@ class Server(fl.FlightServerBase):
         """Take the whole stream as one append."""
         append = self._oplog.writer(topic, schema, origin)
         try:
-            committed = headers.get(COMMIT_HEADER) != "explicit"
+            is_explicit = headers.get(COMMIT_HEADER) == "explicit"
+            committed = not is_explicit
             for batch, words in messages:
+                if is_explicit and committed:
+                    raise RequestError(f"topic {topic!r}: a message came after the commit; nothing was written")
                 if "sequence" in words:
                     raise RequestError(f"topic {topic!r}: a batch has a sequence where the first had none; nothing was written")
                 if batch is not None:

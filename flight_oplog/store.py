@@ -130,8 +130,7 @@ class Store:
 
     def _start_from(self, table: DeltaTable) -> None:
         """Take over what a table read by delta-rs holds; from there on, each entry of its log is followed here."""
-        self._table = table
-        self._numbers: dict[str, int | None] = {}
+        self._numbers = deltalog.numbers(self.root, table.version())
         self._protocol = table.protocol()
         self._remember(self._load(table))
 
@@ -247,12 +246,15 @@ class Store:
             log.warning("table version %d: %s", table_version, error)
             raise NotFound(f"table_version {table_version} can no longer be read; query a newer one") from error
 
-    def number(self, name: str) -> int | None:
-        """Return the newest number of an application id, as `txn` actions carry it, or None."""
+    def numbers(self, base: Snapshot, *names: str) -> list[int | None]:
+        """Return the numbers of application ids, as `txn` actions carry them, as of the newest snapshot `base`.
+
+        Raises Conflict when `base` is no longer the newest.
+        """
         with self._lock:
-            if name not in self._numbers:
-                self._numbers[name] = self._table.transaction_version(name)
-            return self._numbers[name]
+            if self._current is not base:
+                raise Conflict("the table has moved on; nothing was written")
+            return [self._numbers.get(name) for name in names]
 
     def _remember(self, snapshot: Snapshot) -> None:
         self._current = snapshot
@@ -283,8 +285,7 @@ class Store:
                 records=add["num_records"],
                 first_offset=add["min.first_offset"],
                 last_record=add["max.first_offset"],
-                min_time=add.get("min.min_time"),
-                max_time=add.get("max.max_time"),
+                **_times_of(add),
             )
             for add in (adds.to_pylist() if adds.num_rows else ())
         ]
@@ -377,11 +378,13 @@ class Store:
                 for file in staged:
                     self._metas[file.done.path] = file.metas()
                 self._follow(base, Changes([file.done for file in staged], numbers=numbers))
+                if table_version % CHECKPOINT_INTERVAL == 0 and (self._checkpointing is None or not self._checkpointing.is_alive()):
+                    self._checkpointing = None
+                    thread = threading.Thread(target=self._checkpoint, name="checkpoint")
+                    thread.start()
+                    self._checkpointing = thread
             except Exception:  # it is committed and durable, whatever happens now; the next snapshot() reads it again
-                log.exception("following table version %d", table_version)
-            if table_version % CHECKPOINT_INTERVAL == 0 and (self._checkpointing is None or not self._checkpointing.is_alive()):
-                self._checkpointing = threading.Thread(target=self._checkpoint, name="checkpoint")
-                self._checkpointing.start()
+                log.exception("after table version %d", table_version)
             return table_version
 
     def _checkpoint(self) -> None:
@@ -416,7 +419,7 @@ class Store:
                 path = os.path.relpath(os.path.join(folder, name), self.root)
                 if name.endswith(".parquet") and not path.startswith("_delta_log") and path not in live:
                     found.append(path)
-        return sorted(found)
+        return sorted(set(found) - deltalog.removed(self.root)) if found else []
 
     def remove_orphans(self, seconds: float) -> list[str]:
         """Remove orphans that nobody has written to for so long; return their paths."""
@@ -432,6 +435,14 @@ class Store:
             except OSError as error:
                 raise storage_error("removing orphans", error) from error
         return removed
+
+
+def _times_of(add: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the bounds of a file's event times, where they are known for all of it."""
+    low, high = add.get("min.min_time"), add.get("max.max_time")
+    if low is None or high is None or add.get("null_count.min_time") or add.get("null_count.max_time"):
+        return {}
+    return {"min_time": low, "max_time": deltalog.end_of_millisecond(high)}
 
 
 def topic_of(path: str) -> str:

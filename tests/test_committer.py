@@ -1,8 +1,11 @@
 """Producers, in process: next, duplicate, gap, epoch, expected offset; across restarts, compaction and other servers."""
 
 import datetime
+import errno
 import threading
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -11,9 +14,12 @@ from deltalake import DeltaTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flight_oplog import Config, OpLog, Origin, Receipt, committer
+from flight_oplog import Config, OpLog, Origin, Receipt, committer, deltalog, store
+from flight_oplog.datafile import Record
 from flight_oplog.engine import Engine
-from flight_oplog.errors import OutOfOrder, RequestError, SchemaMismatch
+from flight_oplog.errors import OutOfOrder, RequestError, SchemaMismatch, TryAgain
+from flight_oplog.files import OutputFile
+from flight_oplog.parquet import Writer
 
 
 def batch(*marks: int) -> pa.RecordBatch:
@@ -215,3 +221,119 @@ def test_the_record_says_who_wrote_which_run(log: OpLog) -> None:
         (2, "p", 2, 2),
     ]
     assert all(owner["timestamp"] <= datetime.datetime.now(datetime.UTC) for owner in owners)
+
+
+def waiting_group(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Commit the entry 1, then hold the committer until the event is set: what is submitted meanwhile shares a group."""
+    gate = threading.Event()
+    real = log._committer._commit_group
+
+    def held(appends: list[committer.Append]) -> None:
+        real(appends)
+        gate.wait(20)
+
+    monkeypatch.setattr(log._committer, "_commit_group", held)
+    log.append("t", batch(1))
+    return gate
+
+
+def submit(log: OpLog, *marks: int, origin: Origin = Origin(), rows: int = 0) -> Future[Receipt]:  # noqa: B008
+    writer = log.writer("t", batch().schema, origin)
+    for start in range(0, max(1, rows), 100):
+        writer.write(batch(*(marks or range(start, start + 100))))
+    return writer.submit()
+
+
+def test_a_disk_that_refuses_between_two_appends_of_a_group_loses_nothing_acknowledged(
+    folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long append makes the small ones before it be written first; when that fails, all of them are told."""
+    with OpLog.open(str(folder), Config(record_bytes_max=800)) as log:
+        gate = waiting_group(log, monkeypatch)
+        futures = [submit(log, 2), submit(log, rows=500), submit(log, 3)]
+        real, left = OutputFile.write, [1]
+
+        def failing(self: OutputFile, data: Any) -> int:
+            if left:
+                left.pop()
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return real(self, data)
+
+        monkeypatch.setattr(OutputFile, "write", failing)
+        gate.set()
+        for future in futures:
+            with pytest.raises(TryAgain, match="the disk is full; nothing was written"):
+                future.result(20)
+        assert rows(engine, log.snapshot(), "SELECT mark FROM t") == [{"mark": 1}]
+        assert log.append("t", batch(2)).first_offset == 1
+        assert log.verify() == []
+
+
+def test_a_file_that_could_not_be_written_whole_is_never_finished(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpLog.open(str(folder)) as log:
+        log.append("t", batch(1))
+        staged = log._store.stage("t")
+        record = next(log.snapshot().records("t"))
+        whole = Record(1, record.schema_id, record.appends, {}, None, None, record.digest, log._store.content(record))
+        staged.add(whole)
+        staged.flush()
+        staged.add(whole)
+        monkeypatch.setattr(Writer, "row_group", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "")))
+        with pytest.raises(TryAgain):
+            staged.flush()
+        monkeypatch.undo()
+        with pytest.raises(TryAgain, match="could not be written whole; nothing was written"):
+            staged.finish(5)
+        staged.abandon()
+
+
+def test_nobody_is_refused_for_a_neighbour_that_was_not_committed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpLog.open(str(folder)) as log:
+        gate = waiting_group(log, monkeypatch)
+        futures = [
+            submit(log, 2, origin=Origin("p", 1, 0)),
+            submit(log, 3, origin=Origin("p", 0, 0)),
+            submit(log, 4, origin=Origin(expected_offset=1)),
+        ]
+        monkeypatch.setattr(deltalog, "write", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "")))
+        gate.set()
+        for future in futures:
+            with pytest.raises(TryAgain, match="the disk is full"):
+                future.result(20)
+        monkeypatch.undo()
+        assert log.append("t", batch(4), Origin(expected_offset=1)).first_offset == 1
+
+
+def test_whatever_happens_after_a_commit_its_files_stay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpLog.open(str(folder)) as log:
+        monkeypatch.setattr(store, "CHECKPOINT_INTERVAL", 1)
+        monkeypatch.setattr(threading.Thread, "start", lambda self: (_ for _ in ()).throw(RuntimeError("can't start new thread")))
+        assert log.append("t", batch(1)).first_offset == 0
+        monkeypatch.undo()
+        future = submit(log, 2)
+        assert not future.cancel(), "whoever waits may go away, the append may not"
+        assert future.result(20).first_offset == 1
+        assert log.verify() == []
+
+
+def test_a_writer_is_used_once(log: OpLog) -> None:
+    writer = log.writer("t", batch().schema)
+    writer.write(batch(1))
+    assert writer.commit().first_offset == 0
+    for again in (writer.submit, writer.commit, lambda: writer.write(batch(2))):
+        with pytest.raises(ValueError, match="submitted or abandoned already"):
+            again()
+    assert log.snapshot().topic("t").next_offset == 1
+
+
+def test_a_refused_append_registers_no_schema(folder: Path) -> None:
+    """A long append wrote its bounds by a column that is not the topic's event time after all."""
+    with OpLog.open(str(folder), Config(record_bytes_max=100)) as log:
+        other = pa.record_batch({"tb": pa.array([1, 2, 3] * 10, pa.timestamp("us"))})
+        writer = log.writer("t", other.schema)
+        for _ in range(5):
+            writer.write(other)
+        log.append("t", pa.record_batch({"ta": pa.array([1], pa.timestamp("us"))}))
+        with pytest.raises(TryAgain, match="its event-time column was settled meanwhile"):
+            writer.commit()
+        assert log.snapshot().topic("t").schema.names == ["ta"]

@@ -47,7 +47,7 @@ def test_the_readme_programs_run(tmp_path: Path, start: Callable[..., ServerProc
     server = start(folder=tmp_path / "my-log")
     monkeypatch.chdir(tmp_path)
     programs = blocks("python")
-    assert len(programs) == 5
+    assert len(programs) == 6
     for program in programs:
         exec(compile(program.replace(DEFAULT, server.uri), "README.md", "exec"), {})
 
@@ -69,7 +69,7 @@ def test_every_command_and_target_named_exists() -> None:
     assert set(re.findall(r"make ([a-z]+)", README)) <= targets
     done = subprocess.run([sys.executable, "-m", "flight_oplog", "--help"], capture_output=True, text=True, check=True)
     commands = re.findall(r"^    ([a-z]+) ", done.stdout, re.MULTILINE)
-    assert commands == ["serve", "sql", "ingest", "topics", "verify", "config"]
+    assert commands == ["serve", "sql", "ingest", "tail", "topics", "verify", "config"]
     assert re.findall(r"^\| `flight-oplog ([a-z]+)", README, re.MULTILINE) == commands
 
 

@@ -252,3 +252,30 @@ def test_verify_finds_a_gap(tmp_path: Path) -> None:
         assert [problem.what for problem in log.verify() if problem.severity == "error"] == [
             "expected offset 1: runs overlap or leave a gap",
         ]
+
+
+def test_a_few_bytes_that_stand_for_many_count_as_many(folder: Path) -> None:
+    """Dictionaries, run ends and views are written out as values: their limits are those of the values."""
+    million = "x" * 1_000_000
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([100], pa.int32()), pa.array([million]))
+    words = pa.array([million], pa.string_view()).buffers()
+    view = pa.Array.from_buffers(pa.string_view(), 100, [None, pa.py_buffer(words[1].to_pybytes()[:16] * 100), words[2]])
+    lists = pa.ListViewArray.from_arrays(pa.array([0] * 100, pa.int32()), pa.array([1000] * 100, pa.int32()), pa.array(range(1000)))
+    hostile = {
+        "run ends": runs,
+        "dictionary": pa.DictionaryArray.from_arrays(pa.array([0] * 100, pa.int8()), pa.array([million])),
+        "view": view,
+        "list view": lists,
+        "inside a struct": pa.StructArray.from_arrays([view], ["inner"]),
+        "inside a list": pa.ListArray.from_arrays(pa.array([0, 100], pa.int32()), view),
+    }
+    with OpLog.open(str(folder), Config(batch_bytes_max=799_999)) as log:
+        for name, array in hostile.items():
+            assert array.nbytes < 2_500_000, name
+            with pytest.raises(TooLarge, match="is over batch_bytes_max"):
+                log.append("t", pa.record_batch({"a": array}))
+    with OpLog.open(str(folder), Config(batch_entries_max=10)) as log:
+        log.append("t", pa.record_batch({"a": pa.nulls(10)}))
+        with pytest.raises(TooLarge) as caught:
+            log.append("t", pa.record_batch({"a": pa.nulls(11)}))
+    assert str(caught.value) == "topic 't': a batch of 11 entries is over batch_entries_max (10); send smaller batches; nothing was written"

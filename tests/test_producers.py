@@ -175,8 +175,8 @@ def test_one_stream_as_one_append_takes_its_number_from_the_headers(client: flig
 )
 def test_headers_that_say_nothing_are_refused(client: flight.FlightClient, headers: dict[str, str], expected: str) -> None:
     stream = Stream(client, **headers)
-    stream.writer.write_batch(batch(1))
     with refused(pa.ArrowInvalid, expected):
+        stream.writer.write_batch(batch(1))
         stream.writer.close()
 
 
