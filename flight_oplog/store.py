@@ -44,6 +44,7 @@ log = logging.getLogger("flight_oplog.store")
 SNAPSHOTS_KEPT = 64
 CHECKPOINT_INTERVAL = 100
 RELOAD_SECONDS = 3600
+OPENS_MAX = 20
 # The Delta protocol of the tables made here, for readers and for writers.
 PROTOCOL = (1, 2)
 FORMAT_KEY = "oplog.formatVersion"
@@ -150,7 +151,7 @@ class Store:
                 if not create:
                     raise NotALog(f"{root}: there is no log here")
                 cls._create(root)
-            table = DeltaTable(root)
+            table = _opened(root)
         except TableNotFoundError:
             raise NotALog(f"{root}: cannot be opened as a Delta table") from None
         except (OSError, DeltaError) as error:
@@ -223,7 +224,7 @@ class Store:
         """Read the table afresh: after a long pause, the entries that would have to be followed may be gone."""
         with self._lock:
             try:
-                table = DeltaTable(self.root)
+                table = _opened(self.root)
             except (OSError, DeltaError) as error:
                 raise storage_error("reading the table", error) from error
             if table.version() > self._current.table_version:
@@ -390,7 +391,7 @@ class Store:
     def _checkpoint(self) -> None:
         """Sum up the Delta log in a checkpoint, so that opening the table stays cheap; drop entries past their retention."""
         try:
-            table = DeltaTable(self.root)
+            table = _opened(self.root)
             table.create_checkpoint()
             # Entries may only go when what replaces them is on the disk for good.
             for name in os.listdir(deltalog.folder(self.root)):
@@ -435,6 +436,17 @@ class Store:
             except OSError as error:
                 raise storage_error("removing orphans", error) from error
         return removed
+
+
+def _opened(root: str) -> DeltaTable:
+    """Open the table with delta-rs, which lists the log's folder and gives up when entries came while it did."""
+    for _ in range(OPENS_MAX):
+        try:
+            return DeltaTable(root)
+        except DeltaError as error:
+            if "contiguous" not in str(error):
+                raise
+    return DeltaTable(root)
 
 
 def _times_of(add: Mapping[str, Any]) -> dict[str, Any]:
