@@ -74,12 +74,10 @@ def _struct(*fields: tuple[int, int, bytes]) -> bytes:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A column that holds values: its path, its type, and how many levels above it repeat or may be null."""
+    """A column that holds values: its path and its type."""
 
     path: tuple[str, ...]
     kind: int
-    repetition_max: int
-    definition_max: int
 
 
 @dataclass(frozen=True)
@@ -95,27 +93,26 @@ def shape_of(schema: pa.Schema) -> Shape:
     leaves: list[Leaf] = []
     elements = [_element("schema", None, None, children=len(schema))]
     for column in schema:
-        _add_field(column, (), 0, 0, leaves, elements)
+        _add_field(column, (), leaves, elements)
     return Shape(tuple(leaves), tuple(elements))
 
 
-def _add_field(column: pa.Field, above: tuple[str, ...], repeated: int, defined: int, leaves: list[Leaf], elements: list[bytes]) -> None:
+def _add_field(column: pa.Field, above: tuple[str, ...], leaves: list[Leaf], elements: list[bytes]) -> None:
     path = (*above, column.name)
     repetition = _OPTIONAL if column.nullable else _REQUIRED
-    defined += column.nullable
     kind = column.type
     if pa.types.is_list(kind):
         elements.append(_element(column.name, None, repetition, 3, _struct((3, _STRUCT, b"\0")), children=1))
         elements.append(_element("list", None, _REPEATED, children=1))
-        _add_field(kind.value_field, (*path, "list"), repeated + 1, defined + 1, leaves, elements)
+        _add_field(kind.value_field, (*path, "list"), leaves, elements)
     elif pa.types.is_struct(kind):
         elements.append(_element(column.name, None, repetition, children=kind.num_fields))
         for child in kind:
-            _add_field(child, path, repeated, defined, leaves, elements)
+            _add_field(child, path, leaves, elements)
     else:
         physical, converted, logical = _LEAF_TYPES[kind]
         elements.append(_element(column.name, physical, repetition, converted, logical))
-        leaves.append(Leaf(path, physical, repeated, defined))
+        leaves.append(Leaf(path, physical))
 
 
 # Arrow type → physical type, ConvertedType, LogicalType: STRING is 1; TIMESTAMP is 8, in UTC, in MICROS, which is 2.
