@@ -135,6 +135,10 @@ class Append:
         if self.staged is not None:
             self.staged.abandon()
 
+    def keep(self) -> None:
+        if self.staged is not None:
+            self.staged.close()
+
     def refuse(self, error: BaseException) -> None:
         self.drop()
         self.receipt.set_exception(error)
@@ -209,7 +213,9 @@ class Committer:
                 error = TryAgain("the commit failed, see the server's log; nothing was written; try again")
             for append in appends:
                 if not append.receipt.done():
-                    if not isinstance(error, OutcomeUnknown):
+                    if isinstance(error, OutcomeUnknown):
+                        append.keep()
+                    else:
                         append.drop()
                     append.receipt.set_exception(error)
 
@@ -231,12 +237,15 @@ class Committer:
             version = group.base.table_version
             if staged or group.numbers:
                 version = self._store.commit(group.base, staged, group.numbers)
+            elif refused and self._store.refresh() is not group.base:
+                raise Conflict("another server has committed meanwhile")  # which may be just what was missing
         except BaseException as error:
             if not isinstance(error, OutcomeUnknown):
                 group.abandon()
             raise
         # From here on everything is durable: nothing may fail, and no file may go.
         for append, first_offset in group.placed:
+            append.keep()
             receipt = Receipt(append.topic, first_offset, append.entries, version, append.origin.sequence)
             if append.key is not None:
                 self._producers.remember(append.key, receipt)
@@ -440,8 +449,9 @@ class _Group:
             self._flush(topic)
         if self._new_schemas:
             self._register()
-        for staged, first_offset in self._files:
-            staged.finish(first_offset)
+        self._store.finish(self._files)
+        for staged in self._ours:
+            staged.close()  # unlike an append's own file, it is never numbered again
         return [staged for staged, _ in self._files]
 
     def _register(self) -> None:

@@ -28,7 +28,7 @@ def setting(default: Any, help: str, *, least: int | None = None, choices: tuple
 class Config:
     """Every setting, its default and what it means. Immutable; a change is `dataclasses.replace`."""
 
-    data: str = setting("oplog-data", "folder that holds the log; created when it does not exist")
+    data: str = setting("oplog-data", "folder or s3://bucket/prefix that holds the log; created when it does not exist")
     listen: str = setting("grpc://127.0.0.1:8815", "address to serve on; port 0 picks a free one")
     insecure: bool = setting(False, "serve beyond loopback although there is no authentication")
     compression: str = setting(
@@ -54,6 +54,7 @@ class Config:
     keep_alive_seconds: int = setting(20, "a follower with nothing to send says so this often", least=1)
     message_bytes_max: int = setting(3 * MIB, "one result batch on the wire; clients refuse more than 4 MiB", least=1)
     cache_bytes_max: int = setting(128 * MIB, "decoded columns kept in memory", least=0)
+    refresh_ms: int = setting(500, "what another server committed to an object store is seen this much later at most", least=0)
     drain_seconds_max: int = setting(30, "calls under way may finish this long after SIGTERM", least=0)
 
     def __post_init__(self) -> None:

@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 
 from flight_oplog import codec, parquet
 from flight_oplog.errors import CorruptLog, TooLarge, TryAgain
-from flight_oplog.files import OutputFile, fsync_file, fsync_folder, reason, storage_error
+from flight_oplog.files import OutputFile, allocate, reason, storage_error
 from flight_oplog.schema import APPENDS, FORMAT_VERSION, RECORD_SCHEMA
+from flight_oplog.storage import ALIGNED_BYTES, Storage
 
 log = logging.getLogger("flight_oplog.datafile")
 
@@ -104,8 +105,8 @@ class DataFile:
 # Reading
 
 
-def read_records(root: str, file: DataFile) -> tuple[RecordMeta, ...]:
-    with _parquet(root, file) as opened:
+def read_records(storage: Storage, file: DataFile) -> tuple[RecordMeta, ...]:
+    with _parquet(storage, file) as opened:
         try:
             rows = opened.read(columns=_META_COLUMNS).to_pylist()
             spans = [span for g in range(opened.num_row_groups) for span in _spans(opened.metadata.row_group(g), g)]
@@ -151,10 +152,10 @@ def _metas_of(
     )
 
 
-def read_content(root: str, record: RecordMeta) -> pa.Buffer:
+def read_content(storage: Storage, record: RecordMeta) -> pa.Buffer:
     if record.span is not None:
-        return _read_span(root, record, *record.span)
-    with _parquet(root, record.file) as opened:
+        return _read_span(storage, record, *record.span)
+    with _parquet(storage, record.file) as opened:
         try:
             column = opened.read_row_group(record.row_group, columns=["content"]).column(0)
             first = sum(opened.metadata.row_group(g).num_rows for g in range(record.row_group))
@@ -166,28 +167,33 @@ def read_content(root: str, record: RecordMeta) -> pa.Buffer:
         return scalar.as_buffer()
 
 
-def _read_span(root: str, record: RecordMeta, start: int, end: int) -> pa.Buffer:
+def _read_span(storage: Storage, record: RecordMeta, start: int, end: int) -> pa.Buffer:
     """Read the only value of an uncompressed content chunk straight from the file, into aligned memory.
 
     The chunk is a Thrift page header (20 to 40 bytes), a 4-byte length and the bytes up to `end`.
     """
     try:
-        with pa.OSFile(os.path.join(root, record.file.path), "rb") as source:
-            head = source.read_at(min(64, end - start), start)
-            for place in range(8, len(head) - 3):
-                size = int.from_bytes(head[place : place + 4], "little")
-                if start + place + 4 + size == end:
-                    source.seek(end - size)
-                    return source.read_buffer(size)
+        chunk = storage.read(record.file.path, start, end)
     except OSError as error:
         raise CorruptLog(f"{record.where}: the file cannot be read ({reason(error)}); restore it") from error
+    head = chunk.slice(0, min(64, chunk.size)).to_pybytes()
+    for place in range(8, len(head) - 3):
+        size = int.from_bytes(head[place : place + 4], "little")
+        if place + 4 + size == chunk.size == end - start:
+            content = chunk.slice(place + 4)
+            return content if content.address % ALIGNED_BYTES == 0 else _aligned(content)
     raise CorruptLog(f"{record.where}: content has no length; restore the file")
 
 
-def _parquet(root: str, file: DataFile) -> pq.ParquetFile:
-    path = os.path.join(root, file.path)
+def _aligned(content: pa.Buffer) -> pa.Buffer:
+    memory = allocate(content.size)
+    memoryview(memory)[:] = content
+    return memory
+
+
+def _parquet(storage: Storage, file: DataFile) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        return pq.ParquetFile(storage.open(file.path, file.size), page_checksum_verification=True)
     except FileNotFoundError:
         raise CorruptLog(f"{_name(file)} is missing; restore it") from None
     except (pa.ArrowException, OSError) as error:
@@ -278,13 +284,12 @@ def _microseconds(time: datetime.datetime) -> int:
 class StagedFile:
     """A data file being written: `add` records, then `finish` it for a commit or `abandon` it. For one thread."""
 
-    def __init__(self, root: str, topic: str) -> None:
+    def __init__(self, storage: Storage, topic: str) -> None:
         self.topic = topic
         self.entries = 0
         self.bounds: list[codec.Bounds] = []
-        self._root = root
+        self._storage = storage
         self._path = f"topic={topic}/{uuid.uuid4()}.parquet"
-        self._full_path = os.path.join(root, self._path)
         self._pending: list[Record] = []
         self._pending_bytes = 0
         self._writer: parquet.Writer | None = None
@@ -295,7 +300,7 @@ class StagedFile:
         self._lows: list[datetime.datetime] = []
         self._highs: list[datetime.datetime] = []
         self._time_known = True
-        self._is_broken = False
+        self._is_broken = self._is_published = False
         self._first_offset = 0
         self._done: DataFile | None = None
 
@@ -350,15 +355,13 @@ class StagedFile:
             self._metas.append(row | {"first_offset": offset, "row_group": group, "span": span if len(records) == 1 else None})
 
     def _create(self) -> parquet.Writer:
-        folder = os.path.dirname(self._full_path)
-        if not os.path.isdir(folder):
-            os.makedirs(folder, exist_ok=True)
-            fsync_folder(self._root)
-        self._file = OutputFile(self._full_path)
+        self._file = self._storage.stage(self._path)
         return parquet.Writer(self._file, _SHAPE, CREATED_BY)
 
     def finish(self, first_offset: int) -> DataFile:
         """Number the file's entries from `first_offset` and make its bytes durable. May be called again to renumber."""
+        if self._done is not None and first_offset == self._first_offset:
+            return self._done
         try:
             if self._done is None:
                 self.flush()
@@ -366,16 +369,17 @@ class StagedFile:
                     raise TryAgain("a data file could not be written whole; nothing was written; try again")
                 assert self._writer is not None, "a data file holds at least one record"
                 self._writer.close()
+            assert self._file is not None
             if first_offset != self._first_offset:
-                self._renumber(first_offset)
-            fsync_file(self._full_path)
-            fsync_folder(os.path.dirname(self._full_path))
+                self._renumber(self._file, first_offset)
+            self._is_published = True  # perhaps
+            self._storage.publish(self._path, self._file)
         except OSError as error:
             raise storage_error("writing a data file", error) from error
         self._done = DataFile(
             path=self._path,
             topic=self.topic,
-            size=os.path.getsize(self._full_path),
+            size=self._file.tell(),
             records=len(self._runs),
             first_offset=first_offset,
             last_record=first_offset + self._runs[-1][0],
@@ -384,12 +388,10 @@ class StagedFile:
         )
         return self._done
 
-    def _renumber(self, first_offset: int) -> None:
+    def _renumber(self, file: OutputFile, first_offset: int) -> None:
         ends = [first for _, first in self._offset_places[1:]] + [len(self._runs)]
-        with open(self._full_path, "r+b") as file:
-            for (place, first), end in zip(self._offset_places, ends, strict=True):
-                file.seek(place)
-                file.write(parquet.int64s(first_offset + offset for offset, _ in self._runs[first:end]))
+        for (place, first), end in zip(self._offset_places, ends, strict=True):
+            file.patch(place, parquet.int64s(first_offset + offset for offset, _ in self._runs[first:end]))
         self._first_offset = first_offset
 
     def metas(self) -> tuple[RecordMeta, ...]:
@@ -412,16 +414,23 @@ class StagedFile:
             nulls |= {"min_time": 0, "max_time": 0}
         return json.dumps({"numRecords": len(self._runs), "minValues": low, "maxValues": high, "nullCount": nulls})
 
+    def close(self) -> None:
+        """Let go of the file when its outcome is decided; it stays where it was published."""
+        if self._file is not None:
+            self._file.close()
+
     def abandon(self) -> None:
         """Remove the file. Never raises: what cannot be removed stays an orphan that `verify` lists."""
-        if self._file is not None:
-            self._file.discard()
-        try:
-            os.unlink(self._full_path)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            log.warning("removing an abandoned file: %s", error)
+        if self._file is None:
+            return
+        self.close()
+        if self._storage.is_local or self._is_published:
+            try:
+                self._storage.delete(self._path)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                log.warning("removing an abandoned file: %s", error)
 
 
 def _stat_time(time: datetime.datetime) -> str:

@@ -1,4 +1,4 @@
-"""Bytes on their way to disk: large files past the page cache, fsync, and what the operating system says when it refuses."""
+"""Bytes on their way to disk: large files past the page cache, and what the operating system says when it refuses."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _give_back(block: mmap.mmap) -> None:
 
 
 class OutputFile:
-    """A new file, written from its beginning; for one thread. Its bytes are durable after `close` and `fsync_file`.
+    """A new file, written from its beginning; for one thread. Its bytes are durable after `settle` and `sync`.
 
     Large pieces go to the disk directly (O_DIRECT) where the file system can: a log is written once and decoded into a
     cache of its own, and through the page cache each page is found, zeroed and copied first. On a virtual machine whose
@@ -58,9 +58,12 @@ class OutputFile:
     begins at a block of the disk is not copied at all.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, nameless: bool = False) -> None:
+        """Make a file; a nameless one is gone when it is closed, or when the process dies."""
         self.closed = False
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        if nameless:
+            os.unlink(path)
         self._staging = memoryview(mmap.mmap(-1, STAGING_BYTES))  # page-aligned, as direct writing wants
         self._staged = self._written = 0
         self._is_direct = False
@@ -109,35 +112,31 @@ class OutputFile:
     def tell(self) -> int:
         return self._written + self._staged
 
-    def close(self) -> None:
-        if self.closed:
-            return
+    def settle(self) -> None:
+        """Write out what is still in memory; the file takes nothing more."""
         self.closed = True
-        try:
-            self._go_direct(False)
-            self._drain()
-        finally:
+        self._go_direct(False)
+        self._drain()
+        self._staging = memoryview(b"")
+
+    def patch(self, place: int, data: bytes) -> None:
+        """Write over a part of the settled file."""
+        if os.pwrite(self._handle, data, place) != len(data):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def sync(self) -> None:
+        os.fsync(self._handle)
+
+    def read(self, place: int, size: int) -> bytes:
+        """Return a part of the settled file, less at its end."""
+        return os.pread(self._handle, size, place)
+
+    def close(self) -> None:
+        """Give the file up, without writing what is still in memory. May be called again."""
+        self.closed = True
+        if self._handle >= 0:
             os.close(self._handle)
-
-    def discard(self) -> None:
-        """Close the file without writing what is staged."""
-        if not self.closed:
-            self.closed = True
-            os.close(self._handle)
-
-
-def fsync_file(path: str) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
-def fsync_folder(path: str) -> None:
-    """Make the names in a folder durable: a new file's bytes are lost with its name."""
-    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            self._handle = -1
 
 
 _REASONS = {
@@ -149,6 +148,7 @@ _REASONS = {
     errno.EPERM: "permission denied",
     errno.EIO: "input/output error",
     errno.EMFILE: "too many open files",
+    errno.EHOSTUNREACH: "the object store does not answer",
 }
 
 

@@ -64,11 +64,12 @@ class OpLog:
 
     @classmethod
     def open(cls, uri: str, config: Config | None = None) -> OpLog:
-        """Open the log in a folder (a path or file:// URI), creating it when the folder is missing or empty.
+        """Open the log in a folder (a path or file:// URI) or on an object store (s3://bucket/prefix), creating it when nothing is there.
 
-        Raises NotALog when the folder holds something else or a newer format_version.
+        Raises NotALog when something else is there or a newer format_version.
         """
-        return cls(Store.open(uri), config or Config(data=uri))
+        config = config or Config(data=uri)
+        return cls(Store.open(uri, refresh_seconds=config.refresh_ms / 1000), config)
 
     def append(self, topic: str, entries: Appendable, origin: Origin = _ANONYMOUS) -> Receipt:
         """Append all of `entries` as one append and return its receipt: durable, whole, visible to the next snapshot.
@@ -115,6 +116,10 @@ class OpLog:
         """Return the log as of the newest commit, this process's or another's."""
         return self._store.snapshot()
 
+    def at_least(self, table_version: int) -> Snapshot:
+        """Return a snapshot that shows what was acknowledged with this table_version, by whichever server."""
+        return self._store.at_least(table_version)
+
     def wait_for(self, condition: Callable[[Snapshot], bool], seconds: float) -> Snapshot:
         """Wait until the newest snapshot that this process knows meets a condition, at most so long; return it."""
         return self._store.wait_for(condition, seconds)
@@ -135,8 +140,8 @@ class OpLog:
             problems.append(Problem("error", f"table_version {version}", "its commit file is damaged; restore it"))
         # A file that is staged right now looks like an orphan; it is a note, not damage, either way.
         problems += [
-            Problem("note", path, "no commit names this data file: left by a crash, or being written right now")
-            for path in self._store.orphans()
+            Problem("note", file.path, "no commit names this data file: left by a crash, or being written right now")
+            for file in self._store.orphans()
         ]
         return problems
 
@@ -296,6 +301,10 @@ class AppendWriter:
         if self._staged is not None and self._waiting:
             self._spill()
         self._settle()
+        if self._staged is not None:
+            # Most likely these are its offsets: then the committer, on whom everybody waits, has no more to write of it.
+            found = self._oplog._store.latest.topics.get(self.topic)
+            self._staged.finish(found.next_offset if found else 0)
         entries = self._entries + self._waiting_entries
         append = Append(
             self.topic,

@@ -257,7 +257,7 @@ class Writer:
             (6, _BINARY, _binary(self.created_by)),
         )
         self.out.write(footer + len(footer).to_bytes(4, "little") + MAGIC)
-        self.out.close()
+        self.out.settle()
 
 
 def _page_header(size: int, packed: int, count: int, check: int | None) -> bytes:

@@ -46,6 +46,7 @@ COMMIT_HEADER = "oplog-commit"
 PRODUCER_HEADER = "oplog-producer"
 FOLLOW_HEADER = "oplog-follow"
 FROM_HEADER = "oplog-from"
+MIN_VERSION_HEADER = "oplog-min-version"
 WORDS_BYTES_MAX = 1024
 
 
@@ -321,8 +322,15 @@ class Server(fl.FlightServerBase):
 
     # Reading
 
+    def _catch_up(self, context: Any) -> None:
+        """See to it that the call is answered from what the caller knows to be committed, by whichever server."""
+        text = context.get_middleware("call").headers.get(MIN_VERSION_HEADER)
+        if text is not None:
+            self._oplog.at_least(_number_in(MIN_VERSION_HEADER, text))
+
     @_rpc
     def get_flight_info(self, context: Any, descriptor: Any) -> fl.FlightInfo:
+        self._catch_up(context)
         if descriptor.descriptor_type == fl.DescriptorType.PATH:
             return _topic_info(self._oplog.snapshot().topic(_topic_of(descriptor)))
         if descriptor.command[:1] == b"{":
@@ -334,6 +342,7 @@ class Server(fl.FlightServerBase):
 
     @functools.partial(_rpc, classes=_CLASSES | _FROM_GET_SCHEMA)
     def get_schema(self, context: Any, descriptor: Any) -> fl.SchemaResult:
+        self._catch_up(context)
         if descriptor.descriptor_type == fl.DescriptorType.PATH:
             return fl.SchemaResult(self._oplog.snapshot().topic(_topic_of(descriptor)).schema)
         if descriptor.command[:1] == b"{":
@@ -347,6 +356,7 @@ class Server(fl.FlightServerBase):
 
     @_rpc
     def do_get(self, context: Any, ticket: fl.Ticket) -> fl.GeneratorStream:
+        self._catch_up(context)
         stopped = self._stopped(context)
         if ticket.ticket[:1] == b"{":
             request = TopicRead.parse(ticket.ticket)
@@ -361,10 +371,12 @@ class Server(fl.FlightServerBase):
 
     @_rpc
     def list_flights(self, context: Any, criteria: bytes) -> Iterator[fl.FlightInfo]:
+        self._catch_up(context)
         return iter([_topic_info(topic) for topic in self._oplog.topics() if not topic.name.startswith("_")])
 
     @_rpc
     def do_action(self, context: Any, action: fl.Action) -> list[bytes]:
+        self._catch_up(context)
         return self._service.action(action.type, action.body.to_pybytes())
 
     @_rpc
@@ -409,13 +421,17 @@ _ORIGIN_HEADERS = {"oplog-epoch": "epoch", "oplog-sequence": "sequence", "oplog-
 
 def _origin_of(topic: str, headers: dict[str, str]) -> Origin:
     """Return what the call's headers say of where its appends come from."""
-    numbers = {}
-    for header, name in _ORIGIN_HEADERS.items():
-        if header in headers:
-            if not re.fullmatch(r"[0-9]{1,19}", headers[header], re.ASCII):
-                raise RequestError(f"topic {topic!r}: header {header} is not a number: {headers[header][:80]!r}; nothing was written")
-            numbers[name] = int(headers[header])
+    try:
+        numbers = {name: _number_in(header, headers[header]) for header, name in _ORIGIN_HEADERS.items() if header in headers}
+    except RequestError as error:
+        raise RequestError(f"topic {topic!r}: {error}; nothing was written") from None
     return Origin(headers.get(PRODUCER_HEADER), **numbers)
+
+
+def _number_in(header: str, text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,19}", text, re.ASCII):
+        raise RequestError(f"header {header} is not a number: {text[:80]!r}")
+    return int(text)
 
 
 def _received(reader: Any, topic: str) -> Iterator[_Message]:

@@ -1,17 +1,19 @@
-"""The outer layer: one Delta table of records in a local folder. The only importer of deltalake.
+"""The outer layer: one Delta table of records, in a folder or an object store. The only importer of deltalake.
 
 Invariants
-  * A data file is written, fsynced, named in a Delta commit, and the commit file is fsynced; only then does `commit`
-    return. delta-rs itself never calls fsync, so a receipt would not survive a power cut without this.
+  * A data file is durable before a Delta commit names it, and the commit's entry before `commit` returns. delta-rs
+    itself never calls fsync, so a receipt would not survive a power cut without this.
   * The next offset of a topic is the Delta `txn` action `topic/<topic>` of the commit that wrote it. Two processes that
-    race for a version or a topic conflict in Delta itself; the loser gets `Conflict`, refreshes and numbers again.
+    race for a table version conflict; the loser gets `Conflict`, refreshes and numbers again.
+  * In a folder, `snapshot` looks for what others committed every time. An object store is asked every
+    `refresh_seconds` at most: what another server acknowledged is seen that much later, or as soon as
+    somebody asks `at_least` for it.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import os
 import threading
 import time
 from collections import OrderedDict
@@ -26,8 +28,8 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from flight_oplog import codec, deltalog
 from flight_oplog.datafile import DataFile, RecordMeta, StagedFile, read_content, read_records
 from flight_oplog.deltalog import Changes
-from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, Unsupported
-from flight_oplog.files import fsync_file, fsync_folder, storage_error
+from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
+from flight_oplog.files import storage_error
 from flight_oplog.schema import (
     FORMAT_VERSION,
     RECORD_SCHEMA,
@@ -38,6 +40,7 @@ from flight_oplog.schema import (
     plain_field,
     schema_id,
 )
+from flight_oplog.storage import Found, Storage, storage_at
 
 log = logging.getLogger("flight_oplog.store")
 
@@ -45,6 +48,9 @@ SNAPSHOTS_KEPT = 64
 CHECKPOINT_INTERVAL = 100
 RELOAD_SECONDS = 3600
 OPENS_MAX = 20
+# Entries followed one by one, before the table is read afresh instead.
+FOLLOWED_MAX = 200
+REFRESH_SECONDS = 0.5
 # The Delta protocol of the tables made here, for readers and for writers.
 PROTOCOL = (1, 2)
 FORMAT_KEY = "oplog.formatVersion"
@@ -118,8 +124,9 @@ class Snapshot:
 class Store:
     """The Delta table of one log. `commit` is for one thread; everything else is thread-safe."""
 
-    def __init__(self, root: str, table: DeltaTable) -> None:
-        self.root = root
+    def __init__(self, storage: Storage, table: DeltaTable, refresh_seconds: float = REFRESH_SECONDS) -> None:
+        self._storage = storage
+        self._refresh_seconds = 0.0 if storage.is_local else refresh_seconds
         self._lock = threading.RLock()
         self._news = threading.Condition()
         self._metas: dict[str, tuple[RecordMeta, ...]] = {}
@@ -131,47 +138,46 @@ class Store:
 
     def _start_from(self, table: DeltaTable) -> None:
         """Take over what a table read by delta-rs holds; from there on, each entry of its log is followed here."""
-        self._numbers = deltalog.numbers(self.root, table.version())
+        self._numbers = deltalog.numbers(self._storage, table.version())
         self._protocol = table.protocol()
         self._remember(self._load(table))
 
     # Opening
 
     @classmethod
-    def open(cls, root: str, create: bool = True) -> Store:
-        """Open the log in the folder `root`; with `create`, make one there when the folder is missing or empty.
+    def open(cls, uri: str, create: bool = True, refresh_seconds: float = REFRESH_SECONDS) -> Store:
+        """Open the log in a folder or at an object store's URI; with `create`, make one there when nothing is there.
 
-        Raises NotALog when the folder holds something else or a newer format, TryAgain when it cannot be reached.
+        Raises NotALog when something else is there or a newer format, TryAgain when it cannot be reached.
         """
-        root = os.path.abspath(root.removeprefix("file://"))
-        if os.path.exists(root) and not os.path.isdir(root):
-            raise NotALog(f"{root}: is a file, not a folder; choose an empty or a new folder")
+        storage = storage_at(uri)
+        where = storage.uri
         try:
-            if not DeltaTable.is_deltatable(root):
+            if not deltalog.is_there(storage):
                 if not create:
-                    raise NotALog(f"{root}: there is no log here")
-                cls._create(root)
-            table = _opened(root)
+                    raise NotALog(f"{where}: there is no log here")
+                cls._create(storage)
+            table = _opened(where)
         except TableNotFoundError:
-            raise NotALog(f"{root}: cannot be opened as a Delta table") from None
+            raise NotALog(f"{where}: cannot be opened as a Delta table") from None
         except (OSError, DeltaError) as error:
             raise storage_error("opening the log", error) from error
         version = table.metadata().configuration.get(FORMAT_KEY)
         if version is None:
-            raise NotALog(f"{root}: is a Delta table, but not a flight_oplog log; choose another folder")
+            raise NotALog(f"{where}: is a Delta table, but not a flight_oplog log; choose another folder")
         if not version.isdigit() or int(version) > FORMAT_VERSION:
-            raise NotALog(f"{root}: has format_version {version}, this program reads up to {FORMAT_VERSION}; upgrade it")
-        return cls(root, table)
+            raise NotALog(f"{where}: has format_version {version}, this program reads up to {FORMAT_VERSION}; upgrade it")
+        return cls(storage, table, refresh_seconds)
 
     @staticmethod
-    def _create(root: str) -> None:
+    def _create(storage: Storage) -> None:
         # A crash while creating may have left an empty `_delta_log`: such a folder is still new.
-        if os.path.isdir(root) and os.listdir(root) not in ([], ["_delta_log"]):
-            raise NotALog(f"{root}: exists and is not a flight_oplog log; choose an empty or a new folder")
-        os.makedirs(root, exist_ok=True)
+        if not storage.is_new():
+            raise NotALog(f"{storage.uri}: exists and is not a flight_oplog log; choose an empty or a new folder")
+        storage.prepare()
         try:
             DeltaTable.create(
-                root,
+                storage.uri,
                 RECORD_SCHEMA,
                 partition_by=["topic"],
                 name="flight_oplog",
@@ -186,22 +192,36 @@ class Store:
                 raise_if_key_not_exists=False,
             )
         except DeltaError:
-            if not DeltaTable.is_deltatable(root):  # another process may have created it a moment earlier
+            if not deltalog.is_there(storage):  # another process may have created it a moment earlier
                 raise
-        fsync_file(deltalog.entry_path(root, 0))
-        for folder in (deltalog.folder(root), root, os.path.dirname(root)):
-            fsync_folder(folder)
+        storage.sync([deltalog.entry_path(0), deltalog.FOLDER, "", ".."])
 
     # Snapshots
 
     def snapshot(self) -> Snapshot:
-        """Return the newest snapshot: everything committed before this call, by this process or another."""
-        if self._looked < time.monotonic() - RELOAD_SECONDS:
-            self.reload()
-        elif os.path.exists(deltalog.entry_path(self.root, self._current.table_version + 1)):
+        """Return the newest snapshot: everything committed by this process, and by others as this module's top says."""
+        now = time.monotonic()
+        since = now - self._looked
+        if since < self._refresh_seconds:
+            return self._current
+        self._looked = now  # so that of many callers one looks
+        if since > RELOAD_SECONDS:
+            return self.reload()
+        return self.refresh() if self._has_next() else self._current
+
+    def at_least(self, table_version: int) -> Snapshot:
+        """Return the newest snapshot, looking for it at once. Raises TryAgain when that version is not committed yet."""
+        if self._current.table_version < table_version and self._has_next():
             self.refresh()
-        self._looked = time.monotonic()
+        if self._current.table_version < table_version:
+            raise TryAgain(f"table_version {table_version} is not committed, the log is at {self._current.table_version}; try again")
         return self._current
+
+    def _has_next(self) -> bool:
+        try:
+            return self._storage.exists(deltalog.entry_path(self._current.table_version + 1))
+        except OSError as error:
+            raise storage_error("reading the table", error) from error
 
     @property
     def latest(self) -> Snapshot:
@@ -212,8 +232,11 @@ class Store:
         """Follow the entries that came after the newest snapshot. Raises CorruptLog for a damaged one."""
         with self._lock:
             try:
-                while (changes := deltalog.read(self.root, self._current.table_version + 1)) is not None:
-                    if changes.upgrades:
+                for followed in itertools.count():
+                    changes = deltalog.read(self._storage, self._current.table_version + 1)
+                    if changes is None:
+                        break
+                    if changes.upgrades or followed == FOLLOWED_MAX:
                         return self.reload()
                     self._follow(self._current, changes)
             except OSError as error:
@@ -224,7 +247,7 @@ class Store:
         """Read the table afresh: after a long pause, the entries that would have to be followed may be gone."""
         with self._lock:
             try:
-                table = _opened(self.root)
+                table = _opened(self._storage.uri)
             except (OSError, DeltaError) as error:
                 raise storage_error("reading the table", error) from error
             if table.version() > self._current.table_version:
@@ -242,7 +265,7 @@ class Store:
         if self._current.table_version == table_version:
             return self._current
         try:
-            return self._load(DeltaTable(self.root, version=table_version))
+            return self._load(DeltaTable(self._storage.uri, version=table_version))
         except (OSError, DeltaError) as error:
             log.warning("table version %d: %s", table_version, error)
             raise NotFound(f"table_version {table_version} can no longer be read; query a newer one") from error
@@ -337,12 +360,12 @@ class Store:
         """Return the rows of a data file without their content, from memory unless `afresh`."""
         found = None if afresh else self._metas.get(file.path)
         if found is None:
-            found = self._metas[file.path] = read_records(self.root, file)
+            found = self._metas[file.path] = read_records(self._storage, file)
         return found
 
     def content(self, record: RecordMeta) -> pa.Buffer:
         """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
-        content = read_content(self.root, record)
+        content = read_content(self._storage, record)
         if codec.digest(content) != record.digest:
             raise CorruptLog(f"{record.where}: content does not match its digest; restore the file")
         return content
@@ -351,7 +374,12 @@ class Store:
 
     def stage(self, topic: str) -> StagedFile:
         """Begin a data file that nobody sees until `commit` names it."""
-        return StagedFile(self.root, topic)
+        return StagedFile(self._storage, topic)
+
+    def finish(self, files: Sequence[tuple[StagedFile, int]]) -> None:
+        """Make files durable, each numbered from its first offset. Raises TryAgain when the storage refuses."""
+        for _ in self._storage.each(lambda each: each[0].finish(each[1]), files):
+            pass
 
     def commit(self, base: Snapshot, staged: Sequence[StagedFile], numbers: Mapping[str, int]) -> int:
         """Commit finished files as the table version after `base`, atomically and durably; return that version.
@@ -370,11 +398,12 @@ class Store:
                     f"(reader {self._protocol.min_reader_version}, writer {self._protocol.min_writer_version}); nothing was written"
                 )
             try:
-                deltalog.write(self.root, table_version, staged, numbers)
+                deltalog.write(self._storage, table_version, staged, numbers)
             except FileExistsError as error:
                 raise Conflict("another process committed first; nothing was written") from error
             except OSError as error:
                 raise storage_error("the commit", error) from error
+            self._looked = time.monotonic()
             try:
                 for file in staged:
                     self._metas[file.done.path] = file.metas()
@@ -391,15 +420,12 @@ class Store:
     def _checkpoint(self) -> None:
         """Sum up the Delta log in a checkpoint, so that opening the table stays cheap; drop entries past their retention."""
         try:
-            table = _opened(self.root)
+            table = _opened(self._storage.uri)
             table.create_checkpoint()
-            # Entries may only go when what replaces them is on the disk for good.
-            for name in os.listdir(deltalog.folder(self.root)):
-                if name == "_last_checkpoint" or name.startswith(f"{table.version():020}.checkpoint"):
-                    fsync_file(os.path.join(deltalog.folder(self.root), name))
-            fsync_folder(deltalog.folder(self.root))
+            # Entries may only go when what replaces them is durable.
+            self._storage.sync(deltalog.checkpoint_paths(self._storage, table.version()))
             table.cleanup_metadata()
-            deltalog.sweep(self.root)
+            self._storage.sweep()
         except Exception as error:  # a log without this checkpoint is whole; the next one comes soon
             log.warning("the checkpoint failed: %s", error)
 
@@ -409,28 +435,24 @@ class Store:
             self._checkpointing.join()
 
     def damaged_commits(self) -> list[int]:
-        return deltalog.damaged(self.root)
+        return deltalog.damaged(self._storage)
 
-    def orphans(self) -> list[str]:
-        """Return data files in the folder that no snapshot names: what a crash or a failed append left behind."""
-        live = {file.path for topic in self.snapshot().topics.values() for file in topic.files}
-        found = []
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                path = os.path.relpath(os.path.join(folder, name), self.root)
-                if name.endswith(".parquet") and not path.startswith("_delta_log") and path not in live:
-                    found.append(path)
-        return sorted(set(found) - deltalog.removed(self.root)) if found else []
+    def orphans(self) -> list[Found]:
+        """Return data files that no snapshot names: what a crash or a failed append left behind."""
+        files = [file for file in self._storage.walk() if file.path.endswith(".parquet") and not file.path.startswith(deltalog.FOLDER)]
+        live = {file.path for topic in self.refresh().topics.values() for file in topic.files}
+        found = [file for file in files if file.path not in live]
+        gone = deltalog.removed(self._storage) if found else set()
+        return sorted((file for file in found if file.path not in gone), key=lambda file: file.path)
 
     def remove_orphans(self, seconds: float) -> list[str]:
         """Remove orphans that nobody has written to for so long; return their paths."""
         removed = []
-        for path in self.orphans():
-            full_path = os.path.join(self.root, path)
+        for file in self.orphans():
             try:
-                if os.path.getmtime(full_path) <= time.time() - seconds:
-                    os.unlink(full_path)
-                    removed.append(path)
+                if file.modified <= time.time() - seconds:
+                    self._storage.delete(file.path)
+                    removed.append(file.path)
             except FileNotFoundError:  # an append gave it up meanwhile
                 continue
             except OSError as error:
@@ -438,15 +460,15 @@ class Store:
         return removed
 
 
-def _opened(root: str) -> DeltaTable:
+def _opened(uri: str) -> DeltaTable:
     """Open the table with delta-rs, which lists the log's folder and gives up when entries came while it did."""
     for _ in range(OPENS_MAX):
         try:
-            return DeltaTable(root)
+            return DeltaTable(uri)
         except DeltaError as error:
             if "contiguous" not in str(error):
                 raise
-    return DeltaTable(root)
+    return DeltaTable(uri)
 
 
 def _times_of(add: Mapping[str, Any]) -> dict[str, Any]:

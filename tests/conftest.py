@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -76,15 +79,57 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+class ObjectStore:
+    """A real S3 API on loopback, which can be told to misbehave."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+
+    def new_log(self) -> str:
+        """Return the URI of a place where nothing is."""
+        return f"s3://logs/{uuid.uuid4()}"
+
+    def misbehave(self, **order: Any) -> None:
+        """See tests/s3_server.py; without arguments, behave again."""
+        request = urllib.request.Request(f"{self.endpoint}/_faults", json.dumps(order).encode(), method="PUT")
+        with urllib.request.urlopen(request, timeout=10):
+            pass
+
+
+@pytest.fixture(scope="session")
+def s3_process() -> Iterator[ObjectStore]:
+    program = Path(__file__).parent / "s3_server.py"
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        endpoint = process.stdout.readline().strip()
+        os.environ |= {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+        }
+        with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/logs", method="PUT"), timeout=10):
+            pass
+        yield ObjectStore(endpoint)
+        process.kill()
+
+
+@pytest.fixture
+def s3(s3_process: ObjectStore) -> Iterator[ObjectStore]:
+    yield s3_process
+    s3_process.misbehave()
+
+
 class ServerProcess:
     """A real `flight-oplog serve` process on a free port."""
 
-    def __init__(self, folder: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, folder: Path | str, errors: Path, *flags: str, environment: dict[str, str] | None = None) -> None:
         self.folder = folder
         command = [sys.executable, "-m", "flight_oplog", "serve", "--data", str(folder), "--listen", "grpc://127.0.0.1:0", *flags]
-        self.errors = folder.parent / f"{folder.name}.stderr"
-        with self.errors.open("ab") as errors:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | (environment or {}))
+        self.errors = errors
+        with self.errors.open("ab") as stream:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True, env=os.environ | (environment or {}))
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], 60)
         self.uri = self.process.stdout.readline().strip() if ready else ""
@@ -121,8 +166,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., ServerProcess]]:
     """Start servers; every one is stopped, and its log verified, when the test is over."""
     started: list[ServerProcess] = []
 
-    def run(*flags: str, folder: Path | None = None, environment: dict[str, str] | None = None) -> ServerProcess:
-        started.append(ServerProcess(folder or tmp_path / "log", *flags, environment=environment))
+    def run(*flags: str, folder: Path | str | None = None, environment: dict[str, str] | None = None) -> ServerProcess:
+        errors = tmp_path / f"server-{len(started)}.stderr"
+        started.append(ServerProcess(folder or tmp_path / "log", errors, *flags, environment=environment))
         return started[-1]
 
     yield run
@@ -151,8 +197,6 @@ def connection(server: ServerProcess) -> Iterator[adbc.Connection]:
 
 def put(client: flight.FlightClient, topic: str, *batches: pa.RecordBatch, schema: pa.Schema | None = None) -> dict[str, Any]:
     """Append batches as one stream and return the receipt."""
-    import json
-
     options = flight.FlightCallOptions(headers=[(b"oplog-acks", b"true")])
     writer, acks = client.do_put(flight.FlightDescriptor.for_path(topic), schema or batches[0].schema, options)
     with writer:

@@ -17,11 +17,12 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, CommitProperties, Transaction
 
-from flight_oplog import Config, OpLog, Origin, deltalog
+from flight_oplog import Config, OpLog, Origin
 from flight_oplog.engine import Engine
 from flight_oplog.errors import CorruptLog, OutcomeUnknown, TryAgain, Unsupported
 from flight_oplog.oplog import make_record
 from flight_oplog.schema import schema_id
+from flight_oplog.storage import Folder
 
 
 def foreign_append(folder: Path, mark: int) -> int:
@@ -244,6 +245,6 @@ def test_what_a_crash_left_between_writing_and_naming_is_swept(folder: Path) -> 
     for path in (old, new):
         path.write_text("")
     os.utime(old, (0, 0))
-    deltalog.sweep(str(folder))
+    Folder(str(folder)).sweep()
     assert (old.exists(), new.exists()) == (False, True)
     new.unlink()

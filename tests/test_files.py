@@ -28,6 +28,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, folder: str, size: int)
             assert file.write(data[place : place + step]) == len(data[place : place + step])
             place = min(size, place + step)
             assert file.tell() == place
+        file.settle()
         file.close()
         file.close()
         assert path.read_bytes() == data
@@ -45,6 +46,7 @@ def test_large_files_go_past_the_page_cache_where_the_file_system_can(tmp_path: 
     assert not fcntl.fcntl(file._handle, fcntl.F_GETFL) & os.O_DIRECT
     file.write(pa.py_buffer(bytes(2)))
     assert fcntl.fcntl(file._handle, fcntl.F_GETFL) & os.O_DIRECT
+    file.settle()
     file.close()
     assert (tmp_path / "file").stat().st_size == STAGING_BYTES + 1
 
@@ -68,18 +70,18 @@ def test_reasons_name_the_cause_and_no_path() -> None:
 
 def test_a_closed_file_takes_nothing_more(tmp_path: Path) -> None:
     """A handle's number is given to the next file that opens: a late write must never reach it."""
-    closed, discarded = OutputFile(str(tmp_path / "closed")), OutputFile(str(tmp_path / "discarded"))
+    settled, closed = OutputFile(str(tmp_path / "settled")), OutputFile(str(tmp_path / "closed"))
+    settled.settle()
+    closed.write(b"early")
     closed.close()
-    discarded.write(b"early")
-    discarded.discard()
-    discarded.discard()
+    closed.close()
     other = OutputFile(str(tmp_path / "other"))
-    for file in (closed, discarded):
+    for file in (settled, closed):
         with pytest.raises(ValueError, match="the file is closed"):
             file.write(b"late")
-    discarded.close()
+    settled.close()
     other.close()
-    assert [(tmp_path / name).stat().st_size for name in ("closed", "discarded", "other")] == [0, 0, 0]
+    assert [(tmp_path / name).stat().st_size for name in ("settled", "closed", "other")] == [0, 0, 0]
 
 
 def test_memory_is_page_aligned_and_used_again() -> None:
@@ -106,5 +108,6 @@ def test_large_pieces_at_a_block_are_written_as_they_lie(tmp_path: Path, before:
     file.write(bytes(before))
     file.write(piece)
     file.write(b"end")
+    file.settle()
     file.close()
     assert (tmp_path / "file").read_bytes() == bytes(before) + data + b"end"

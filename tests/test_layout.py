@@ -10,6 +10,7 @@ ORDER = [
     "errors",
     "config",
     "files",
+    "storage",
     "schema",
     "codec",
     "parquet",
@@ -33,6 +34,7 @@ ORDER = [
 
 OWNERS = {
     "deltalake": {"store"},
+    "obstore": {"storage"},
     "datafusion": {"engine"},
     "google": {"flightsql.wire"},
     "pyarrow.flight": {"server", "client"},

@@ -17,6 +17,7 @@ from flight_oplog import codec, datafile, parquet
 from flight_oplog.datafile import Record, StagedFile
 from flight_oplog.errors import TooLarge
 from flight_oplog.files import BLOCK_BYTES, LARGE_BYTES
+from flight_oplog.storage import Folder
 
 TIMES = st.none() | st.datetimes(datetime.datetime(1, 1, 2), datetime.datetime(9999, 1, 1)).map(lambda t: t.replace(tzinfo=datetime.UTC))
 TEXTS = st.none() | st.text(st.characters(codec="utf-8"), max_size=300)
@@ -38,10 +39,12 @@ RECORDS = st.builds(
 
 
 def written(folder: Path, records: list[Record], first_offset: int) -> Path:
-    staged = StagedFile(str(folder), "events")
+    staged = StagedFile(Folder(str(folder)), "events")
     for record in records:
         staged.add(record)
-    return folder / staged.finish(first_offset).path
+    path = folder / staged.finish(first_offset).path
+    staged.close()
+    return path
 
 
 def expected(records: list[Record], first_offset: int) -> list[dict[str, Any]]:
@@ -95,7 +98,7 @@ def test_large_content_begins_at_a_block_of_the_disk(tmp_path: Path) -> None:
 def test_content_past_what_a_page_can_count_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert datafile.CONTENT_BYTES_MAX == (1 << 31) - 5, "a page holds 2 GiB - 1, of which 4 are the length"
     monkeypatch.setattr(datafile, "CONTENT_BYTES_MAX", 100)
-    staged = StagedFile(str(tmp_path), "events")
+    staged = StagedFile(Folder(str(tmp_path)), "events")
     staged.add(record(bytes(100)))
     with pytest.raises(TooLarge, match=r"^topic 'events': 2 entries take 101 bytes, a record holds 2 GiB; nothing was written"):
         staged.add(record(bytes(101)))

@@ -72,7 +72,8 @@ def values(array: pa.Array | pa.ChunkedArray) -> list[object]:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    server = ServerProcess(tmp_path_factory.mktemp("types") / "log")
+    folder = tmp_path_factory.mktemp("types")
+    server = ServerProcess(folder / "log", folder / "stderr")
     yield server
     server.stop()
 

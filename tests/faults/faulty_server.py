@@ -15,14 +15,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flight_oplog import cli, committer, datafile, deltalog, files, store
+from flight_oplog import cli, committer, datafile, files, storage, store
 
 # Where the server can be killed: the object and the function that is the point, and whether before or after it.
 POINTS: dict[str, tuple[Any, str, bool]] = {
     "before-files": (datafile.StagedFile, "finish", False),
     "in-a-file": (files.OutputFile, "write", False),
     "after-files": (datafile.StagedFile, "finish", True),
-    "before-the-entry": (deltalog, "_write_durably", False),
+    "before-the-entry": (storage, "_write_durably", False),
     "before-the-name": (os, "link", False),
     "after-the-name": (os, "link", True),
     "before-receipts": (store.Store, "commit", True),
