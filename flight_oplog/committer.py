@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import logging
 import queue
 import re
@@ -162,20 +163,23 @@ class Committer:
         self._store = store
         self._config = config
         self._producers = _Producers(store)
-        self._queue: queue.SimpleQueue[Append | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[list[Append] | None] = queue.SimpleQueue()
         self._gate = threading.Lock()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
         self._thread.start()
 
-    def submit(self, append: Append) -> Future[Receipt]:
-        append.receipt.set_running_or_notify_cancel()  # whoever waits may go away, the append may not
+    def submit(self, appends: list[Append]) -> list[Future[Receipt]]:
+        """Take appends that are to be committed together, all or none; return their receipts to come."""
+        for append in appends:
+            append.receipt.set_running_or_notify_cancel()  # whoever waits may go away, the append may not
         with self._gate:
-            if self._stopped:
-                append.drop()
-                raise TryAgain(CLOSED)
-            self._queue.put(append)
-        return append.receipt
+            if not self._stopped:
+                self._queue.put(appends)
+                return [append.receipt for append in appends]
+        for append in appends:
+            append.refuse(TryAgain(CLOSED))
+        raise TryAgain(CLOSED)
 
     def stop(self) -> None:
         with self._gate:
@@ -187,22 +191,28 @@ class Committer:
     def _run(self) -> None:
         open_ = True
         while open_:
-            group = [self._queue.get()]
+            waiting = [self._queue.get()]
             with contextlib.suppress(queue.Empty):
                 while True:
-                    group.append(self._queue.get_nowait())
-            open_ = None not in group
-            appends = [append for append in group if append is not None]
-            if appends:
-                self._commit_group(appends)
-            del group, appends  # an idle log holds on to nothing
+                    waiting.append(self._queue.get_nowait())
+            open_ = None not in waiting
+            self._commit_waiting([bundle for bundle in waiting if bundle])
+            del waiting  # an idle log holds on to nothing
 
-    def _commit_group(self, appends: list[Append]) -> None:
+    def _commit_waiting(self, waiting: list[list[Append]]) -> None:
+        for is_single, bundles in itertools.groupby(waiting, lambda bundle: len(bundle) == 1):
+            if is_single:
+                self._commit_group([append for bundle in bundles for append in bundle])
+            else:
+                for bundle in bundles:
+                    self._commit_group(bundle, as_one=True)
+
+    def _commit_group(self, appends: list[Append], as_one: bool = False) -> None:
         """Give every append of the group its receipt or its error; never raises."""
         try:
             for _ in range(CONFLICTS_MAX):
                 try:
-                    self._try_commit(appends)
+                    self._try_commit(appends, as_one)
                     return
                 except Conflict:
                     self._store.refresh()
@@ -219,8 +229,8 @@ class Committer:
                         append.drop()
                     append.receipt.set_exception(error)
 
-    def _try_commit(self, appends: list[Append]) -> None:
-        """Number the appends after the newest snapshot and commit them as its next version."""
+    def _try_commit(self, appends: list[Append], as_one: bool) -> None:
+        """Number the appends after the newest snapshot and commit them as its next version; none of them when one is refused `as_one`."""
         group = _Group(self._store, self._config, self._producers)
         refused: list[tuple[Append, Exception]] = []
         try:
@@ -233,12 +243,14 @@ class Committer:
                     continue
                 if takes:
                     group.place(append)
-            staged = group.finish()
+            staged = [] if refused and as_one else group.finish()
             version = group.base.table_version
-            if staged or group.numbers:
+            if staged or (group.numbers and not (refused and as_one)):
                 version = self._store.commit(group.base, staged, group.numbers)
             elif refused and self._store.refresh() is not group.base:
                 raise Conflict("another server has committed meanwhile")  # which may be just what was missing
+            elif refused and as_one:
+                raise refused[0][1]
         except BaseException as error:
             if not isinstance(error, OutcomeUnknown):
                 group.abandon()

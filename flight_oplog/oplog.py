@@ -16,7 +16,7 @@ import logging
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -111,6 +111,13 @@ class OpLog:
                 self._normals.clear()
             self._normals[key] = found
         return found
+
+    def commit_together(self, appends: Sequence[Append]) -> list[Receipt]:
+        """Commit complete appends, to whatever topics, as one: all of them in one table version, or none.
+
+        Raises what one of them is refused for.
+        """
+        return [receipt.result() for receipt in self._committer.submit(list(appends))]
 
     def snapshot(self) -> Snapshot:
         """Return the log as of the newest commit, this process's or another's."""
@@ -297,6 +304,14 @@ class AppendWriter:
 
     def submit(self) -> Future[Receipt]:
         """Hand the append to the committer and return its receipt to come. Appends are committed in this order."""
+        self.complete()
+        return self._oplog._committer.submit([self.hand_over()])[0]
+
+    def complete(self) -> int:
+        """Wait until everything is stored that goes to the disk before the commit; return the append's entries.
+
+        Raises what went wrong with it; abandon the append then.
+        """
         self._check_owned()
         if self._staged is not None and self._waiting:
             self._spill()
@@ -305,7 +320,10 @@ class AppendWriter:
             # Most likely these are its offsets: then the committer, on whom everybody waits, has no more to write of it.
             found = self._oplog._store.latest.topics.get(self.topic)
             self._staged.finish(found.next_offset if found else 0)
-        entries = self._entries + self._waiting_entries
+        return self._entries + self._waiting_entries
+
+    def hand_over(self) -> Append:
+        """Return the complete append: it is the caller's to commit, or to refuse."""
         append = Append(
             self.topic,
             self._schema,
@@ -314,17 +332,13 @@ class AppendWriter:
             self._started,
             self._waiting,
             self._staged,
-            entries,
+            self._entries + self._waiting_entries,
             self._waiting_bytes,
             self._origin,
         )
         self._owned = False
         append.receipt.add_done_callback(lambda receipt: self._release())
-        try:
-            return self._oplog._committer.submit(append)
-        except TryAgain:
-            self._release()
-            raise
+        return append
 
     def abandon(self) -> None:
         """Drop the append if it was not handed to the committer. Safe to call at any time, any number of times."""

@@ -31,9 +31,9 @@ from flight_oplog.config import Config
 from flight_oplog.engine import Engine
 from flight_oplog.errors import Cancelled, OplogError, RequestError, TryAgain, Unsupported
 from flight_oplog.flightsql import wire
-from flight_oplog.flightsql.service import Planned, Service
+from flight_oplog.flightsql.service import Caller, Planned, Put, Service
 from flight_oplog.follow import Place, TopicRead, is_place
-from flight_oplog.oplog import OpLog
+from flight_oplog.oplog import AppendWriter, OpLog
 from flight_oplog.schema import TOPIC_PATTERN
 from flight_oplog.store import Topic
 
@@ -47,6 +47,9 @@ PRODUCER_HEADER = "oplog-producer"
 FOLLOW_HEADER = "oplog-follow"
 FROM_HEADER = "oplog-from"
 MIN_VERSION_HEADER = "oplog-min-version"
+SESSION_COOKIE = re.compile(r"(?:^|; *)oplog-session=([0-9a-f]{32})(?:;|$)")
+# ADBC's driver, in whatever language it is used. It never says that an ingest belongs to the transaction it has open.
+LEAVES_OUT_TRANSACTION = "ADBC Flight SQL Driver"
 WORDS_BYTES_MAX = 1024
 
 
@@ -140,13 +143,28 @@ class _Calls(fl.ServerMiddlewareFactory):
     def start_call(self, info: Any, headers: dict[str, list[str]]) -> _Call:
         if not self._free.acquire(blocking=False):
             raise fl.FlightUnavailableError(f"the server is busy: calls_max ({self._calls_max}) calls are under way; try again")
-        return _Call(self._free, {name.lower(): values[0] for name, values in headers.items()})
+        first = {name.lower(): values[0] for name, values in headers.items()}
+        return _Call(self._free, first, may_begin=info.method == fl.FlightMethod.DO_ACTION)
 
 
 class _Call(fl.ServerMiddleware):
-    def __init__(self, free: threading.BoundedSemaphore, headers: dict[str, str]) -> None:
+    """One call: its headers, and the session it belongs to where its client keeps cookies."""
+
+    def __init__(self, free: threading.BoundedSemaphore, headers: dict[str, str], may_begin: bool) -> None:
         self.headers = headers
         self._free = free
+        cookie = SESSION_COOKIE.search(headers.get("cookie", ""))
+        self._session = cookie[1] if cookie else None
+        self._offered = uuid.uuid4().hex if may_begin and cookie is None else None
+
+    def sending_headers(self) -> dict[str, str]:
+        return {"set-cookie": f"oplog-session={self._offered}"} if self._offered else {}
+
+    def caller(self, peer: str) -> Caller:
+        leaves_out = self.headers.get("user-agent", "").startswith(LEAVES_OUT_TRANSACTION)
+        if self._session is not None:
+            return Caller((self._session,), leaves_out)
+        return Caller((peer,) if self._offered is None else (self._offered, peer), leaves_out)
 
     def call_completed(self, exception: Any) -> None:
         self._free.release()
@@ -243,6 +261,7 @@ class Server(fl.FlightServerBase):
         done.join(seconds)
         self._stopping.set()
         done.join(1)
+        self._service.transactions.close()
         return not done.is_alive()
 
     def _stopped(self, context: Any) -> Callable[[], bool]:
@@ -253,7 +272,8 @@ class Server(fl.FlightServerBase):
     @_rpc
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         is_command = descriptor.descriptor_type == fl.DescriptorType.CMD and bool(descriptor.command)
-        topic = self._service.put(descriptor.command) if is_command else _topic_of(descriptor)
+        put = self._service.put(descriptor.command, _caller(context)) if is_command else Put(_topic_of(descriptor))
+        topic = put.topic
         try:
             schema = reader.schema
         except (pa.ArrowException, OSError, StopIteration):
@@ -264,37 +284,41 @@ class Server(fl.FlightServerBase):
         first = next(messages, (None, {}))
         if "sequence" in first[1] and not is_command:
             self._append_each(context, topic, schema, origin, itertools.chain([first], messages), writer)
-        else:
-            receipt = self._append_all(context, topic, schema, origin, itertools.chain([first], messages), headers)
-            if is_command:
-                writer.write(wire.encode(wire.DoPutUpdateResult(receipt.entries or 0)))
-            elif headers.get(ACKS_HEADER) == "true":
-                writer.write(_ack(receipt))
-
-    def _append_all(
-        self, context: Any, topic: str, schema: pa.Schema, origin: Origin, messages: Iterator[_Message], headers: dict[str, str]
-    ) -> Receipt:
-        """Take the whole stream as one append."""
+            return
         append = self._oplog.writer(topic, schema, origin)
         try:
-            is_explicit = headers.get(COMMIT_HEADER) == "explicit"
-            committed = not is_explicit
-            for batch, words in messages:
-                if is_explicit and committed:
-                    raise RequestError(f"topic {topic!r}: a message came after the commit; nothing was written")
-                if "sequence" in words:
-                    raise RequestError(f"topic {topic!r}: a batch has a sequence where the first had none; nothing was written")
-                if batch is not None:
-                    append.write(batch)
-                committed = committed or words == {"commit": True}
-            # A client that died or cancelled looks exactly like one that finished; only this tells them apart. And
-            # pyarrow's own client cannot break off at all, so it may ask that the end of the stream be not enough.
-            if context.is_cancelled() or not committed:
-                raise Cancelled(f"topic {topic!r}: the client broke off; nothing was written")
-            self._check_open()
-            return append.commit()
+            self._fill(context, append, itertools.chain([first], messages), headers)
+            answer: bytes | None = None
+            if put.transaction_id is not None:
+                answer = wire.encode(wire.DoPutUpdateResult(self._service.transactions.hold(put.transaction_id, append)))
+            else:
+                receipt = append.commit()
+                if is_command:
+                    answer = wire.encode(wire.DoPutUpdateResult(receipt.entries or 0))
+                elif headers.get(ACKS_HEADER) == "true":
+                    answer = _ack(receipt)
         finally:
             append.abandon()
+        if answer is not None:
+            writer.write(answer)
+
+    def _fill(self, context: Any, append: AppendWriter, messages: Iterator[_Message], headers: dict[str, str]) -> None:
+        """Take the whole stream into one append."""
+        topic, is_explicit = append.topic, headers.get(COMMIT_HEADER) == "explicit"
+        committed = not is_explicit
+        for batch, words in messages:
+            if is_explicit and committed:
+                raise RequestError(f"topic {topic!r}: a message came after the commit; nothing was written")
+            if "sequence" in words:
+                raise RequestError(f"topic {topic!r}: a batch has a sequence where the first had none; nothing was written")
+            if batch is not None:
+                append.write(batch)
+            committed = committed or words == {"commit": True}
+        # A client that died or cancelled looks exactly like one that finished; only this tells them apart. And
+        # pyarrow's own client cannot break off at all, so it may ask that the end of the stream be not enough.
+        if context.is_cancelled() or not committed:
+            raise Cancelled(f"topic {topic!r}: the client broke off; nothing was written")
+        self._check_open()
 
     def _append_each(self, context: Any, topic: str, schema: pa.Schema, origin: Origin, messages: Iterator[_Message], writer: Any) -> None:
         """Take every batch of the stream as an append of its own; receipts go back in their order, while others arrive."""
@@ -336,7 +360,7 @@ class Server(fl.FlightServerBase):
         if descriptor.command[:1] == b"{":
             schema, topic = self._service.plan_read(TopicRead.parse(descriptor.command))
             return fl.FlightInfo(schema, descriptor, [fl.FlightEndpoint(descriptor.command, [])], topic.entries, -1)
-        planned = self._planned(descriptor, _follow_of(context.get_middleware("call").headers))
+        planned = self._planned(context, descriptor, _follow_of(context.get_middleware("call").headers))
         # No location: the client comes back over the connection it has, whatever name or port led it here.
         return fl.FlightInfo(planned.schema, descriptor, [fl.FlightEndpoint(planned.ticket, [])], -1, -1)
 
@@ -347,12 +371,12 @@ class Server(fl.FlightServerBase):
             return fl.SchemaResult(self._oplog.snapshot().topic(_topic_of(descriptor)).schema)
         if descriptor.command[:1] == b"{":
             return fl.SchemaResult(self._service.plan_read(TopicRead.parse(descriptor.command))[0])
-        return fl.SchemaResult(self._planned(descriptor, None).schema)
+        return fl.SchemaResult(self._planned(context, descriptor, None).schema)
 
-    def _planned(self, descriptor: Any, follow: Place | None) -> Planned:
+    def _planned(self, context: Any, descriptor: Any, follow: Place | None) -> Planned:
         if descriptor.descriptor_type != fl.DescriptorType.CMD or not descriptor.command:
             raise RequestError("the descriptor is empty: send a path with one topic, or a Flight SQL command")
-        return self._service.flight_info(descriptor.command, follow)
+        return self._service.flight_info(descriptor.command, _caller(context), follow)
 
     @_rpc
     def do_get(self, context: Any, ticket: fl.Ticket) -> fl.GeneratorStream:
@@ -377,7 +401,7 @@ class Server(fl.FlightServerBase):
     @_rpc
     def do_action(self, context: Any, action: fl.Action) -> list[bytes]:
         self._catch_up(context)
-        return self._service.action(action.type, action.body.to_pybytes())
+        return self._service.action(action.type, action.body.to_pybytes(), _caller(context))
 
     @_rpc
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
@@ -402,6 +426,11 @@ def check_listen(config: Config) -> str:
             f"{config.listen} is reachable from other machines and there is no authentication; add --insecure to serve there all the same"
         )
     return host
+
+
+def _caller(context: Any) -> Caller:
+    caller: Caller = context.get_middleware("call").caller(context.peer())
+    return caller
 
 
 def _topic_of(descriptor: Any) -> str:

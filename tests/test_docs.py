@@ -47,7 +47,7 @@ def test_the_readme_programs_run(tmp_path: Path, start: Callable[..., ServerProc
     server = start(folder=tmp_path / "my-log")
     monkeypatch.chdir(tmp_path)
     programs = blocks("python")
-    assert len(programs) == 6
+    assert len(programs) == 7
     for program in programs:
         exec(compile(program.replace(DEFAULT, server.uri), "README.md", "exec"), {})
 

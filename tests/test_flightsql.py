@@ -115,12 +115,12 @@ def test_fixed_schemas_are_the_protocols() -> None:
 
 
 def test_sql_info_answers_the_codes_asked_for_once_each() -> None:
-    batch = metadata.sql_info(wire.CommandGetSqlInfo((504, 0, 99999, 0)), "1.2.3")
+    batch = metadata.sql_info(wire.CommandGetSqlInfo((504, 0, 99999, 0)), "1.2.3", 300)
     batch.validate(full=True)
     assert batch.schema.equals(metadata.SQL_INFO)
     assert batch.to_pylist() == [{"info_name": 504, "value": '"'}, {"info_name": 0, "value": "flight_oplog"}]
-    every = metadata.sql_info(wire.CommandGetSqlInfo(), "1.2.3").to_pylist()
-    assert {"info_name": 8, "value": 0} in every
+    every = metadata.sql_info(wire.CommandGetSqlInfo(), "1.2.3", 300).to_pylist()
+    assert {"info_name": 8, "value": 1} in every
 
 
 def test_tables_are_found_by_catalog_pattern_and_type() -> None:

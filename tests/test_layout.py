@@ -22,6 +22,7 @@ ORDER = [
     "provider",
     "engine",
     "follow",
+    "transactions",
     "flightsql.wire",
     "flightsql.metadata",
     "flightsql.handles",

@@ -119,9 +119,9 @@ def _fits(pieces: list[list[str | None]], name: str) -> bool:
     return len(name) - len(last) >= place and here(last, len(name) - len(last))
 
 
-def sql_info(command: CommandGetSqlInfo, server_version: str) -> pa.RecordBatch:
+def sql_info(command: CommandGetSqlInfo, server_version: str, transaction_seconds: int) -> pa.RecordBatch:
     """Return the codes asked for, all of them when none are named; codes this server has no answer for are left out."""
-    values = _sql_info_values(server_version)
+    values = _sql_info_values(server_version) | {101: (3, min(transaction_seconds * 1000, (1 << 31) - 1))}  # milliseconds
     codes = [code for code in (dict.fromkeys(command.info) or sorted(values)) if code in values]
     children: list[list[Any]] = [[] for _ in range(6)]
     types, offsets = [], []
@@ -146,7 +146,12 @@ def _sql_info_values(server_version: str) -> dict[int, tuple[int, Any]]:
         3: (1, True),  # read only: statements only read; entries arrive over do_put
         4: (1, True),  # SQL is served
         5: (1, False),  # Substrait is not
-        8: (3, 0),  # no transactions
+        8: (3, 1),  # transactions, without savepoints
         9: (1, False),  # CancelFlightInfo is not served
+        10: (1, True),  # bulk ingestion,
+        11: (1, True),  # in transactions too
         504: (0, '"'),
+        562: (3, 2),  # the isolation is READ COMMITTED
+        563: (1, True),  # transactions
+        564: (3, 1 << 2),  # READ COMMITTED and no other
     }

@@ -24,11 +24,30 @@ from flight_oplog.follow import Follower, Place, TopicRead, words
 from flight_oplog.oplog import OpLog
 from flight_oplog.schema import check_topic
 from flight_oplog.store import Topic
+from flight_oplog.transactions import Transactions
 
 # TableDefinitionOptions of FlightSql.proto
 _IF_NOT_EXIST_FAIL = 2
 _IF_EXISTS_FAIL, _IF_EXISTS_REPLACE = 1, 3
-_NO_TRANSACTIONS = "transactions are not served; send the statement without a transaction_id"
+# EndTransaction of FlightSql.proto
+_COMMIT, _ROLLBACK = 1, 2
+_TRANSACTION_SUPPORT = 8
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls: the names of their session, and whether their ingests leave out which transaction they belong to."""
+
+    sessions: tuple[str, ...] = ()
+    leaves_out: bool = False
+
+
+@dataclass(frozen=True)
+class Put:
+    """Where entries that are sent after a command go: to a topic, at once or with a transaction."""
+
+    topic: str
+    transaction_id: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +67,7 @@ class Result:
 
 
 class Service:
-    """Flight SQL over one open log. Thread-safe; keeps nothing between calls."""
+    """Flight SQL over one open log. Thread-safe; keeps nothing between calls but what transactions hold."""
 
     def __init__(self, oplog: OpLog, engine: Engine, config: Config) -> None:
         self._oplog = oplog
@@ -56,10 +75,13 @@ class Service:
         self.config = config
         self._sealer = Sealer(secrets.token_bytes(32))
         self._follower = Follower(oplog, engine, config)
+        self.transactions = Transactions(oplog, config)
 
-    def flight_info(self, command: bytes, follow: Place | None = None) -> Planned:
+    def flight_info(self, command: bytes, caller: Caller, follow: Place | None = None) -> Planned:
         """Plan the command in a descriptor; with `follow`, a statement to be run over a topic as it grows, from there."""
         message = wire.unpack(command)
+        if caller.leaves_out and isinstance(message, wire.CommandGetSqlInfo) and tuple(message.info) == (_TRANSACTION_SUPPORT,):
+            self.transactions.introduce(caller.sessions[-1])
         if follow is not None:
             return self._follow_sql(self._sql_of(message), follow)
         return self._route(message, "flight_info")(self, message, command)
@@ -69,20 +91,20 @@ class Service:
         message = wire.unpack(ticket)
         return self._route(message, "get")(self, message, stopped)
 
-    def put(self, command: bytes) -> str:
-        """Return the topic that the entries after the command in a DoPut descriptor are appended to."""
+    def put(self, command: bytes, caller: Caller) -> Put:
+        """Return where the entries after the command in a DoPut descriptor go."""
         message = wire.unpack(command)
-        topic: str = self._route(message, "put")(self, message)
-        return topic
+        found: Put = self._route(message, "put")(self, message, caller)
+        return found
 
-    def action(self, kind: str, body: bytes) -> list[bytes]:
+    def action(self, kind: str, body: bytes, caller: Caller) -> list[bytes]:
         """Perform one of the protocol's actions and return its results."""
         if kind not in ACTIONS:
             raise Unsupported(f"the action {kind[:100]!r} is not served")
         message = wire.unpack(body)
         if type(message) is not ACTIONS[kind].message:
             raise RequestError(f"the action {kind} takes another message than {type(message).__name__}")
-        result: list[bytes] = ACTIONS[kind].perform(self, message)
+        result: list[bytes] = ACTIONS[kind].perform(self, message, caller)
         return result
 
     def actions(self) -> list[tuple[str, str]]:
@@ -107,7 +129,7 @@ class Service:
 
     def _sql_of(self, message: Any) -> str:
         """Return the text of a statement that may be followed."""
-        if isinstance(message, wire.CommandStatementQuery) and not message.transaction_id:
+        if isinstance(message, wire.CommandStatementQuery):
             return message.query
         if isinstance(message, wire.CommandPreparedStatementQuery):
             sql: str = self._sealer.open("prepared statement", message.prepared_statement_handle)["sql"]
@@ -121,8 +143,6 @@ class Service:
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
     def _plan_statement(self, message: wire.CommandStatementQuery, command: bytes) -> Planned:
-        if message.transaction_id:
-            raise Unsupported(_NO_TRANSACTIONS)
         return self._plan_sql(message.query)
 
     def _plan_prepared(self, message: wire.CommandPreparedStatementQuery, command: bytes) -> Planned:
@@ -148,24 +168,35 @@ class Service:
         schema, runs = self._follower.read(request.topic, sql, request.start, request.follow, stopped)
         return Result(schema, ((run.batch, words(run)) for run in runs))
 
-    def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest) -> list[bytes]:
-        if message.transaction_id:
-            raise Unsupported(_NO_TRANSACTIONS)
+    def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest, caller: Caller) -> list[bytes]:
         statement = self._engine.prepare(message.query, self._oplog.snapshot())
         handle = self._sealer.seal("prepared statement", {"sql": message.query}, self.config.ticket_seconds_max)
         schema, no_parameters = (s.serialize().to_pybytes() for s in (statement.schema, pa.schema([])))
         return [wire.pack(wire.ActionCreatePreparedStatementResult(handle, schema, no_parameters, is_update=False))]
 
-    def _close_prepared(self, message: wire.ActionClosePreparedStatementRequest) -> list[bytes]:
+    def _close_prepared(self, message: wire.ActionClosePreparedStatementRequest, caller: Caller) -> list[bytes]:
         return []  # the client carries the statement; there is nothing to free
 
     # Appends
 
-    def _ingest(self, message: wire.CommandStatementIngest) -> str:
+    def _begin(self, message: wire.ActionBeginTransactionRequest, caller: Caller) -> list[bytes]:
+        return [wire.pack(wire.ActionBeginTransactionResult(self.transactions.begin(caller.sessions)))]
+
+    def _end(self, message: wire.ActionEndTransactionRequest, caller: Caller) -> list[bytes]:
+        if message.action == _COMMIT:
+            self.transactions.commit(message.transaction_id, caller.sessions)
+        elif message.action == _ROLLBACK:
+            self.transactions.rollback(message.transaction_id, caller.sessions)
+        else:
+            raise RequestError("EndTransaction says neither commit nor rollback; the transaction is as it was")
+        return []
+
+    def _ingest(self, message: wire.CommandStatementIngest, caller: Caller) -> Put:
         name = message.table
         check_topic(name)
-        if message.transaction_id:
-            raise Unsupported(_NO_TRANSACTIONS)
+        transaction_id = message.transaction_id or (self.transactions.of(caller.sessions) if caller.leaves_out else None)
+        if transaction_id is not None:
+            self.transactions.check(transaction_id)
         if message.temporary:
             raise Unsupported(f"topic {name!r}: temporary tables are not served; nothing was written")
         if message.catalog not in (None, "", CATALOG) or message.schema not in (None, "", "public"):
@@ -178,7 +209,7 @@ class Service:
             raise Unsupported(f"topic {name!r}: the log is append-only, a topic is never replaced; nothing was written")
         if not exists and options.if_not_exist == _IF_NOT_EXIST_FAIL:
             raise NotFound(f"topic {name!r} does not exist; nothing was written; create it with the first append")
-        return name
+        return Put(name, transaction_id)
 
     # Metadata
 
@@ -196,7 +227,7 @@ class Route:
 
     flight_info: Callable[[Service, Any, bytes], Planned] | None
     get: Callable[[Service, Any, Stopped], Result] | None
-    put: Callable[[Service, Any], str] | None = None
+    put: Callable[[Service, Any, Caller], Put] | None = None
 
 
 @dataclass(frozen=True)
@@ -204,7 +235,7 @@ class Act:
     """How an action is served, and the message its body holds."""
 
     message: type[Any]
-    perform: Callable[[Service, Any], list[bytes]]
+    perform: Callable[[Service, Any, Caller], list[bytes]]
 
 
 def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:
@@ -227,9 +258,13 @@ ROUTES: dict[type[Any], Route] = {
     wire.CommandGetDbSchemas: _fixed(Service._db_schemas),
     wire.CommandGetTables: _fixed(Service._tables),
     wire.CommandGetTableTypes: _fixed(lambda service, message: metadata.table_types()),
-    wire.CommandGetSqlInfo: _fixed(lambda service, message: metadata.sql_info(message, __version__)),
+    wire.CommandGetSqlInfo: _fixed(
+        lambda service, message: metadata.sql_info(message, __version__, service.config.transaction_seconds_max)
+    ),
 }
 ACTIONS: dict[str, Act] = {
     "CreatePreparedStatement": Act(wire.ActionCreatePreparedStatementRequest, Service._create_prepared),
     "ClosePreparedStatement": Act(wire.ActionClosePreparedStatementRequest, Service._close_prepared),
+    "BeginTransaction": Act(wire.ActionBeginTransactionRequest, Service._begin),
+    "EndTransaction": Act(wire.ActionEndTransactionRequest, Service._end),
 }

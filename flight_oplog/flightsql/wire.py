@@ -119,6 +119,22 @@ class ActionCreatePreparedStatementResult:
 
 
 @dataclass(frozen=True)
+class ActionBeginTransactionRequest:
+    pass
+
+
+@dataclass(frozen=True)
+class ActionBeginTransactionResult:
+    transaction_id: bytes = wire(1, "bytes")
+
+
+@dataclass(frozen=True)
+class ActionEndTransactionRequest:
+    transaction_id: bytes = wire(1, "bytes")
+    action: int = wire(2, "int32")
+
+
+@dataclass(frozen=True)
 class ActionClosePreparedStatementRequest:
     prepared_statement_handle: bytes = wire(1, "bytes")
 
@@ -140,6 +156,9 @@ _CLASSES: dict[str, type[Any]] = {
         ActionCreatePreparedStatementRequest,
         ActionCreatePreparedStatementResult,
         ActionClosePreparedStatementRequest,
+        ActionBeginTransactionRequest,
+        ActionBeginTransactionResult,
+        ActionEndTransactionRequest,
     )
 }
 

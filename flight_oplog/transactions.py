@@ -1,0 +1,231 @@
+"""Flight SQL transactions: appends held back, then committed together, across topics, in one commit.
+
+Beginning one costs nothing here: its id carries its own number, and a transaction is kept only from its first append
+on, until its end or its deadline. So clients that begin one with every connection, as DB-API drivers do, may stay idle
+for as long as they like. Queries see what is committed, whether they are sent in a transaction or not (the isolation is
+READ COMMITTED), and not what the transaction holds.
+
+Whose append. Stock ADBC sends a transaction's id with its queries but not with its ingests. A client that is known to do
+so is recognised by its session: a cookie, where the driver keeps them, or else its connection, which introduces itself
+by asking whether there are transactions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from flight_oplog.committer import Append, Receipt
+from flight_oplog.config import Config
+from flight_oplog.errors import Cancelled, OplogError, OutcomeUnknown, RequestError, TooLarge
+from flight_oplog.oplog import AppendWriter, OpLog
+
+log = logging.getLogger("flight_oplog.transactions")
+
+SESSIONS_KEPT = 100_000
+ENDED_KEPT = 100_000
+_COMMITTED, _COMMITTING = "is committed", "is being committed"
+
+
+@dataclass
+class _Open:
+    """A transaction that holds appends."""
+
+    deadline: float
+    appends: list[Append] = field(default_factory=list)
+
+
+class Transactions:
+    """The transactions of one server. Thread-safe."""
+
+    def __init__(self, oplog: OpLog, config: Config) -> None:
+        self._oplog = oplog
+        self._config = config
+        self._changed = threading.Condition()
+        self._key = secrets.token_bytes(32)
+        self._open: dict[str, _Open] = {}
+        self._ended: OrderedDict[str, str] = OrderedDict()
+        self._forgotten = 0  # transactions up to this number may have ended and be remembered no more
+        self._begun = 0
+        self._sessions: OrderedDict[str, str] = OrderedDict()
+        self._watching = False
+
+    def begin(self, sessions: Sequence[str]) -> bytes:
+        """Begin a transaction and return its id; an append of one of these sessions may be found to be its own."""
+        with self._changed:
+            self._begun += 1
+            name = self._name(self._begun)
+            for session in sessions:
+                self._sessions[session] = name
+                self._sessions.move_to_end(session)
+            while len(self._sessions) > SESSIONS_KEPT:
+                self._sessions.popitem(last=False)
+        return name.encode()
+
+    def of(self, sessions: Sequence[str]) -> bytes | None:
+        """Return the transaction that the first known of these sessions has begun and not ended."""
+        with self._changed:
+            for session in sessions:
+                if session in self._sessions:
+                    self._sessions.move_to_end(session)
+                    return self._sessions[session].encode()
+        return None
+
+    def check(self, transaction_id: bytes) -> None:
+        """Raise RequestError for a transaction that takes no more appends, TooLarge when there is no room for one."""
+        with self._changed:
+            self._checked(transaction_id)
+
+    def _checked(self, transaction_id: bytes) -> str:
+        name = self._known(transaction_id)
+        if name in self._ended:
+            raise RequestError(f"the transaction {self._ended[name]}; nothing was written; begin another")
+        found = self._open.get(name)
+        if found is None and len(self._open) >= self._config.transactions_max:
+            raise TooLarge(f"transactions_max ({self._config.transactions_max}) transactions hold appends; nothing was written; try again")
+        if found is not None and len(found.appends) >= self._config.transaction_appends_max:
+            raise TooLarge(f"the transaction would hold more than transaction_appends_max ({self._config.transaction_appends_max}) appends")
+        return name
+
+    def hold(self, transaction_id: bytes, append: AppendWriter) -> int:
+        """Take over an append that got all its entries, until the transaction ends; return how many.
+
+        Raises what went wrong with it, or with the transaction; abandon the append then.
+        """
+        entries = append.complete()
+        with self._changed:
+            name = self._checked(transaction_id)
+            if name not in self._open:
+                self._open[name] = _Open(time.monotonic() + self._config.transaction_seconds_max)
+                if not self._watching:
+                    threading.Thread(target=self._watch, name="transactions", daemon=True).start()
+                    self._watching = True
+            self._open[name].appends.append(append.hand_over())
+        return entries
+
+    def introduce(self, session: str) -> None:
+        """Take a session for a new client's: one that had its name before is gone."""
+        with self._changed:
+            self._sessions.pop(session, None)
+
+    def commit(self, transaction_id: bytes, sessions: Sequence[str] = ()) -> list[Receipt]:
+        """Commit all that the transaction holds, or nothing; return the receipts in the order of its appends.
+
+        Raises what one of its appends is refused for: then nothing of the transaction was written, and it has ended.
+        """
+        with self._changed:
+            name = self._known(transaction_id)
+            self._leave(name, sessions)
+            ended = self._ended.get(name)
+            if ended == _COMMITTED:  # the client did not get the answer
+                return []
+            if ended is not None:
+                raise RequestError(f"the transaction {ended}; nothing of it was written")
+            found = self._open.pop(name, None)
+            self._end(name, _COMMITTING if found else _COMMITTED)
+        if found is None:
+            return []
+        outcome = "was rolled back"
+        try:
+            receipts = self._oplog.commit_together(found.appends)
+            outcome = _COMMITTED
+            return receipts
+        except OutcomeUnknown:
+            outcome = "may or may not have been committed"
+            raise
+        except OplogError:
+            outcome = "was rolled back, because its commit failed"
+            raise
+        finally:
+            with self._changed:
+                self._ended[name] = outcome
+
+    def rollback(self, transaction_id: bytes, sessions: Sequence[str] = ()) -> None:
+        """Drop all that the transaction holds. One that this server does not know is no error: nothing of it is held.
+
+        Raises RequestError when it is committed, or being committed.
+        """
+        with self._changed:
+            try:
+                name = self._known(transaction_id)
+            except RequestError:
+                return
+            self._leave(name, sessions)
+            found = self._open.pop(name, None)
+            ended = self._ended.get(name)
+            if ended in (_COMMITTED, _COMMITTING):
+                raise RequestError(f"the transaction {ended}; it cannot be rolled back")
+            if ended is None:
+                self._end(name, "was rolled back")
+        _drop(found)
+
+    def _leave(self, name: str, sessions: Sequence[str]) -> None:
+        for session in sessions:
+            if self._sessions.get(session) == name:
+                del self._sessions[session]
+
+    def close(self) -> None:
+        """Roll back every transaction that is open."""
+        with self._changed:
+            found = list(self._open.items())
+            self._open.clear()
+            for name, _ in found:
+                self._end(name, "was rolled back when the server stopped")
+        for _, each in found:
+            _drop(each)
+
+    def _known(self, transaction_id: bytes) -> str:
+        found = re.fullmatch(rb"([0-9]{1,18})/[0-9a-f]{32}", transaction_id)
+        number = int(found[1]) if found else 0
+        name = self._name(number)
+        if not hmac.compare_digest(name.encode(), transaction_id):
+            raise RequestError(
+                "the transaction was not begun at this server, or the server was started again since; nothing of it was written; "
+                "roll it back and begin another"
+            )
+        if number <= self._forgotten and name not in self._open and name not in self._ended:
+            raise RequestError("the transaction is too old to be known; roll it back and begin another")
+        return name
+
+    def _name(self, number: int) -> str:
+        return f"{number}/{hmac.digest(self._key, str(number).encode(), hashlib.sha256)[:16].hex()}"
+
+    def _end(self, name: str, outcome: str) -> None:
+        self._ended[name] = outcome
+        if not self._open:
+            self._changed.notify_all()
+        while len(self._ended) > ENDED_KEPT:
+            forgotten, _ = self._ended.popitem(last=False)
+            self._forgotten = max(self._forgotten, int(forgotten.partition("/")[0]))
+
+    def _watch(self) -> None:
+        """Roll back what is open past its deadline, as long as anything is."""
+        while True:
+            with self._changed:
+                now = time.monotonic()
+                late = [name for name, each in self._open.items() if each.deadline <= now]
+                dropped = [self._open.pop(name) for name in late]
+                for name in late:
+                    self._end(name, f"was rolled back when it had been open for {self._config.transaction_seconds_max} seconds")
+                if not self._open:
+                    self._watching = False
+            for each in dropped:
+                log.warning("a transaction of %d appends was rolled back at its deadline", len(each.appends))
+                _drop(each)
+            with self._changed:
+                if not self._watching:
+                    return
+                self._changed.wait(max(0.0, min((each.deadline for each in self._open.values()), default=0.0) - time.monotonic()))
+
+
+def _drop(transaction: _Open | None) -> None:
+    for append in transaction.appends if transaction else ():
+        append.refuse(Cancelled("the transaction was rolled back"))
