@@ -30,7 +30,7 @@ import pyarrow as pa
 from flight_oplog import codec
 from flight_oplog.config import Config
 from flight_oplog.datafile import Record, StagedFile
-from flight_oplog.errors import CorruptLog, OplogError, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog.errors import OplogError, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
 from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, schema_id
 from flight_oplog.store import Conflict, Snapshot, Store, Topic
 
@@ -293,7 +293,7 @@ class _Producers:
         if found is not None:
             return replace(found, duplicate=True)
         first_offset, entries = None, None
-        with contextlib.suppress(CorruptLog):  # that it is a duplicate stands, whatever can be read of it
+        with contextlib.suppress(OplogError):  # that it is a duplicate stands, whatever can be read of it
             first_offset, entries = _find_run(append.key, snapshot) or (None, None)
         return Receipt(append.topic, first_offset, entries, table_version, append.origin.sequence, duplicate=True)
 

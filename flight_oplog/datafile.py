@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from flight_oplog import codec, parquet
-from flight_oplog.errors import CorruptLog, TooLarge, TryAgain
-from flight_oplog.files import OutputFile, allocate, reason, storage_error
+from flight_oplog.errors import CorruptLog, OplogError, TooLarge, TryAgain
+from flight_oplog.files import OutputFile, allocate, is_refusal, reading_error, storage_error
 from flight_oplog.schema import APPENDS, FORMAT_VERSION, RECORD_SCHEMA
 from flight_oplog.storage import ALIGNED_BYTES, Storage
 
@@ -112,22 +112,35 @@ def read_records(storage: Storage, file: DataFile) -> tuple[RecordMeta, ...]:
             spans = [span for g in range(opened.num_row_groups) for span in _spans(opened.metadata.row_group(g), g)]
             ours = opened.metadata.created_by == CREATED_BY
         except Exception as error:  # damaged bytes surface as errors of many kinds
-            raise CorruptLog(f"{_name(file)} is not readable Parquet; restore it") from error
+            raise _unreadable(file, error) from error
     try:
-        metas = _metas_of(file, rows, spans)
+        metas = tuple(sorted(_metas_of(file, rows, spans), key=lambda meta: meta.first_offset))
+        adds_up = _adds_up(metas, file.first_offset, ours)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CorruptLog(f"{_name(file)} does not hold records; restore it") from error
-    expected = file.first_offset
-    metas = tuple(sorted(metas, key=lambda meta: meta.first_offset))
+    if not adds_up:
+        raise CorruptLog(f"{_name(file)} holds records that do not add up; restore it")
+    if len(metas) != file.records:
+        raise CorruptLog(f"{_name(file)} holds {len(metas)} of {file.records} records; restore it")
+    return metas
+
+
+def _adds_up(metas: Sequence[RecordMeta], expected: int, ours: bool) -> bool:
     for meta in metas:
         # A file that another program's compaction made may hold runs from here and there.
         follows = meta.first_offset == expected if ours else meta.first_offset >= expected
         if not follows or meta.entries != sum(owner["entries"] for owner in meta.appends):
-            raise CorruptLog(f"{_name(file)} holds records that do not add up; restore it")
+            return False
         expected = meta.first_offset + meta.entries
-    if len(metas) != file.records:
-        raise CorruptLog(f"{_name(file)} holds {len(metas)} of {file.records} records; restore it")
-    return metas
+    return True
+
+
+def _unreadable(file: DataFile, error: Exception) -> OplogError:
+    if isinstance(error, FileNotFoundError):
+        return CorruptLog(f"{_name(file)} is missing; restore it")
+    if is_refusal(error):
+        return reading_error(_name(file), error)
+    return CorruptLog(f"{_name(file)} is not readable Parquet; restore it")
 
 
 def _metas_of(
@@ -161,6 +174,8 @@ def read_content(storage: Storage, record: RecordMeta) -> pa.Buffer:
             first = sum(opened.metadata.row_group(g).num_rows for g in range(record.row_group))
             scalar = column[record.row - first]
         except Exception as error:  # damaged bytes surface as errors of many kinds
+            if is_refusal(error) or isinstance(error, FileNotFoundError):
+                raise _unreadable(record.file, error) from error
             raise CorruptLog(f"{record.where}: content is not readable; restore the file") from error
         if not (pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)) or not scalar.is_valid:
             raise CorruptLog(f"{record.where}: content is {scalar.type}, not binary; restore the file")
@@ -175,7 +190,7 @@ def _read_span(storage: Storage, record: RecordMeta, start: int, end: int) -> pa
     try:
         chunk = storage.read(record.file.path, start, end)
     except OSError as error:
-        raise CorruptLog(f"{record.where}: the file cannot be read ({reason(error)}); restore it") from error
+        raise _unreadable(record.file, error) from error
     head = chunk.slice(0, min(64, chunk.size)).to_pybytes()
     for place in range(8, len(head) - 3):
         size = int.from_bytes(head[place : place + 4], "little")
@@ -194,10 +209,8 @@ def _aligned(content: pa.Buffer) -> pa.Buffer:
 def _parquet(storage: Storage, file: DataFile) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(storage.open(file.path, file.size), page_checksum_verification=True)
-    except FileNotFoundError:
-        raise CorruptLog(f"{_name(file)} is missing; restore it") from None
     except (pa.ArrowException, OSError) as error:
-        raise CorruptLog(f"{_name(file)} is not readable Parquet; restore it") from error
+        raise _unreadable(file, error) from error
 
 
 def _spans(metadata: pq.RowGroupMetaData, group: int) -> list[tuple[int, tuple[int, int] | None]]:
@@ -289,7 +302,8 @@ class StagedFile:
         self.entries = 0
         self.bounds: list[codec.Bounds] = []
         self._storage = storage
-        self._path = f"topic={topic}/{uuid.uuid4()}.parquet"
+        self._path = _new_path(topic)
+        self._strays: list[str] = []
         self._pending: list[Record] = []
         self._pending_bytes = 0
         self._writer: parquet.Writer | None = None
@@ -370,6 +384,10 @@ class StagedFile:
                 assert self._writer is not None, "a data file holds at least one record"
                 self._writer.close()
             assert self._file is not None
+            if self._is_published and not self._storage.is_local:
+                # A put that timed out may be carried out yet: an object is put once, under a name of its own.
+                self._strays.append(self._path)
+                self._path = _new_path(self.topic)
             if first_offset != self._first_offset:
                 self._renumber(self._file, first_offset)
             self._is_published = True  # perhaps
@@ -418,6 +436,7 @@ class StagedFile:
         """Let go of the file when its outcome is decided; it stays where it was published."""
         if self._file is not None:
             self._file.close()
+        self._remove(self._strays)
 
     def abandon(self) -> None:
         """Remove the file. Never raises: what cannot be removed stays an orphan that `verify` lists."""
@@ -425,12 +444,21 @@ class StagedFile:
             return
         self.close()
         if self._storage.is_local or self._is_published:
+            self._remove([self._path])
+
+    def _remove(self, paths: list[str]) -> None:
+        for path in paths:
             try:
-                self._storage.delete(self._path)
+                self._storage.delete(path)
             except FileNotFoundError:
                 pass
             except OSError as error:
                 log.warning("removing an abandoned file: %s", error)
+        paths.clear()
+
+
+def _new_path(topic: str) -> str:
+    return f"topic={topic}/{uuid.uuid4()}.parquet"
 
 
 def _stat_time(time: datetime.datetime) -> str:

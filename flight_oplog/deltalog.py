@@ -185,7 +185,9 @@ def write(storage: Storage, table_version: int, staged: Iterable[StagedFile], nu
     content = "".join(json.dumps(action, separators=(",", ":")) + "\n" for action in actions).encode()
     try:
         storage.create(entry_path(table_version), content, mark)
-    except Unsure as error:
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, Unsure):
+            raise
         log.error("the commit of table version %d: %s", table_version, error)
         raise OutcomeUnknown(
             f"the commit of table_version {table_version} may or may not be durable ({reason(error)}); "

@@ -124,6 +124,9 @@ class OutputFile:
         if os.pwrite(self._handle, data, place) != len(data):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    def touch(self) -> None:
+        os.utime(self._handle)
+
     def sync(self) -> None:
         os.fsync(self._handle)
 
@@ -148,6 +151,7 @@ _REASONS = {
     errno.EPERM: "permission denied",
     errno.EIO: "input/output error",
     errno.EMFILE: "too many open files",
+    errno.ESTALE: "a file was removed that was being written",
     errno.EHOSTUNREACH: "the object store does not answer",
 }
 
@@ -162,6 +166,17 @@ def reason(error: BaseException) -> str:
         if f"os error {number})" in text or f"[errno {number}]" in text:
             return words
     return "storage error, see the server's log"
+
+
+def reading_error(what: str, error: BaseException) -> TryAgain:
+    """Return what to raise when storage does not give what it holds; the details go to the server's log."""
+    log.warning("%s: %s", what, error)
+    return TryAgain(f"{what} cannot be read: {reason(error)}; try again when that is mended")
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the system or the object store refused to read, rather than gave bytes that make no sense, or none."""
+    return isinstance(error, OSError) and error.errno is not None and not isinstance(error, FileNotFoundError)
 
 
 def storage_error(doing: str, error: BaseException) -> TryAgain:

@@ -65,6 +65,7 @@ class Storage(abc.ABC):
     """The files of one log. Thread-safe."""
 
     uri: str  # as delta-rs takes it
+    options: dict[str, str]  # and what else it takes
     is_local: bool
     requests_at_once: int
 
@@ -74,7 +75,7 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self) -> None:
-        """Make the root, where it is something that can be made."""
+        """Make the root, where it is something that can be made. Raises NotALog where `create` cannot be relied upon."""
 
     @abc.abstractmethod
     def exists(self, path: str) -> bool: ...
@@ -139,6 +140,10 @@ class Storage(abc.ABC):
         """Remove a file. May raise FileNotFoundError when there is none."""
 
     @abc.abstractmethod
+    def delete_old(self, path: str, before: float) -> bool:
+        """Remove a file last modified until `before` (seconds since 1970); whether it was. Publishing counts as modifying."""
+
+    @abc.abstractmethod
     def sync(self, paths: Iterable[str]) -> None:
         """Make durable what another program has written: files, or folders for the names in them."""
 
@@ -165,7 +170,7 @@ class Folder(Storage):
     requests_at_once = 1
 
     def __init__(self, root: str) -> None:
-        self.uri = os.path.abspath(root)
+        self.uri, self.options = os.path.abspath(root), {}
         if os.path.exists(self.uri) and not os.path.isdir(self.uri):
             raise NotALog(f"{self.uri}: is a file, not a folder; choose an empty or a new folder")
 
@@ -249,11 +254,24 @@ class Folder(Storage):
         return OutputFile(self._full(path))
 
     def publish(self, path: str, file: OutputFile) -> None:
+        file.touch()
         file.sync()
         _sync_folder(os.path.dirname(self._full(path)))
+        if not os.path.exists(self._full(path)):
+            raise OSError(errno.ESTALE, "the file was taken for an orphan and removed")
 
     def delete(self, path: str) -> None:
         os.unlink(self._full(path))
+
+    def delete_old(self, path: str, before: float) -> bool:
+        # Out of sight first: who publishes it meanwhile has either touched it, which shows now, or finds it gone.
+        full, aside = self._full(path), self._full(f"{path}.removing")
+        os.rename(full, aside)
+        if os.stat(aside).st_mtime > before:
+            os.rename(aside, full)
+            return False
+        os.unlink(aside)
+        return True
 
     def sync(self, paths: Iterable[str]) -> None:
         for path in paths:
@@ -307,9 +325,11 @@ class Bucket(Storage):
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
+        self.options = {"max_retries": "10", "retry_timeout": f"{RETRY_SECONDS}s"}
         retry: Any = {"max_retries": 10, "retry_timeout": datetime.timedelta(seconds=RETRY_SECONDS)}
         try:
             self._store = obstore.store.from_url(self.uri, retry_config=retry)
+            self._asking_once = obstore.store.from_url(self.uri, retry_config={"max_retries": 0})
         except (obstore.exceptions.BaseError, ValueError) as error:
             raise NotALog(f"{self.uri}: cannot be opened: {' '.join(str(error).split())[:300]}") from None
 
@@ -317,7 +337,15 @@ class Bucket(Storage):
         return next(self.walk(), None) is None
 
     def prepare(self) -> None:
-        pass
+        path, mark = f"_probe-{uuid.uuid4()}", str(uuid.uuid4())
+        self.create(path, mark.encode(), mark)
+        try:
+            self.create(path, b"", str(uuid.uuid4()))
+        except FileExistsError:
+            return
+        finally:
+            self.delete(path)
+        raise NotALog(f"{self.uri}: the object store does not know conditional puts, which keep two writers apart; choose another")
 
     def exists(self, path: str) -> bool:
         try:
@@ -352,30 +380,40 @@ class Bucket(Storage):
 
     def create(self, path: str, content: bytes, mark: str) -> None:
         deadline = time.monotonic() + CREATE_SECONDS
-        pause = 0.1
+        pause, is_first = 0.1, True
         while True:
             try:
                 with _as_oserror():
-                    obstore.put(self._store, path, content, mode="create")
+                    obstore.put(self._asking_once, path, content, mode="create")
                 return
             except FileExistsError:
                 # It may be this very put that made it: the answer to the first try was lost.
-                if self._holds(path, mark):
-                    return
-                raise
-            except PermissionError:
-                raise
-            except OSError as error:
-                # The request may have been carried out, or be yet. Asked again, the store decides: whoever holds the
-                # name then, it is certain.
-                if time.monotonic() > deadline:
-                    raise Unsure(error.errno, str(error)) from error
+                holds = self._holds(path, mark)
+                if holds is not None:
+                    if holds:
+                        return
+                    raise
+                error: OSError = OSError(errno.EBUSY, "the store was making up its mind")
+            except (PermissionError, FileNotFoundError) as refusal:
+                if is_first:  # else it may be the answer to this request, and not to the one before
+                    raise
+                error = refusal
+            except OSError as failure:
+                error = failure
+            # The request may have been carried out, or be yet. Asked again, the store decides: whoever holds the
+            # name then, it is certain.
+            if time.monotonic() > deadline:
+                raise Unsure(error.errno, str(error)) from error
+            is_first = False
             time.sleep(pause)
             pause = min(2 * pause, 5)
 
-    def _holds(self, path: str, mark: str) -> bool:
+    def _holds(self, path: str, mark: str) -> bool | None:
+        """Whether the object at `path` is the one with `mark`; None when there is none after all."""
         try:
             return mark.encode() in self.read(path).to_pybytes()
+        except FileNotFoundError:
+            return None
         except OSError as error:
             raise Unsure(error.errno, str(error)) from error
 
@@ -395,6 +433,13 @@ class Bucket(Storage):
     def delete(self, path: str) -> None:
         with _as_oserror():
             obstore.delete(self._store, path)
+
+    def delete_old(self, path: str, before: float) -> bool:
+        with _as_oserror():
+            if obstore.head(self._store, path)["last_modified"].timestamp() > before:
+                return False
+            obstore.delete(self._store, path)
+        return True
 
     def sync(self, paths: Iterable[str]) -> None:
         """Nothing to do: an object that was put is durable."""

@@ -12,6 +12,7 @@ Invariants
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -29,7 +30,7 @@ from flight_oplog import codec, deltalog
 from flight_oplog.datafile import DataFile, RecordMeta, StagedFile, read_content, read_records
 from flight_oplog.deltalog import Changes
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
-from flight_oplog.files import storage_error
+from flight_oplog.files import reading_error, storage_error
 from flight_oplog.schema import (
     FORMAT_VERSION,
     RECORD_SCHEMA,
@@ -127,20 +128,24 @@ class Store:
     def __init__(self, storage: Storage, table: DeltaTable, refresh_seconds: float = REFRESH_SECONDS) -> None:
         self._storage = storage
         self._refresh_seconds = 0.0 if storage.is_local else refresh_seconds
-        self._lock = threading.RLock()
+        self._moving = threading.RLock()  # held by who moves to a newer snapshot, for as long as that takes
+        self._lock = threading.Lock()  # of what can be read at any time
         self._news = threading.Condition()
         self._metas: dict[str, tuple[RecordMeta, ...]] = {}
         self._registry: dict[str, list[dict[str, Any]]] = {}
         self._recent: OrderedDict[int, Snapshot] = OrderedDict()
         self._checkpointing: threading.Thread | None = None
-        self._looked = time.monotonic()
+        # When the newest snapshot was last known to be the newest. By the clock on the wall: others stand still in a
+        # machine that is asleep, and after a long pause "there is no next entry" may mean that it is gone already.
+        self._looked = time.time()
         self._start_from(table)
 
     def _start_from(self, table: DeltaTable) -> None:
         """Take over what a table read by delta-rs holds; from there on, each entry of its log is followed here."""
-        self._numbers = deltalog.numbers(self._storage, table.version())
-        self._protocol = table.protocol()
-        self._remember(self._load(table))
+        numbers, snapshot = deltalog.numbers(self._storage, table.version()), self._load(table)
+        with self._lock:
+            self._numbers, self._protocol = numbers, table.protocol()
+        self._remember(snapshot)
 
     # Opening
 
@@ -157,7 +162,7 @@ class Store:
                 if not create:
                     raise NotALog(f"{where}: there is no log here")
                 cls._create(storage)
-            table = _opened(where)
+            table = _opened(storage)
         except TableNotFoundError:
             raise NotALog(f"{where}: cannot be opened as a Delta table") from None
         except (OSError, DeltaError) as error:
@@ -167,12 +172,15 @@ class Store:
             raise NotALog(f"{where}: is a Delta table, but not a flight_oplog log; choose another folder")
         if not version.isdigit() or int(version) > FORMAT_VERSION:
             raise NotALog(f"{where}: has format_version {version}, this program reads up to {FORMAT_VERSION}; upgrade it")
-        return cls(storage, table, refresh_seconds)
+        with _reading("the log"):
+            return cls(storage, table, refresh_seconds)
 
     @staticmethod
     def _create(storage: Storage) -> None:
         # A crash while creating may have left an empty `_delta_log`: such a folder is still new.
         if not storage.is_new():
+            if deltalog.is_there(storage):  # another process has created it just now
+                return
             raise NotALog(f"{storage.uri}: exists and is not a flight_oplog log; choose an empty or a new folder")
         storage.prepare()
         try:
@@ -190,6 +198,7 @@ class Store:
                     "delta.logRetentionDuration": "interval 7 days",
                 },
                 raise_if_key_not_exists=False,
+                storage_options=storage.options,
             )
         except DeltaError:
             if not deltalog.is_there(storage):  # another process may have created it a moment earlier
@@ -200,28 +209,29 @@ class Store:
 
     def snapshot(self) -> Snapshot:
         """Return the newest snapshot: everything committed by this process, and by others as this module's top says."""
-        now = time.monotonic()
-        since = now - self._looked
-        if since < self._refresh_seconds:
+        now = time.time()
+        if 0 <= now - self._looked < min(self._refresh_seconds, RELOAD_SECONDS):
             return self._current
-        self._looked = now  # so that of many callers one looks
-        if since > RELOAD_SECONDS:
-            return self.reload()
-        return self.refresh() if self._has_next() else self._current
+        if self._is_behind() or self._has_next():
+            return self.refresh()
+        self._looked = now
+        return self._current
 
     def at_least(self, table_version: int) -> Snapshot:
         """Return the newest snapshot, looking for it at once. Raises TryAgain when that version is not committed yet."""
-        if self._current.table_version < table_version and self._has_next():
+        if self._current.table_version < table_version:
             self.refresh()
         if self._current.table_version < table_version:
             raise TryAgain(f"table_version {table_version} is not committed, the log is at {self._current.table_version}; try again")
         return self._current
 
+    def _is_behind(self) -> bool:
+        """Whether nobody has looked for so long that the entries to follow may be gone."""
+        return not -RELOAD_SECONDS <= time.time() - self._looked <= RELOAD_SECONDS
+
     def _has_next(self) -> bool:
-        try:
+        with _reading("the table"):
             return self._storage.exists(deltalog.entry_path(self._current.table_version + 1))
-        except OSError as error:
-            raise storage_error("reading the table", error) from error
 
     @property
     def latest(self) -> Snapshot:
@@ -230,28 +240,28 @@ class Store:
 
     def refresh(self) -> Snapshot:
         """Follow the entries that came after the newest snapshot. Raises CorruptLog for a damaged one."""
-        with self._lock:
-            try:
-                for followed in itertools.count():
-                    changes = deltalog.read(self._storage, self._current.table_version + 1)
-                    if changes is None:
-                        break
-                    if changes.upgrades or followed == FOLLOWED_MAX:
-                        return self.reload()
-                    self._follow(self._current, changes)
-            except OSError as error:
-                raise storage_error("reading the table", error) from error
+        with self._moving, _reading("the table"):
+            if self._is_behind():
+                return self.reload()
+            for followed in itertools.count():
+                now = time.time()
+                changes = deltalog.read(self._storage, self._current.table_version + 1)
+                if changes is None:
+                    self._looked = now
+                    break
+                if changes.upgrades or followed == FOLLOWED_MAX:
+                    return self.reload()
+                self._follow(self._current, changes)
             return self._current
 
     def reload(self) -> Snapshot:
         """Read the table afresh: after a long pause, the entries that would have to be followed may be gone."""
-        with self._lock:
-            try:
-                table = _opened(self._storage.uri)
-            except (OSError, DeltaError) as error:
-                raise storage_error("reading the table", error) from error
+        with self._moving, _reading("the table"):
+            now = time.time()
+            table = _opened(self._storage)
             if table.version() > self._current.table_version:
                 self._start_from(table)
+            self._looked = now
             return self._current
 
     def snapshot_at(self, table_version: int) -> Snapshot:
@@ -265,8 +275,11 @@ class Store:
         if self._current.table_version == table_version:
             return self._current
         try:
-            return self._load(DeltaTable(self._storage.uri, version=table_version))
+            return self._load(DeltaTable(self._storage.uri, version=table_version, storage_options=self._storage.options))
         except (OSError, DeltaError) as error:
+            with _reading(f"table_version {table_version}"):
+                if self._storage.exists(deltalog.entry_path(table_version)) and not isinstance(error, TableNotFoundError):
+                    raise error
             log.warning("table version %d: %s", table_version, error)
             raise NotFound(f"table_version {table_version} can no longer be read; query a newer one") from error
 
@@ -281,10 +294,11 @@ class Store:
             return [self._numbers.get(name) for name in names]
 
     def _remember(self, snapshot: Snapshot) -> None:
-        self._current = snapshot
-        self._recent[snapshot.table_version] = snapshot
-        while len(self._recent) > SNAPSHOTS_KEPT:
-            self._recent.popitem(last=False)
+        with self._lock:
+            self._current = snapshot
+            self._recent[snapshot.table_version] = snapshot
+            while len(self._recent) > SNAPSHOTS_KEPT:
+                self._recent.popitem(last=False)
         with self._news:
             self._news.notify_all()
 
@@ -296,7 +310,8 @@ class Store:
 
     def _follow(self, base: Snapshot, changes: Changes) -> None:
         snapshot = self._after(base, base.table_version + 1, changes)
-        self._numbers.update(changes.numbers)
+        with self._lock:
+            self._numbers.update(changes.numbers)
         self._remember(snapshot)
 
     def _load(self, table: DeltaTable) -> Snapshot:
@@ -389,8 +404,8 @@ class Store:
         it cannot be told; the files must be kept then.
         """
         table_version = base.table_version + 1
-        with self._lock:
-            if self._current.table_version != base.table_version:
+        with self._moving:
+            if self._current.table_version != base.table_version or self._is_behind():
                 raise Conflict("the table has moved on; nothing was written")
             if (self._protocol.min_reader_version, self._protocol.min_writer_version) != PROTOCOL:
                 raise Unsupported(
@@ -403,7 +418,7 @@ class Store:
                 raise Conflict("another process committed first; nothing was written") from error
             except OSError as error:
                 raise storage_error("the commit", error) from error
-            self._looked = time.monotonic()
+            self._looked = time.time()
             try:
                 for file in staged:
                     self._metas[file.done.path] = file.metas()
@@ -415,12 +430,13 @@ class Store:
                     self._checkpointing = thread
             except Exception:  # it is committed and durable, whatever happens now; the next snapshot() reads it again
                 log.exception("after table version %d", table_version)
+                self._looked -= self._refresh_seconds
             return table_version
 
     def _checkpoint(self) -> None:
         """Sum up the Delta log in a checkpoint, so that opening the table stays cheap; drop entries past their retention."""
         try:
-            table = _opened(self._storage.uri)
+            table = _opened(self._storage)
             table.create_checkpoint()
             # Entries may only go when what replaces them is durable.
             self._storage.sync(deltalog.checkpoint_paths(self._storage, table.version()))
@@ -435,14 +451,17 @@ class Store:
             self._checkpointing.join()
 
     def damaged_commits(self) -> list[int]:
-        return deltalog.damaged(self._storage)
+        with _reading("the table"):
+            return deltalog.damaged(self._storage)
 
     def orphans(self) -> list[Found]:
         """Return data files that no snapshot names: what a crash or a failed append left behind."""
-        files = [file for file in self._storage.walk() if file.path.endswith(".parquet") and not file.path.startswith(deltalog.FOLDER)]
-        live = {file.path for topic in self.refresh().topics.values() for file in topic.files}
-        found = [file for file in files if file.path not in live]
-        gone = deltalog.removed(self._storage) if found else set()
+        with _reading("the log"):
+            files = [file for file in self._storage.walk() if file.path.endswith(".parquet") and not file.path.startswith(deltalog.FOLDER)]
+            # Read afresh, after the listing: what is not in the table now was not in it then.
+            live = {file.path for topic in self.reload().topics.values() for file in topic.files}
+            found = [file for file in files if file.path not in live]
+            gone = deltalog.removed(self._storage) if found else set()
         return sorted((file for file in found if file.path not in gone), key=lambda file: file.path)
 
     def remove_orphans(self, seconds: float) -> list[str]:
@@ -450,8 +469,8 @@ class Store:
         removed = []
         for file in self.orphans():
             try:
-                if file.modified <= time.time() - seconds:
-                    self._storage.delete(file.path)
+                before = time.time() - seconds
+                if file.modified <= before and self._storage.delete_old(file.path, before):
                     removed.append(file.path)
             except FileNotFoundError:  # an append gave it up meanwhile
                 continue
@@ -460,15 +479,24 @@ class Store:
         return removed
 
 
-def _opened(uri: str) -> DeltaTable:
+@contextlib.contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Say what could not be read when the storage, or delta-rs on top of it, refuses."""
+    try:
+        yield
+    except (OSError, DeltaError, pa.ArrowException) as error:
+        raise reading_error(what, error) from error
+
+
+def _opened(storage: Storage) -> DeltaTable:
     """Open the table with delta-rs, which lists the log's folder and gives up when entries came while it did."""
     for _ in range(OPENS_MAX):
         try:
-            return DeltaTable(uri)
+            return DeltaTable(storage.uri, storage_options=storage.options)
         except DeltaError as error:
             if "contiguous" not in str(error):
                 raise
-    return DeltaTable(uri)
+    return DeltaTable(storage.uri, storage_options=storage.options)
 
 
 def _times_of(add: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import adbc_driver_flightsql.dbapi as adbc
 import pyarrow as pa
 import pytest
 from pyarrow import flight
+from s3_server import ObjectStore, object_store
 
 from flight_oplog import Config, OpLog, Snapshot
 from flight_oplog.engine import Engine
@@ -79,40 +78,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-class ObjectStore:
-    """A real S3 API on loopback, which can be told to misbehave."""
-
-    def __init__(self, endpoint: str) -> None:
-        self.endpoint = endpoint
-
-    def new_log(self) -> str:
-        """Return the URI of a place where nothing is."""
-        return f"s3://logs/{uuid.uuid4()}"
-
-    def misbehave(self, **order: Any) -> None:
-        """See tests/s3_server.py; without arguments, behave again."""
-        request = urllib.request.Request(f"{self.endpoint}/_faults", json.dumps(order).encode(), method="PUT")
-        with urllib.request.urlopen(request, timeout=10):
-            pass
-
-
 @pytest.fixture(scope="session")
 def s3_process() -> Iterator[ObjectStore]:
-    program = Path(__file__).parent / "s3_server.py"
-    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        endpoint = process.stdout.readline().strip()
-        os.environ |= {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ALLOW_HTTP": "true",
-            "AWS_REGION": "us-east-1",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-        }
-        with urllib.request.urlopen(urllib.request.Request(f"{endpoint}/logs", method="PUT"), timeout=10):
-            pass
-        yield ObjectStore(endpoint)
-        process.kill()
+    with object_store() as running:
+        yield running
 
 
 @pytest.fixture

@@ -6,16 +6,57 @@ request fail with a 500, instead of being done or after it was; {} ends that.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import random
-from collections.abc import Callable, Iterable
+import subprocess
+import sys
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import moto.server
-from werkzeug.serving import make_server
-
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+class ObjectStore:
+    """A running server, which can be told to misbehave."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+
+    def new_log(self) -> str:
+        """Return the URI of a place where nothing is."""
+        return f"s3://logs/{uuid.uuid4()}"
+
+    def misbehave(self, **order: Any) -> None:
+        """Let some requests fail, as the top of this file says; without arguments, behave again."""
+        self.put("_faults", json.dumps(order).encode())
+
+    def put(self, path: str, content: bytes = b"") -> None:
+        with urllib.request.urlopen(urllib.request.Request(f"{self.endpoint}/{path}", content, method="PUT"), timeout=10):
+            pass
+
+
+@contextlib.contextmanager
+def object_store() -> Iterator[ObjectStore]:
+    """Start the server, and tell this process and those it starts where it is."""
+    with subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        endpoint = process.stdout.readline().strip()
+        os.environ |= {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+        }
+        running = ObjectStore(endpoint)
+        running.put("logs")
+        yield running
+        process.kill()
 
 
 class Faults:
@@ -43,6 +84,9 @@ class Faults:
 
 
 def main() -> None:
+    import moto.server
+    from werkzeug.serving import make_server
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     app = moto.server.DomainDispatcherApplication(moto.server.create_backend_app)
     server = make_server("127.0.0.1", 0, Faults(app), threaded=True)

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import ObjectStore
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 
@@ -15,18 +16,35 @@ def test_every_acknowledged_append_is_there_once_however_the_server_dies(tmp_pat
     live = faults.Run(tmp_path, seed=7)
     live.start()
     try:
-        for point in faults.POINTS:
+        for point in live.points:
             at_checkpoint = "checkpoint" in point
             flags = () if at_checkpoint else ("--record-bytes-max", "50000")
             live.live_through(f"{point}:{1 if at_checkpoint else 3}", 60, *flags)
-        assert live.deaths == dict.fromkeys(faults.POINTS, 1), "each died at its point, of its own"
+        assert live.deaths == dict.fromkeys(live.points, 1), "each died at its point, of its own"
         for fault in ("none", "errors:15", "errors-after-success:15", "slow:0.05"):
             live.live_through(fault, 1.5)
         print(live.finish())
     finally:
-        live.over.set()
+        live.stop()
     assert all(producer.receipts for producer in live.producers)
     assert any(receipt["duplicate"] for producer in live.producers for receipt in producer.receipts)
+
+
+@pytest.mark.timeout(280)
+def test_two_servers_on_an_object_store_lose_nothing_either(tmp_path: Path, s3: ObjectStore) -> None:
+    live = faults.Run(tmp_path, 5, s3.new_log(), s3.misbehave)
+    live.start()
+    try:
+        for point in live.points:
+            at_checkpoint = "checkpoint" in point
+            live.live_through(f"{point}:{1 if at_checkpoint else 3}", 60, *(() if at_checkpoint else ("--record-bytes-max", "50000")))
+        assert live.deaths == dict.fromkeys(live.points, 1), "each died at its point, of its own"
+        for fault in ("none", "errors:15", "errors-after-success:15"):
+            live.live_through(fault, 2)
+        print(live.finish())
+    finally:
+        live.stop()
+    assert all(producer.receipts for producer in live.producers)
 
 
 @pytest.mark.timeout(280)
@@ -38,7 +56,7 @@ def test_the_check_would_notice(tmp_path: Path) -> None:
         live.live_through("none", 1.5)
         live.finish()
     finally:
-        live.over.set()
+        live.stop()
     producer = next(producer for producer in live.producers if producer.receipts)
     sequence = next(n for n, receipt in enumerate(producer.receipts) if receipt["entries"])
     producer.receipts[sequence]["first_offset"] += 1
@@ -47,7 +65,7 @@ def test_the_check_would_notice(tmp_path: Path) -> None:
     producer.receipts[sequence]["first_offset"] -= 1
     live.check()
     batch = faults.entries(producer.name, sequence)
-    with faults.OpLog.open(str(live.folder)) as log:
+    with faults.OpLog.open(live.data) as log:
         log.append(producer.topic, batch)
     with pytest.raises(AssertionError, match=f"{producer.name}/{sequence} is there again"):
         live.check()

@@ -1,7 +1,8 @@
-"""Kill the server, make its disk fail, and look whether every acknowledged append is there once: `make faults SEED=1`.
+"""Kill the server, make its storage fail, and look whether every acknowledged append is there once: `make faults SEED=1`.
 
 A real server process serves producers that retry after any error. It is killed at random moments and at every named
-point of a commit, and started again; at the end everything ever acknowledged is looked up in the log.
+point of a commit, and started again; at the end everything ever acknowledged is looked up in the log. On an object
+store a second server serves the same log all the while, and producers go from one to the other.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import pyarrow as pa
-from faulty_server import POINTS
+from faulty_server import BUCKET_POINTS, FOLDER_POINTS
 from pyarrow import flight
+from s3_server import object_store
 
 from flight_oplog import OpLog
 from flight_oplog.provider import topic_batches
@@ -43,11 +47,11 @@ def entries(producer: str, sequence: int) -> pa.RecordBatch:
 class Server:
     """The server process, with a fault built in."""
 
-    def __init__(self, folder: Path, fault: str, *flags: str) -> None:
+    def __init__(self, data: str, errors: Path, fault: str, *flags: str) -> None:
         self.fault = fault
         script = str(Path(__file__).with_name("faulty_server.py"))
-        command = [sys.executable, script, fault, "--data", str(folder), "--listen", "grpc://127.0.0.1:0", *flags]
-        self.errors = (folder.parent / "stderr").open("ab")
+        command = [sys.executable, script, fault, "--data", data, "--listen", "grpc://127.0.0.1:0", *flags]
+        self.errors = errors.open("ab")
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.errors, text=True)
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], 60)
@@ -73,7 +77,7 @@ class Producer:
 
     def work(self) -> None:
         while not self.run.over.is_set():
-            server = self.run.server
+            server = random.choice([self.run.server, self.run.other or self.run.server])
             if server is None or not server.uri:
                 time.sleep(0.02)
                 continue
@@ -126,10 +130,14 @@ class Producer:
 
 
 class Run:
-    """Producers and a server that does not last."""
+    """Producers and a server that does not last; `misbehave` is how to tell an object store to."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder = folder / "log"
+    def __init__(self, folder: Path, seed: int, uri: str | None = None, misbehave: Any = None) -> None:
+        self.data = uri or str(folder / "log")
+        self.points = BUCKET_POINTS if uri else FOLDER_POINTS
+        self._errors = folder / "stderr"
+        self._misbehave = misbehave
+        self.other = Server(uri, self._errors, "none", "--refresh-ms", "100") if uri else None
         self.chance = random.Random(seed)
         self.over = threading.Event()
         self.server: Server | None = None
@@ -143,17 +151,24 @@ class Run:
 
     def live_through(self, fault: str, seconds: float, *flags: str) -> None:
         """Serve with a fault until the server dies of it, or for so long, and then kill it."""
-        self.server = Server(self.folder, fault, *flags)
+        if self._misbehave and fault.startswith("errors"):
+            every = int(fault.partition(":")[2])
+            self._misbehave(every=every, method=self.chance.choice(["PUT", "PUT", "GET", "HEAD"]), done="after-success" in fault)
+            self.server = Server(self.data, self._errors, "none", *flags)
+        else:
+            self.server = Server(self.data, self._errors, fault, *flags)
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.server.process.wait(seconds)
         died = self.server.process.poll() is not None
         self.server.stop()
+        if self._misbehave:
+            self._misbehave()
         kind = fault.partition(":")[0] + ("" if died else " (killed from outside)")
         self.deaths[kind] = self.deaths.get(kind, 0) + 1
 
     def finish(self) -> str:
         """End with a healthy server, so that every producer gets its last receipts; then check, and say what was seen."""
-        self.server = Server(self.folder, "none")
+        self.server = Server(self.data, self._errors, "none")
         goals = {producer.name: len(producer.receipts) + 5 for producer in self.producers}
         deadline = time.monotonic() + 60
         while any(len(producer.receipts) < goals[producer.name] for producer in self.producers):
@@ -162,11 +177,17 @@ class Run:
         self.over.set()
         for thread in self._threads:
             thread.join()
-        self.server.stop()
+        self.stop()
         return self.check()
 
+    def stop(self) -> None:
+        self.over.set()
+        for server in (self.server, self.other):
+            if server is not None:
+                server.stop()
+
     def check(self) -> str:
-        with OpLog.open(str(self.folder)) as log:
+        with OpLog.open(self.data) as log:
             orphans = [problem.where for problem in log.verify() if problem.severity == "note"]
             assert [problem for problem in log.verify() if problem.severity == "error"] == []
             assert sorted(log.remove_orphans(0)) == sorted(orphans)
@@ -210,35 +231,37 @@ class Run:
             covered += expected.num_rows
 
 
-def run(folder: Path, seed: int, kills: int, say: Any = lambda words: None) -> str:
+def run(live: Run, kills: int, say: Any = lambda words: None) -> str:
     """Live through every point once and then through `kills` random deaths."""
-    live = Run(folder, seed)
     live.start()
     try:
-        for point in POINTS:
+        for point in live.points:
             at_checkpoint = "checkpoint" in point
             flags = () if at_checkpoint else ("--record-bytes-max", "50000")
             live.live_through(f"{point}:{1 if at_checkpoint else live.chance.randrange(1, 12)}", 60, *flags)
             say(f"{point}: lived through")
         for number in range(kills):
-            kind = live.chance.choice(["none", "none", *POINTS, "errors:20", "errors-after-success:20", "slow:0.1"])
+            kind = live.chance.choice(["none", "none", *live.points, "errors:20", "errors-after-success:20", "slow:0.1"])
             times = live.chance.randrange(1, 40)
-            fault = f"{kind}:{times}" if kind in POINTS else kind
+            fault = f"{kind}:{times}" if kind in live.points else kind
             live.live_through(fault, live.chance.uniform(0.3, 2.5))
             say(f"{number + 1} of {kills}: {fault}")
         return live.finish()
     finally:
-        live.over.set()
+        live.stop()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--s3", action="store_true", help="on an object store, with a second server")
     options = parser.parse_args()
     random.seed(options.seed)
-    with tempfile.TemporaryDirectory(prefix="oplog-faults-") as folder:
-        print(run(Path(folder), options.seed, options.kills, lambda words: print(words, flush=True)))
+    with tempfile.TemporaryDirectory(prefix="oplog-faults-") as folder, contextlib.ExitStack() as stack:
+        s3 = stack.enter_context(object_store()) if options.s3 else None
+        live = Run(Path(folder), options.seed, s3.new_log(), s3.misbehave) if s3 else Run(Path(folder), options.seed)
+        print(run(live, options.kills, lambda words: print(words, flush=True)))
 
 
 if __name__ == "__main__":

@@ -18,18 +18,27 @@ from typing import Any
 from flight_oplog import cli, committer, datafile, files, storage, store
 
 # Where the server can be killed: the object and the function that is the point, and whether before or after it.
-POINTS: dict[str, tuple[Any, str, bool]] = {
+ANYWHERE: dict[str, tuple[Any, str, bool]] = {
     "before-files": (datafile.StagedFile, "finish", False),
     "in-a-file": (files.OutputFile, "write", False),
     "after-files": (datafile.StagedFile, "finish", True),
-    "before-the-entry": (storage, "_write_durably", False),
-    "before-the-name": (os, "link", False),
-    "after-the-name": (os, "link", True),
     "before-receipts": (store.Store, "commit", True),
     "between-receipts": (committer._Producers, "remember", True),
     "before-a-checkpoint": (store.Store, "_checkpoint", False),
     "after-a-checkpoint": (store.Store, "_checkpoint", True),
 }
+FOLDER_POINTS = ANYWHERE | {
+    "before-the-entry": (storage, "_write_durably", False),
+    "before-the-name": (os, "link", False),
+    "after-the-name": (os, "link", True),
+}
+BUCKET_POINTS = ANYWHERE | {
+    "before-an-upload": (storage.Bucket, "publish", False),
+    "after-an-upload": (storage.Bucket, "publish", True),
+    "before-the-put": (storage.Bucket, "create", False),
+    "after-the-put": (storage.Bucket, "create", True),
+}
+POINTS = FOLDER_POINTS | BUCKET_POINTS
 
 
 def die() -> None:
@@ -46,13 +55,11 @@ def kill_at(point: str, times: int) -> None:
     left = [times]
 
     def around(call: Callable[[], Any]) -> Any:
+        result = call() if after else None
         left[0] -= 1
-        if left[0] == 0 and not after:
-            die()
-        result = call()
         if left[0] == 0:
             die()
-        return result
+        return result if after else call()
 
     wrap(owner, name, around)
 
