@@ -37,6 +37,8 @@ from flight_oplog.store import Store
 DEFAULT_SERVER = "grpc://127.0.0.1:8815"
 ROWS_SHOWN = 100
 AGAIN_SECONDS = 1.0
+# A file may be published, and its commit not be there yet: twice as long as it is taken to be fresh.
+ORPHAN_SECONDS_LEAST = 120
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -96,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_settings(verify, ["data"])
     verify.add_argument(
         "--remove-orphans",
-        type=int,
+        type=_orphan_seconds,
         metavar="SECONDS",
         help="also remove data files that no commit names and nobody has written to for so long: what a crash left",
     )
@@ -127,6 +129,12 @@ def _settings(options: argparse.Namespace) -> Config:
         if value is not None:
             flags[field.name] = parse(field, value) if isinstance(value, str) else value
     return load(flags, file=options.config)
+
+
+def _orphan_seconds(text: str) -> int:
+    if int(text) < ORPHAN_SECONDS_LEAST:
+        raise argparse.ArgumentTypeError(f"less than {ORPHAN_SECONDS_LEAST} seconds may take what a server is writing right now")
+    return int(text)
 
 
 def _add_where(parser: argparse.ArgumentParser) -> None:

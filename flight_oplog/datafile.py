@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import struct
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,9 @@ ROW_GROUP_RECORDS = 4096
 
 # A Parquet page counts its bytes in 32 bits, its header and the value's length among them.
 CONTENT_BYTES_MAX = parquet.PAGE_BYTES_MAX - 4
+
+# A file that was published so long ago may have been taken for an orphan: it is published again before a commit names it.
+PUBLISHED_SECONDS = 60
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _FILE_SCHEMA = pa.schema([f for f in RECORD_SCHEMA if f.name != "topic"])
@@ -304,6 +308,7 @@ class StagedFile:
         self._storage = storage
         self._path = _new_path(topic)
         self._strays: list[str] = []
+        self._published = 0.0
         self._pending: list[Record] = []
         self._pending_bytes = 0
         self._writer: parquet.Writer | None = None
@@ -374,7 +379,8 @@ class StagedFile:
 
     def finish(self, first_offset: int) -> DataFile:
         """Number the file's entries from `first_offset` and make its bytes durable. May be called again to renumber."""
-        if self._done is not None and first_offset == self._first_offset:
+        is_fresh = time.monotonic() - self._published < PUBLISHED_SECONDS
+        if self._done is not None and first_offset == self._first_offset and is_fresh:
             return self._done
         try:
             if self._done is None:
@@ -392,6 +398,7 @@ class StagedFile:
                 self._renumber(self._file, first_offset)
             self._is_published = True  # perhaps
             self._storage.publish(self._path, self._file)
+            self._published = time.monotonic()
         except OSError as error:
             raise storage_error("writing a data file", error) from error
         self._done = DataFile(

@@ -226,8 +226,13 @@ class Store:
         return self._current
 
     def _is_behind(self) -> bool:
-        """Whether nobody has looked for so long that the entries to follow may be gone."""
-        return not -RELOAD_SECONDS <= time.time() - self._looked <= RELOAD_SECONDS
+        """Whether nobody has looked for so long that the entries to follow may be gone.
+
+        The newest entry never goes: where that is asked for nothing, it is.
+        """
+        if not -RELOAD_SECONDS <= time.time() - self._looked <= RELOAD_SECONDS:
+            return True
+        return self._storage.is_local and not self._storage.exists(deltalog.entry_path(self._current.table_version))
 
     def _has_next(self) -> bool:
         with _reading("the table"):

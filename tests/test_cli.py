@@ -143,7 +143,10 @@ def test_verify_says_what_it_read_and_what_is_damaged(tmp_path: Path) -> None:
     whole = "table_version 1: 2 topics, 2 records, 3 entries: all as acknowledged\n"
     done = run("verify", "--data", str(folder), "--remove-orphans", "1000")
     assert done.stdout == f"note: {orphan}: no commit names this data file: left by a crash, or being written right now\n" + whole
-    done = run("verify", "--data", str(folder), "--remove-orphans", "0")
+    done = run("verify", "--data", str(folder), "--remove-orphans", "119")
+    assert (done.returncode, "--remove-orphans: less than 120 seconds" in done.stderr) == (2, True)
+    os.utime(left, (0, 0))
+    done = run("verify", "--data", str(folder), "--remove-orphans", "120")
     assert (done.returncode, done.stdout) == (0, f"removed: {orphan}\n" + whole)
     path.unlink()
     done = run("verify", "--data", str(folder))

@@ -1,5 +1,6 @@
 """Several servers on one log, in a folder and on an object store: one order, every append once, seen by all."""
 
+import errno
 import json
 import signal
 import threading
@@ -18,11 +19,12 @@ from pyarrow import flight
 from test_producers import Stream, batch
 from test_server import refused
 
-from flight_oplog import Config, OpLog, Origin, store
+from flight_oplog import Config, OpLog, Origin, datafile, storage, store
 from flight_oplog.datafile import Record
 from flight_oplog.engine import Engine
-from flight_oplog.errors import OutcomeUnknown, OutOfOrder, TryAgain
+from flight_oplog.errors import CorruptLog, OutcomeUnknown, OutOfOrder, TryAgain
 from flight_oplog.provider import topic_batches
+from flight_oplog.storage import Bucket, Folder
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -44,11 +46,14 @@ def marks(log: OpLog, topic: str = "t") -> list[int]:
 def test_what_two_logs_append_at_once_is_one_dense_order(where: str) -> None:
     with OpLog.open(where) as first, OpLog.open(where) as second, OpLog.open(where) as third:
         receipts: dict[int, int] = {}
+        newest = 0
 
         def produce(log: OpLog, number: int) -> None:
+            nonlocal newest
             for sequence in range(12):
                 mark = 1000 * number + sequence
                 receipt = log.append("t" if number < 3 else f"t{number}", batch(mark, mark), Origin(f"p{number}", 0, sequence))
+                newest = max(newest, receipt.table_version)
                 if number < 3:
                     assert receipt.first_offset is not None
                     receipts[mark] = receipt.first_offset
@@ -61,7 +66,7 @@ def test_what_two_logs_append_at_once_is_one_dense_order(where: str) -> None:
             thread.join()
         assert len(receipts) == 36
         for log in (first, second, third):
-            log.at_least(48)
+            log.at_least(newest)
             found = marks(log)
             assert len(found) == 72
             assert {mark: found.index(mark) for mark in receipts} == receipts
@@ -174,6 +179,155 @@ def test_orphans_on_an_object_store_are_known_and_removable(bucket: str) -> None
         assert log.remove_orphans(3600) == []
         assert log.remove_orphans(0) == [orphan]
         assert log.verify() == []
+
+
+def left_behind(where: str, first: OpLog, second: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `second` sleep while the log goes on and drops the entries that it would have to follow."""
+    monkeypatch.setattr(store, "CHECKPOINT_INTERVAL", 10)
+    for mark in range(12):
+        first.append("t", batch(mark))
+        if first._store._checkpointing is not None:
+            first._store._checkpointing.join()
+    for version in range(10):
+        first._store._storage.delete(f"_delta_log/{version:020}.json")
+    second._store._looked -= store.RELOAD_SECONDS + 1
+
+
+@pytest.mark.parametrize("asked", ["snapshot", "at_least", "append", "orphans"])
+def test_who_slept_through_the_retention_reads_the_table_afresh(where: str, monkeypatch: pytest.MonkeyPatch, asked: str) -> None:
+    """No next entry, and yet not the newest: what is committed there would be lost, what is not known removed."""
+    with OpLog.open(where) as first, OpLog.open(where, Config(refresh_ms=1 << 30)) as second:
+        left_behind(where, first, second, monkeypatch)
+        if asked == "snapshot":
+            with monkeypatch.context() as failing:
+                failing.setattr(store, "_opened", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "")))
+                with pytest.raises(TryAgain, match=r"^the table cannot be read: input/output error; try again when that is mended"):
+                    second.snapshot()
+            assert second.snapshot().table_version == 12
+        elif asked == "at_least":
+            assert second.at_least(12).table_version == 12
+        elif asked == "orphans":
+            assert second.remove_orphans(0) == []
+        assert second.append("t", batch(12)).first_offset == 12
+        assert marks(first) == list(range(13)) or where.startswith("s3")
+        assert first.at_least(13).topic("t").next_offset == 13
+
+
+def test_a_folder_shows_at_once_that_the_newest_entry_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = str(tmp_path / "log")
+    with OpLog.open(where) as first, OpLog.open(where) as second:
+        left_behind(where, first, second, monkeypatch)
+        second._store._looked = time.time()
+        assert second.append("t", batch(12)).first_offset == 12
+
+
+def test_a_renumbered_object_gets_a_name_of_its_own(bucket: str) -> None:
+    """A put that timed out may be carried out later: over what a commit names, it would be damage."""
+    with OpLog.open(bucket, Config(record_entries_max=1)) as log:
+        long = log.writer("t", batch().schema)
+        for mark in range(5):
+            long.write(batch(mark))
+        long.complete()
+        [early] = log._store.orphans()
+        log.append("t", batch(100))
+        assert long.submit().result().first_offset == 1
+        paths = [file.path for file in log.snapshot().topic("t").files]
+        assert early.path not in paths
+        assert log._store.orphans() == [], "and the first one is removed"
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_what_was_taken_for_an_orphan_is_not_committed(tmp_path: Path, complete: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datafile, "PUBLISHED_SECONDS", 0)
+    where = str(tmp_path / "log")
+    with OpLog.open(where, Config(record_entries_max=200_000)) as log:
+        long = log.writer("t", batch().schema)
+        for _ in range(3):
+            long.write(batch(*range(200_000)))
+        if complete:
+            long.complete()
+        long._settle()
+        assert len(log.remove_orphans(0)) == 1
+        with pytest.raises(TryAgain, match=r"a file was removed that was being written; nothing was written"):
+            long.commit()
+        long.abandon()
+        assert log.topics() == []
+
+
+def test_publishing_saves_a_file_that_is_about_to_be_removed(tmp_path: Path, s3: ObjectStore) -> None:
+    for place in (Folder(str(tmp_path)), Bucket(s3.new_log())):
+        file = place.stage("topic=t/a.parquet")
+        file.write(b"x")
+        file.settle()
+        before = time.time() - 2
+        place.publish("topic=t/a.parquet", file)
+        file.close()
+        assert not place.delete_old("topic=t/a.parquet", before)
+        assert [found.path for found in place.walk()] == ["topic=t/a.parquet"]
+        assert place.delete_old("topic=t/a.parquet", time.time() + 2)
+        assert list(place.walk()) == []
+
+
+def test_nobody_who_knows_enough_waits_for_a_commit_that_hangs(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpLog.open(bucket) as log:
+        log.append("t", batch(0))
+        hanging, going_on = threading.Event(), threading.Event()
+        real = Bucket.create
+
+        def hang(*args: Any) -> None:
+            hanging.set()
+            going_on.wait(20)
+            real(*args)
+
+        monkeypatch.setattr(Bucket, "create", hang)
+        append = log.writer("t", batch().schema)
+        append.write(batch(1))
+        receipt = append.submit()
+        hanging.wait(20)
+        since = time.monotonic()
+        assert (log.snapshot().table_version, log.snapshot_at(1).table_version, marks(log)) == (1, 1, [0])
+        assert time.monotonic() - since < 5
+        going_on.set()
+        assert receipt.result().first_offset == 1
+
+
+def test_a_store_that_is_down_is_not_taken_for_damage(bucket: str, s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "RETRY_SECONDS", 1)
+    with OpLog.open(bucket) as log:
+        log.append("t", batch(0))
+    with OpLog.open(bucket) as log:
+        s3.misbehave(every=1, method="GET", done=False)
+        for read in (lambda: marks(log), log.verify, lambda: log.snapshot_at(0), lambda: log.remove_orphans(0)):
+            with pytest.raises(TryAgain, match=r"cannot be read: .*; try again when that is mended$"):
+                read()
+        s3.misbehave()
+        assert marks(log) == [0]
+        [file] = log.snapshot().topic("t").files
+        log._store._storage.delete(file.path)
+    with OpLog.open(bucket) as log, pytest.raises(CorruptLog, match=r"^topic 't': file .* is missing; restore it$"):
+        marks(log)
+
+
+def test_what_could_not_be_followed_after_a_commit_is_looked_for_at_once(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpLog.open(bucket, Config(refresh_ms=1 << 30)) as log:
+        monkeypatch.setattr(log._store, "_follow", lambda *_: 1 / 0)
+        assert log.append("t", batch(0)).first_offset == 0
+        monkeypatch.undo()
+        assert marks(log) == [0]
+
+
+def test_two_servers_may_make_one_log_at_once(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = store.Store._create
+
+    def create_after_another(place: Any) -> None:
+        monkeypatch.setattr(store.Store, "_create", staticmethod(real))
+        with OpLog.open(where) as other:
+            other.append("t", batch(0))
+        real(place)
+
+    monkeypatch.setattr(store.Store, "_create", staticmethod(create_after_another))
+    with OpLog.open(where) as log:
+        assert marks(log) == [0]
 
 
 # Over the wire

@@ -1,5 +1,6 @@
 """What every storage promises: a folder and an object store, side by side."""
 
+import contextlib
 import errno
 import threading
 import time
@@ -12,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ObjectStore
 
-from flight_oplog import storage
-from flight_oplog.errors import NotALog
+from flight_oplog import deltalog, storage
+from flight_oplog.errors import NotALog, OutcomeUnknown
 from flight_oplog.files import reason
 from flight_oplog.storage import PART_BYTES, WHOLE_BYTES, Bucket, Folder, Storage, Unsure, storage_at
 
@@ -173,6 +174,52 @@ def test_a_refused_put_wrote_nothing(s3: ObjectStore, monkeypatch: pytest.Monkey
     with pytest.raises(PermissionError) as caught:
         Bucket(s3.new_log()).create(ENTRY, b"mark", "mark")
     assert reason(caught.value) == "permission denied"
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, *errors: Exception, done: bool) -> None:
+    """Let the first puts fail, each after it was carried out or instead."""
+    real, left = storage.obstore.put, list(errors)
+
+    def put(*args: Any, **kwargs: Any) -> Any:
+        if not left:
+            return real(*args, **kwargs)
+        if done:
+            with contextlib.suppress(Exception):
+                real(*args, **kwargs)
+        raise left.pop(0)
+
+    monkeypatch.setattr(storage.obstore, "put", put)
+
+
+GENERIC = storage.obstore.exceptions.GenericError("reset")
+DENIED = storage.obstore.exceptions.PermissionDeniedError("denied")
+CONFLICT = storage.obstore.exceptions.AlreadyExistsError("409 ConditionalRequestConflict")
+
+
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("errors", [[GENERIC, DENIED], [GENERIC, FileNotFoundError()], [CONFLICT], [GENERIC, CONFLICT, GENERIC]])
+def test_only_a_first_answer_is_a_refusal(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch, errors: list[Exception], done: bool) -> None:
+    """A later one may be the answer to another try than the one that made it."""
+    bucket = Bucket(s3.new_log())
+    answers(monkeypatch, *errors, done=done)
+    bucket.create(ENTRY, b"mark", "mark")
+    assert bucket.read(ENTRY).to_pybytes() == b"mark"
+
+
+def test_whatever_else_goes_wrong_leaves_the_outcome_open(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = Bucket(s3.new_log())
+    answers(monkeypatch, MemoryError(), done=True)
+    with pytest.raises(OutcomeUnknown, match="the commit of table_version 7 may or may not be durable"):
+        deltalog.write(bucket, 7, [], {})
+
+
+def test_a_store_without_conditional_puts_is_refused(s3: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = storage.obstore.put
+    monkeypatch.setattr(storage.obstore, "put", lambda store, path, content, **mode: real(store, path, content))
+    bucket = Bucket(s3.new_log())
+    with pytest.raises(NotALog, match="the object store does not know conditional puts"):
+        bucket.prepare()
+    assert bucket.is_new()
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1/x", "ftp://host/log", "memory://log"])
