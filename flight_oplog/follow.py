@@ -12,7 +12,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -22,14 +22,16 @@ from flight_oplog.config import Config
 from flight_oplog.engine import Engine, Stopped
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TryAgain
 from flight_oplog.oplog import OpLog
-from flight_oplog.provider import topic_batches
+from flight_oplog.provider import ColumnCache, topic_batches
 from flight_oplog.schema import TOPIC_PATTERN
 from flight_oplog.store import Snapshot, Topic
 
 RUN_ENTRIES = 65_536
 RUN_BYTES = 2_500_000
+SAMPLE_FILES = 16
+TAIL_BYTES = 32 << 20
 # How often a waiting follower looks whether its client is still there, and all of them together for others' commits.
-CHECK_SECONDS = 1.0
+CHECK_SECONDS = 3.0
 LOOK_SECONDS = 0.1
 
 Place = int | str
@@ -65,8 +67,8 @@ class TopicRead:
 
     @property
     def sql(self) -> str | None:
-        """The statement that each run of entries goes through; None when all of it is wanted."""
-        if self.columns is None and self.where is None:
+        """The statement that each run of entries goes through; None when every entry is wanted."""
+        if self.where is None:
             return None
         columns = "*" if self.columns is None else ", ".join(map(_quoted, self.columns))
         return f"SELECT {columns} FROM {_quoted(self.topic)}" + (f" WHERE ({self.where}\n)" if self.where is not None else "")
@@ -104,54 +106,68 @@ class Follower:
         self._oplog = oplog
         self._engine = engine
         self._config = config
+        self._tail = ColumnCache(TAIL_BYTES)
         self._waiting = 0
         self._looking = threading.Condition()
 
-    def read(self, topic: str, sql: str | None, start: Place, follow: bool, stopped: Stopped) -> tuple[pa.Schema, Iterator[Run]]:
-        """Return the schema and the runs of a topic, each passed through `sql` when there is one.
+    def schema(self, request: TopicRead, snapshot: Snapshot, sql: str | None = None) -> pa.Schema:
+        """Return what the batches of a read will look like; its entries pass through `sql`, or what the request says.
 
-        Raises NotFound for an unknown topic or an offset that is gone, RequestError for one that is not there yet or
-        a statement that cannot be followed.
+        Raises NotFound for an unknown topic, RequestError for unknown columns or a statement that cannot be followed.
+        """
+        topic, sql = snapshot.topic(request.topic), sql or request.sql
+        return _selected(topic, request.columns) if sql is None else self._engine.prepare_run(sql, snapshot)[0].schema
+
+    def read(self, request: TopicRead, stopped: Stopped, sql: str | None = None) -> tuple[pa.Schema, Iterator[Run]]:
+        """Return the schema and the runs of a topic.
+
+        Raises what `schema` does, NotFound for an offset that is gone, RequestError for one that is not there yet.
         """
         snapshot = self._oplog.snapshot()
+        schema = self.schema(request, snapshot, sql)
+        topic, start = request.topic, request.start
         found = snapshot.topic(topic)
-        schema = found.schema if sql is None else self._engine.prepare_run(sql, snapshot)[0].schema
         place = {"earliest": found.first_offset, "latest": found.next_offset}.get(start, start) if isinstance(start, str) else start
         assert isinstance(place, int)
         if place > found.next_offset:
             raise RequestError(f"topic {topic!r} ends at offset {found.next_offset}; offset {place} is not there yet")
         _check_there(found, place)
-        runs = self._runs(snapshot, topic, sql, schema, place, follow, stopped)
-        if follow and start == "latest":  # the place, before anything else: whoever is cut off now can come back to it
+        runs = self._runs(snapshot, request, sql or request.sql, schema, place, stopped)
+        if request.follow and start == "latest":  # the place, before anything else: whoever is cut off now can come back to it
             runs = itertools.chain([Run(_empty(schema), place)], runs)
         return schema, runs
 
     def _runs(
-        self, snapshot: Snapshot, topic: str, sql: str | None, schema: pa.Schema, place: int, follow: bool, stopped: Stopped
+        self, snapshot: Snapshot, request: TopicRead, sql: str | None, schema: pa.Schema, place: int, stopped: Stopped
     ) -> Iterator[Run]:
         quiet_since = time.monotonic()
         while True:
-            for run in self._present(snapshot, topic, sql, schema, place, stopped):
+            for run in self._present(snapshot, request, sql, schema, place, stopped):
                 place = place if run.next_offset is None else run.next_offset
                 if run.batch.num_rows or run.next_offset is None or time.monotonic() - quiet_since > self._config.keep_alive_seconds:
                     yield run
                     quiet_since = time.monotonic()
-            if not follow:
+            if not request.follow:
                 return
             if time.monotonic() - quiet_since >= self._config.keep_alive_seconds:
                 yield Run(_empty(schema), place)
                 quiet_since = time.monotonic()
-            snapshot = self._newer(snapshot, topic, stopped)
+            snapshot = self._newer(snapshot, request.topic, stopped)
 
-    def _present(self, snapshot: Snapshot, topic: str, sql: str | None, schema: pa.Schema, place: int, stopped: Stopped) -> Iterator[Run]:
+    def _present(
+        self, snapshot: Snapshot, request: TopicRead, sql: str | None, schema: pa.Schema, place: int, stopped: Stopped
+    ) -> Iterator[Run]:
         """Yield the runs from `place` to the end of the snapshot."""
+        topic = request.topic
         found = snapshot.topic(topic)
         _check_there(found, place)
         if place == found.next_offset:
             return
         if sql is None:
-            _check_schema(topic, found.schema, schema, place)
-            for batch in topic_batches(snapshot, found, place, self._config.message_bytes_max, stopped):
+            _check_schema(topic, _selected(found, request.columns), schema, place)
+            # Who follows the end shares what is decoded there; who reads all of a topic must not drive that out.
+            cache = self._tail if found.next_offset - place <= RUN_ENTRIES else None
+            for batch in topic_batches(snapshot, found, place, self._config.message_bytes_max, stopped, schema.names, cache):
                 place += batch.num_rows
                 yield Run(batch, place)
             return
@@ -176,7 +192,7 @@ class Follower:
         try:
             if stopped():
                 raise Cancelled("the read was stopped")
-            return self._oplog.wait_for(lambda newest: newest.topic(topic).next_offset > before, CHECK_SECONDS)
+            return self._oplog.wait_for(lambda newest: newest.topic(topic).next_offset > before or stopped(), CHECK_SECONDS)
         finally:
             with self._looking:
                 self._waiting -= 1
@@ -194,9 +210,22 @@ class Follower:
 
 def _step(topic: Topic) -> int:
     """How many entries make a run: about as many bytes as travel well in one batch."""
-    entries = max(1, topic.entries)
-    each = max(1, sum(file.size for file in topic.files) // entries)
+    sample = topic.files[-SAMPLE_FILES:]
+    entries = max(1, topic.next_offset - sample[0].first_offset)
+    each = max(1, sum(file.size for file in sample) // entries)
     return max(1, min(RUN_ENTRIES, RUN_BYTES // each))
+
+
+def _selected(topic: Topic, columns: Sequence[str] | None) -> pa.Schema:
+    """Return the schema of some of a topic's columns, in the order asked for. Raises RequestError for what are none."""
+    if columns is None:
+        return topic.schema
+    for place, name in enumerate(columns):
+        if name not in topic.schema.names:
+            raise RequestError(f"topic {topic.name!r} has no column {name[:200]!r}")
+        if name in columns[:place]:
+            raise RequestError(f"topic {topic.name!r}: column {name[:200]!r} is asked for twice")
+    return pa.schema([topic.schema.field(name) for name in columns])
 
 
 def _check_there(topic: Topic, place: int) -> None:

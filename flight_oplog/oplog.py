@@ -131,6 +131,10 @@ class OpLog:
         """Wait until the newest snapshot that this process knows meets a condition, at most so long; return it."""
         return self._store.wait_for(condition, seconds)
 
+    def wake(self) -> None:
+        """Let everyone who waits look at their condition."""
+        self._store.wake()
+
     def snapshot_at(self, table_version: int) -> Snapshot:
         """Return the log as of an earlier commit. Raises NotFound when it cannot be read any more."""
         return self._store.snapshot_at(table_version)

@@ -278,19 +278,16 @@ class _Table(ds.Dataset):
                     raise CannotFilter(text)
 
     def _surviving(self, filter: pc.Expression | None, keys: Sequence[str]) -> list[RecordMeta]:
-        files = list(self._topic.files)
+        offsets = self.context.offsets
+        files = self._topic.files if offsets is None else self._topic.files_within(*offsets)
         kept = files if filter is None else self._prune(filter, files, keys, self._file_guarantee)
-        if self.context.offsets is not None:
-            first, last = self.context.offsets
-            near = set(self._topic.files_within(first, last))
-            kept = [file for file in kept if file in near]
-            records = [record for file in kept for record in self._snapshot.store.records(file)]
+        records = [record for file in kept for record in self._snapshot.store.records(file)]
+        if offsets is not None:
+            first, last = offsets
             records = sorted((r for r in records if r.first_offset < last and r.first_offset + r.entries > first), key=_by_offset)
-        else:
-            records = [record for file in kept for record in self._snapshot.store.records(file)]
         survivors = records if filter is None else self._prune_records(filter, records, keys)
-        self.counts.files += len(files)
-        self.counts.files_pruned += len(files) - len(kept)
+        self.counts.files += len(self._topic.files)
+        self.counts.files_pruned += len(self._topic.files) - len(kept)
         self.counts.records += len(records)
         self.counts.records_pruned += len(records) - len(survivors)
         return survivors
@@ -509,15 +506,21 @@ class RecordsTable(_Table):
 
 
 def topic_batches(
-    snapshot: Snapshot, topic: Topic, start: int, bytes_max: int, stopped: Callable[[], bool] = lambda: False
+    snapshot: Snapshot,
+    topic: Topic,
+    start: int,
+    bytes_max: int,
+    stopped: Callable[[], bool] = lambda: False,
+    columns: Sequence[str] | None = None,
+    cache: ColumnCache | None = None,
 ) -> Iterator[pa.RecordBatch]:
-    """Yield a topic's entries from offset `start` on, in offset order, without SQL and without filling the cache."""
-    table = EntriesTable(snapshot, topic, ScanContext(ColumnCache(0), 1), with_log_columns=False)
-    for record in snapshot.records(topic.name):
+    """Yield a topic's entries from offset `start` on, all columns or some, in offset order and without SQL."""
+    table = EntriesTable(snapshot, topic, ScanContext(cache or ColumnCache(0), 1), with_log_columns=False)
+    for record in snapshot.records(topic.name, start):
         if record.first_offset + record.entries <= start:
             continue
         skip = max(0, start - record.first_offset)
-        for batch in table.batches(record, topic.schema.names):
+        for batch in table.batches(record, topic.schema.names if columns is None else columns):
             if stopped():
                 raise Cancelled("the read was stopped")
             if skip < batch.num_rows:

@@ -260,6 +260,7 @@ class Server(fl.FlightServerBase):
         done.start()
         done.join(seconds)
         self._stopping.set()
+        self._oplog.wake()
         done.join(1)
         self._service.transactions.close()
         return not done.is_alive()
@@ -384,7 +385,7 @@ class Server(fl.FlightServerBase):
         stopped = self._stopped(context)
         if ticket.ticket[:1] == b"{":
             request = TopicRead.parse(ticket.ticket)
-            result = self._service.read(request, request.sql, stopped)
+            result = self._service.read(request, stopped)
         else:
             result = self._service.get(ticket.ticket, stopped)
         return fl.GeneratorStream(result.schema, _streamed(result.batches, self._stopping))

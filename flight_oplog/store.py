@@ -12,6 +12,7 @@ Invariants
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import logging
@@ -77,6 +78,7 @@ class Topic:
     files: tuple[DataFile, ...]
     next_offset: int
     event_time: str | None = None
+    overlaps: bool = False  # whether a file has records after a later one's first: only what another program's compaction made has
 
     @property
     def first_offset(self) -> int:
@@ -86,14 +88,11 @@ class Topic:
     def entries(self) -> int:
         return self.next_offset - self.first_offset
 
-    def files_within(self, first: int, last: int) -> list[DataFile]:
-        """Return the files that may hold entries with offsets in [first, last)."""
-        ends = [later.first_offset for later in self.files[1:]] + [self.next_offset]
-        return [
-            file
-            for place, (file, end) in enumerate(zip(self.files, ends, strict=True))
-            if file.first_offset < last and (end > first or _reaches_into(file, self.files[place + 1 : place + 2]))
-        ]
+    def files_within(self, first: int, last: int | None = None) -> Sequence[DataFile]:
+        """Return the files that may hold entries with offsets in [first, last), or from `first` on."""
+        start = 0 if self.overlaps else max(0, bisect.bisect_right(self.files, first, key=_first_offset) - 1)
+        end = len(self.files) if last is None else bisect.bisect_left(self.files, last, key=_first_offset)
+        return self.files[start:end]
 
 
 @dataclass(frozen=True)
@@ -111,15 +110,11 @@ class Snapshot:
         except KeyError:
             raise NotFound(f"topic {name!r} does not exist; append to it to create it") from None
 
-    def records(self, topic: str) -> Iterator[RecordMeta]:
-        """Yield the topic's records in offset order, without their content."""
-        files = self.topic(topic).files
-        for place, file in enumerate(files):
-            if _reaches_into(file, files[place + 1 : place + 2]):
-                rest = [record for later in files[place:] for record in self.store.records(later)]
-                yield from sorted(rest, key=lambda record: record.first_offset)
-                return
-            yield from self.store.records(file)
+    def records(self, topic: str, start: int = 0) -> Iterator[RecordMeta]:
+        """Yield the topic's records in offset order, without their content, leaving out files that end before `start`."""
+        found = self.topic(topic)
+        records = (record for file in found.files_within(start) for record in self.store.records(file))
+        yield from sorted(records, key=_first_offset) if found.overlaps else records
 
 
 class Store:
@@ -313,6 +308,11 @@ class Store:
             self._news.wait_for(lambda: condition(self._current), seconds)
         return self._current
 
+    def wake(self) -> None:
+        """Let everyone who waits look at their condition."""
+        with self._news:
+            self._news.notify_all()
+
     def _follow(self, base: Snapshot, changes: Changes) -> None:
         snapshot = self._after(base, base.table_version + 1, changes)
         with self._lock:
@@ -354,13 +354,15 @@ class Store:
                     event_time = event_time or first_time(schema)
             if merged is None:
                 raise CorruptLog(f"topic {name!r}: its schema is not in {SCHEMAS_TOPIC}; restore that topic's files")
+            files, overlaps = _files_after(topic, added.get(name, ()), changes.removed)
             topics[name] = Topic(
                 name,
                 merged,
                 {**topic.schemas, **schemas[name]} if name in schemas else topic.schemas,
-                _files_after(topic.files, added.get(name, ()), changes.removed),
+                files,
                 changes.numbers.get(f"topic/{name}", topic.next_offset),
                 event_time,
+                overlaps,
             )
         return Snapshot(table_version, topics, self)
 
@@ -517,20 +519,19 @@ def topic_of(path: str) -> str:
     return path.partition("/")[0].removeprefix("topic=")
 
 
-def _reaches_into(file: DataFile, following: Sequence[DataFile]) -> bool:
-    """Whether a file has records after the next one's first: only what another program's compaction made has."""
-    return any(file.last_record > later.first_offset for later in following)
+def _first_offset(of: DataFile | RecordMeta) -> int:
+    return of.first_offset
 
 
-def _files_after(before: tuple[DataFile, ...], added: Sequence[DataFile], removed: frozenset[str]) -> tuple[DataFile, ...]:
-    kept = tuple(file for file in before if file.path not in removed) if removed else before
-    files = (*kept, *added)
-    if (
-        any(first.first_offset > second.first_offset for first, second in itertools.pairwise(files[len(kept) - 1 if kept else 0 :]))
-        or removed
-    ):
-        return tuple(sorted(files, key=lambda file: file.first_offset))
-    return files
+def _files_after(topic: Topic, added: Sequence[DataFile], removed: frozenset[str]) -> tuple[tuple[DataFile, ...], bool]:
+    """Return a topic's files in order after some were added and removed, and whether any reaches into a later one."""
+    if not removed and not topic.overlaps:
+        files, new = (*topic.files, *added), (*topic.files[-1:], *added)
+    else:
+        files = new = (*(file for file in topic.files if file.path not in removed), *added)
+    if any(first.first_offset > second.first_offset for first, second in itertools.pairwise(new)):
+        files = new = tuple(sorted(files, key=_first_offset))
+    return files, any(first.last_record > second.first_offset for first, second in itertools.pairwise(new))
 
 
 def _schemas_by_topic(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, pa.Schema]]:

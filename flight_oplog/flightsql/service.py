@@ -151,7 +151,7 @@ class Service:
     def _get_statement(self, message: wire.TicketStatementQuery, stopped: Stopped) -> Result:
         if self._sealer.kind(message.statement_handle) == "follow":
             body = self._sealer.open("follow", message.statement_handle)
-            return self.read(TopicRead(body["topic"], body["from"], follow=True), body["sql"], stopped)
+            return self.read(TopicRead(body["topic"], body["from"], follow=True), stopped, body["sql"])
         body = self._sealer.open("statement", message.statement_handle)
         snapshot = self._oplog.snapshot_at(body["table_version"])
         running = self._engine.run(body["sql"], snapshot, stopped)
@@ -160,12 +160,11 @@ class Service:
     def plan_read(self, request: TopicRead) -> tuple[pa.Schema, Topic]:
         """Return what the batches of a topic's ticket will look like, and the topic."""
         snapshot = self._oplog.snapshot()
-        topic = snapshot.topic(request.topic)
-        return topic.schema if request.sql is None else self._engine.prepare_run(request.sql, snapshot)[0].schema, topic
+        return self._follower.schema(request, snapshot), snapshot.topic(request.topic)
 
-    def read(self, request: TopicRead, sql: str | None, stopped: Stopped) -> Result:
+    def read(self, request: TopicRead, stopped: Stopped, sql: str | None = None) -> Result:
         """Read a topic in offset order; each batch says in its app_metadata which offset comes next."""
-        schema, runs = self._follower.read(request.topic, sql, request.start, request.follow, stopped)
+        schema, runs = self._follower.read(request, stopped, sql)
         return Result(schema, ((run.batch, words(run)) for run in runs))
 
     def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest, caller: Caller) -> list[bytes]:

@@ -21,6 +21,7 @@ import pyarrow as pa
 from appends import bench_appends
 from datafusion import SessionConfig, SessionContext
 from deltalake import DeltaTable, write_deltalake
+from followers import bench_followers
 from pyarrow import flight
 from rich.console import Console
 from rich.table import Table
@@ -207,13 +208,13 @@ def show(results: list[tuple[str, str, float, float]]) -> None:
 
 def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="oplog-bench-"))
-    only = sys.argv[1:] or ["put", "stream", "query", "appends"]
+    only = sys.argv[1:] or ["put", "stream", "query", "appends", "followers"]
     flags = ("--data", str(folder / "log"), "--listen", "grpc://127.0.0.1:0", "--cache-bytes-max", str(CACHE))
     server, ours = process("-m", "flight_oplog", "serve", *flags, "--batch-bytes-max", str(64 << 20))
     other, peer = process(__file__, "--peer")
     results = []
     try:
-        batches = list(events(ENTRIES if only != ["appends"] else BATCH))
+        batches = list(events(ENTRIES if {*only} - {"appends", "followers"} else BATCH))
         if "put" in only:
             results += bench_put(folder, ours, peer, batches[: max(1, len(batches) // 4)])
         put(ours, "events", batches)
@@ -230,6 +231,8 @@ def main() -> None:
                 results += bench_queries(log, folder / "plain")
         if "appends" in only:
             results += bench_appends(list(events(40 * BATCH)))
+        if "followers" in only:
+            results += bench_followers()
         show(results)
     finally:
         for stopped in (server, other):
