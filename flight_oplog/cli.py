@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import csv
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -37,6 +38,7 @@ from flight_oplog.store import Store
 DEFAULT_SERVER = "grpc://127.0.0.1:8815"
 ROWS_SHOWN = 100
 AGAIN_SECONDS = 1.0
+GARBAGE_OBJECTS = 50_000
 # A file may be published, and its commit not be there yet: twice as long as it is taken to be fresh.
 ORPHAN_SECONDS_LEAST = 120
 
@@ -162,6 +164,10 @@ def _serve(options: argparse.Namespace) -> int:
     check_listen(config)
     with OpLog.open(config.data, config) as oplog:
         server = Server(oplog, config)
+        # What is loaded now stays; an append makes dozens of objects that die by themselves, and looking for cycles among
+        # them every 700 took a tenth of the time.
+        gc.freeze()
+        gc.set_threshold(GARBAGE_OBJECTS)
         print(server.uri, flush=True)
         if config.insecure:
             print("warning: --insecure: anybody who reaches this address may read and append", file=sys.stderr)

@@ -20,7 +20,7 @@ import queue
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -40,6 +40,8 @@ CONFLICTS_MAX = 50
 RECEIPTS_KEPT = 65_536
 # How far back in a topic an original receipt is looked for when it is no longer remembered.
 RECORDS_SEARCHED_MAX = 256
+# Batches this small on average are joined before they are encoded.
+JOINED_ENTRIES = 8192
 NUMBER_MAX = (1 << 63) - 1
 PRODUCER_PATTERN = re.compile(r"[!-~]{1,128}")
 CLOSED = "the log is closed; nothing was written; try again when the server is back"
@@ -119,6 +121,7 @@ class Append:
     entries: int
     nbytes: int
     origin: Origin
+    unchecked: bool = False  # its batches came from a client, and nobody has looked at what is in them
     receipt: Future[Receipt] = field(default_factory=Future)
 
     @property
@@ -146,6 +149,25 @@ class Append:
 
     def bounds(self) -> list[codec.Bounds]:
         return self.staged.bounds if self.staged is not None else [codec.bounds(self.batches, self.schema)]
+
+
+def _schema_id(append: Append) -> str:
+    return append.schema_id
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def check_data(topic: str, batches: Sequence[pa.RecordBatch]) -> None:
+    """Raise RequestError unless the batches, all of one schema, are valid throughout: the network is hostile."""
+    try:
+        if len(batches) == 1:
+            batches[0].validate(full=True)
+        elif batches:
+            pa.Table.from_batches(batches).validate(full=True)
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise RequestError(f"topic {topic!r}: a batch is not valid Arrow data ({one_line(error)}); nothing was written") from error
 
 
 def owner_of(origin: Origin, entries: int, started: datetime.datetime) -> dict[str, Any]:
@@ -200,12 +222,36 @@ class Committer:
             del waiting  # an idle log holds on to nothing
 
     def _commit_waiting(self, waiting: list[list[Append]]) -> None:
+        wrong = self._invalid([append for bundle in waiting for append in bundle if append.unchecked])
+        for bundle in waiting if wrong else ():
+            if (error := next((wrong[append] for append in bundle if append in wrong), None)) is not None:
+                for append in bundle:
+                    append.refuse(error)
+        waiting = [bundle for bundle in waiting if not bundle[0].receipt.done()]
         for is_single, bundles in itertools.groupby(waiting, lambda bundle: len(bundle) == 1):
             if is_single:
                 self._commit_group([append for bundle in bundles for append in bundle])
             else:
                 for bundle in bundles:
                     self._commit_group(bundle, as_one=True)
+
+    def _invalid(self, appends: list[Append]) -> dict[Append, Exception]:
+        """Look at the data of many small appends at once; return those whose data is not valid, and why."""
+        found: dict[Append, Exception] = {}
+        for _, of_schema in itertools.groupby(sorted(appends, key=_schema_id), key=_schema_id):
+            together = list(of_schema)
+            try:
+                check_data("", [batch for append in together for batch in append.batches])
+            except Exception:
+                for append in together:
+                    try:
+                        check_data(append.topic, append.batches)
+                    except RequestError as error:
+                        found[append] = error
+                    except Exception:
+                        log.exception("looking at an append to topic %r", append.topic)
+                        found[append] = TryAgain("the append failed, see the server's log; nothing was written; try again")
+        return found
 
     def _commit_group(self, appends: list[Append], as_one: bool = False) -> None:
         """Give every append of the group its receipt or its error; never raises."""
@@ -520,12 +566,12 @@ def make_record(
     compression: str,
 ) -> Record:
     """Encode batches of one schema as one record."""
-    if len(batches) > 2 and sum(batch.num_rows for batch in batches) <= codec.BATCH_ENTRIES:
-        batches = list(codec.gather(batches))  # many small appends: everything below costs by the batch
+    entries = sum(batch.num_rows for batch in batches)
+    if len(batches) > 2 and entries <= JOINED_ENTRIES * len(batches):
+        batches = list(codec.cut(codec.joined(batches)))  # many small appends: everything below costs by the batch
     found = codec.bounds(batches, schema)
     known = event_time in schema.names and pa.types.is_timestamp(schema.field(event_time).type)
     low, high = codec.time_range(found, schema, event_time if known else None)
-    entries = sum(batch.num_rows for batch in batches)
     content = codec.encode(batches, schema, compression)
     return Record(entries, fingerprint, appends, found, low, high, codec.digest(content), content)
 

@@ -43,6 +43,7 @@ PUBLISHED_SECONDS = 60
 
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _FILE_SCHEMA = pa.schema([f for f in RECORD_SCHEMA if f.name != "topic"])
+_OWNER_COLUMNS = [child.name for child in APPENDS.value_type]
 _META_COLUMNS = [name for name in _FILE_SCHEMA.names if name != "content"]
 
 
@@ -370,7 +371,7 @@ class StagedFile:
         self._offset_places.append((place, first))
         for record, (offset, _) in zip(records, self._runs[first:], strict=True):
             row = {name: getattr(record, name) for name in ("entries", "schema_id", "min_time", "max_time", "bounds", "digest")}
-            row["appends"] = [{child.name: owner.get(child.name) for child in APPENDS.value_type} for owner in record.appends]
+            row["appends"] = [{name: owner.get(name) for name in _OWNER_COLUMNS} for owner in record.appends]
             self._metas.append(row | {"first_offset": offset, "row_group": group, "span": span if len(records) == 1 else None})
 
     def _create(self) -> parquet.Writer:

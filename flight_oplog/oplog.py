@@ -24,7 +24,19 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from flight_oplog import codec
-from flight_oplog.committer import CLOSED, Append, Committer, Origin, Receipt, check_room, make_record, merge, owner_of
+from flight_oplog.committer import (
+    CLOSED,
+    Append,
+    Committer,
+    Origin,
+    Receipt,
+    check_data,
+    check_room,
+    make_record,
+    merge,
+    one_line,
+    owner_of,
+)
 from flight_oplog.config import Config
 from flight_oplog.datafile import Record, RecordMeta, StagedFile
 from flight_oplog.errors import CorruptLog, RequestError, TooLarge, TryAgain
@@ -35,6 +47,7 @@ log = logging.getLogger("flight_oplog.oplog")
 
 SPILLS_UNDER_WAY = 2
 FLUSH_BYTES = 1 << 20
+SMALL_BYTES = 256 << 10
 NORMALS_KEPT = 256
 _ANONYMOUS = Origin()
 
@@ -61,6 +74,7 @@ class OpLog:
         self._writers = ThreadPoolExecutor(max(4, os.cpu_count() or 1), "writer")
         self._committer = Committer(store, config)
         self._normals: dict[bytes, tuple[pa.Schema, str]] = {}
+        self._known: dict[int, tuple[pa.Schema, tuple[pa.Schema, str]]] = {}  # by the very object: a stream's has one
 
     @classmethod
     def open(cls, uri: str, config: Config | None = None) -> OpLog:
@@ -102,6 +116,8 @@ class OpLog:
 
     def _normal(self, schema: pa.Schema) -> tuple[pa.Schema, str]:
         """Return the normal form of a schema and its schema_id. Producers send the same few over and over."""
+        if (known := self._known.get(id(schema))) is not None and known[0] is schema:
+            return known[1]
         key = hashlib.sha256(schema.serialize()).digest()
         found = self._normals.get(key)
         if found is None:
@@ -110,6 +126,9 @@ class OpLog:
             if len(self._normals) >= NORMALS_KEPT:
                 self._normals.clear()
             self._normals[key] = found
+        if len(self._known) >= NORMALS_KEPT:
+            self._known.clear()
+        self._known[id(schema)] = schema, found
         return found
 
     def commit_together(self, appends: Sequence[Append]) -> list[Receipt]:
@@ -197,6 +216,7 @@ class AppendWriter:
         self._waiting: list[pa.RecordBatch] = []
         self._waiting_bytes = self._waiting_entries = self._reserved = 0
         self._bytes = self._entries = 0
+        self._unchecked = False
         self._staged: StagedFile | None = None
         self._spilling: deque[Future[None]] = deque()
         self._owned = True
@@ -204,11 +224,14 @@ class AppendWriter:
     def write(self, batch: pa.RecordBatch) -> None:
         """Take one batch. Raises RequestError or TooLarge for a batch that cannot be stored; abandon the append then."""
         self._check_owned()
-        try:
-            # Before anything else looks at the batch: even its size is read through offsets that a client made up.
-            batch.validate(full=True)
-        except (pa.ArrowException, UnicodeDecodeError) as error:
-            raise RequestError(f"topic {self.topic!r}: a batch is not valid Arrow data ({_line(error)}); nothing was written") from error
+        if self._is_small(batch):
+            size = batch.get_total_buffer_size()
+            self._bytes += size
+            self._unchecked = True
+            self._take(batch, size)
+            return
+        # Before anything else looks at the batch: even its size is read through offsets that a client made up.
+        check_data(self.topic, [batch])
         if batch.num_rows > self._config.batch_entries_max:
             raise TooLarge(
                 f"topic {self.topic!r}: a batch of {batch.num_rows} entries is over batch_entries_max ({self._config.batch_entries_max}); "
@@ -230,12 +253,19 @@ class AppendWriter:
         try:
             plain = codec.conform(batch, self._schema)
         except pa.ArrowException as error:
-            raise RequestError(f"topic {self.topic!r}: a batch cannot be stored ({_line(error)}); nothing was written") from error
+            raise RequestError(f"topic {self.topic!r}: a batch cannot be stored ({one_line(error)}); nothing was written") from error
         if plain is batch and size <= self._config.record_bytes_max and batch.num_rows <= self._config.record_entries_max:
             self._take(batch, size)
             return
         for piece in codec.cut(plain, self._config.record_bytes_max, self._config.record_entries_max):
             self._take(piece, piece.nbytes)
+
+    def _is_small(self, batch: pa.RecordBatch) -> bool:
+        """Whether a batch can go on as it is, unlooked at. Small ones are looked at together, by the committer: each
+        look lets go of the interpreter, and with many streams it is switching threads that costs."""
+        limit = min(SMALL_BYTES, self._config.record_bytes_max, self._config.batch_bytes_max, self._config.append_bytes_max - self._bytes)
+        entries = min(self._config.record_entries_max, self._config.batch_entries_max)
+        return batch.get_total_buffer_size() <= limit and batch.num_rows <= entries and batch.schema == self._schema
 
     def _take(self, piece: pa.RecordBatch, size: int) -> None:
         if not piece.num_rows:
@@ -274,6 +304,7 @@ class AppendWriter:
         self._waiting, self._waiting_bytes, self._waiting_entries, self._reserved = [], 0, 0, 0
 
     def _encode(self, batches: list[pa.RecordBatch], entries: int) -> Record:
+        check_data(self.topic, batches)
         owner = owner_of(self._origin, entries, self._started)
         return make_record(batches, self._schema, self._schema_id, [owner], self._event_time, self._config.compression)
 
@@ -326,6 +357,12 @@ class AppendWriter:
             self._staged.finish(found.next_offset if found else 0)
         return self._entries + self._waiting_entries
 
+    def check(self) -> None:
+        """Look at what is in memory now, instead of when it is committed. Raises RequestError for what is not valid."""
+        if self._unchecked:
+            check_data(self.topic, self._waiting)
+            self._unchecked = False
+
     def hand_over(self) -> Append:
         """Return the complete append: it is the caller's to commit, or to refuse."""
         append = Append(
@@ -339,6 +376,7 @@ class AppendWriter:
             self._entries + self._waiting_entries,
             self._waiting_bytes,
             self._origin,
+            self._unchecked and self._staged is None,
         )
         self._owned = False
         append.receipt.add_done_callback(lambda receipt: self._release())
@@ -395,7 +433,3 @@ class _Budget:
     def give_back(self, size: int) -> None:
         with self._lock:
             self._left += size
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

@@ -101,6 +101,7 @@ class Transactions:
         Raises what went wrong with it, or with the transaction; abandon the append then.
         """
         entries = append.complete()
+        append.check()
         with self._changed:
             name = self._checked(transaction_id)
             if name not in self._open:

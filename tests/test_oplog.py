@@ -279,3 +279,32 @@ def test_a_few_bytes_that_stand_for_many_count_as_many(folder: Path) -> None:
         with pytest.raises(TooLarge) as caught:
             log.append("t", pa.record_batch({"a": pa.nulls(11)}))
     assert str(caught.value) == "topic 't': a batch of 11 entries is over batch_entries_max (10); send smaller batches; nothing was written"
+
+
+def test_small_appends_are_looked_at_together_and_refused_alone(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offsets that point beyond the data: what its neighbours in the group wrote is committed all the same."""
+    bad = pa.RecordBatch.from_arrays(
+        [pa.Array.from_buffers(pa.string(), 2, [None, pa.array([0, 1 << 30, 5], pa.int32()).buffers()[1], pa.py_buffer(b"hello")])], ["a"]
+    )
+    good = pa.record_batch({"a": ["fine"]})
+    going_on = threading.Event()
+    real = log._committer._commit_waiting
+    monkeypatch.setattr(log._committer, "_commit_waiting", lambda waiting: going_on.wait(10) and real(waiting))
+    receipts = []
+    for batch in (good, good, bad, good, pa.record_batch({"b": [1]})):
+        writer = log.writer("t", batch.schema)
+        writer.write(batch)
+        receipts.append(writer.submit())
+    together = []
+    for topic, batch in (("x", good), ("y", bad), ("z", good)):
+        writer = log.writer(topic, batch.schema)
+        writer.write(batch)
+        together.append(writer.hand_over())
+    bundle = log._committer.submit(together)
+    going_on.set()
+    for receipt in (receipts[2], *bundle):
+        with pytest.raises(RequestError, match=r"^topic '[ty]': a batch is not valid Arrow data .*; nothing was written$"):
+            receipt.result(10)
+    assert [receipts[n].result(10).first_offset for n in (0, 1, 3, 4)] == [0, 1, 2, 3]
+    assert [topic.name for topic in log.topics()] == ["_schemas", "t"]
+    assert log._memory._left == log.config.queue_bytes_max
