@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -167,6 +168,8 @@ def _serve(options: argparse.Namespace) -> int:
         # What is loaded now stays; an append makes dozens of objects that die by themselves, and looking for cycles among
         # them every 700 took a tenth of the time.
         gc.freeze()
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each stream has a connection and perhaps a file
         gc.set_threshold(GARBAGE_OBJECTS)
         print(server.uri, flush=True)
         if config.insecure:

@@ -298,10 +298,19 @@ class Committer:
             elif refused and as_one:
                 raise refused[0][1]
         except BaseException as error:
-            if not isinstance(error, OutcomeUnknown):
+            if isinstance(error, OutcomeUnknown):
+                for append in group.duplicates:
+                    append.drop()
+            else:
                 group.abandon()
             raise
-        # From here on everything is durable: nothing may fail, and no file may go.
+        try:
+            self._answer(group, version, refused)
+        except Exception as error:  # everything is durable, and no file may go
+            log.exception("answering appends of table version %d", version)
+            raise OutcomeUnknown(f"the commit of table_version {version} was made; its receipts are lost") from error
+
+    def _answer(self, group: _Group, version: int, refused: list[tuple[Append, Exception]]) -> None:
         for append, first_offset in group.placed:
             append.keep()
             receipt = Receipt(append.topic, first_offset, append.entries, version, append.origin.sequence)

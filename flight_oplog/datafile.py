@@ -440,6 +440,11 @@ class StagedFile:
             nulls |= {"min_time": 0, "max_time": 0}
         return json.dumps({"numRecords": len(self._runs), "minValues": low, "maxValues": high, "nullCount": nulls})
 
+    def rest(self) -> None:
+        """Hold no file handle until the file is numbered again."""
+        if self._file is not None:
+            self._file.rest()
+
     def close(self) -> None:
         """Let go of the file when its outcome is decided; it stays where it was published."""
         if self._file is not None:

@@ -62,6 +62,7 @@ class OutputFile:
         """Make a file; a nameless one is gone when it is closed, or when the process dies."""
         self.closed = False
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        self._path = None if nameless else path
         if nameless:
             os.unlink(path)
         self._staging = memoryview(mmap.mmap(-1, STAGING_BYTES))  # page-aligned, as direct writing wants
@@ -121,10 +122,24 @@ class OutputFile:
 
     def patch(self, place: int, data: bytes) -> None:
         """Write over a part of the settled file."""
+        self._resume()
         if os.pwrite(self._handle, data, place) != len(data):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
+    def rest(self) -> None:
+        """Hold no handle until the settled file is needed again; many may wait for their commit at once."""
+        if self._path is not None:
+            self.close()
+
+    def _resume(self) -> None:
+        if self._handle < 0 and self._path is not None:
+            try:
+                self._handle = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError as error:
+                raise OSError(errno.ESTALE, "the file was taken for an orphan and removed") from error
+
     def touch(self) -> None:
+        self._resume()
         os.utime(self._handle)
 
     def sync(self) -> None:
@@ -135,11 +150,14 @@ class OutputFile:
         return os.pread(self._handle, size, place)
 
     def close(self) -> None:
-        """Give the file up, without writing what is still in memory. May be called again."""
+        """Give the file up, without writing what is still in memory. May be called again; never raises."""
         self.closed = True
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+        handle, self._handle = self._handle, -1  # whatever comes of it, the number is not ours any more
+        if handle >= 0:
+            try:
+                os.close(handle)
+            except OSError as error:  # what had to be durable was synced before
+                log.warning("closing a file: %s", error)
 
 
 _REASONS = {

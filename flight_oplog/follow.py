@@ -140,14 +140,16 @@ class Follower:
     def _runs(
         self, snapshot: Snapshot, request: TopicRead, sql: str | None, schema: pa.Schema, place: int, stopped: Stopped
     ) -> Iterator[Run]:
-        quiet_since = time.monotonic()
+        quiet_since, told = time.monotonic(), place
         while True:
             for run in self._present(snapshot, request, sql, schema, place, stopped):
                 place = place if run.next_offset is None else run.next_offset
                 if run.batch.num_rows or run.next_offset is None or time.monotonic() - quiet_since > self._config.keep_alive_seconds:
                     yield run
-                    quiet_since = time.monotonic()
+                    quiet_since, told = time.monotonic(), place
             if not request.follow:
+                if told != place:  # what came last was not for this reader: it need not be read again
+                    yield Run(_empty(schema), place)
                 return
             if time.monotonic() - quiet_since >= self._config.keep_alive_seconds:
                 yield Run(_empty(schema), place)

@@ -144,18 +144,19 @@ class _Calls(fl.ServerMiddlewareFactory):
         if not self._free.acquire(blocking=False):
             raise fl.FlightUnavailableError(f"the server is busy: calls_max ({self._calls_max}) calls are under way; try again")
         first = {name.lower(): values[0] for name, values in headers.items()}
-        return _Call(self._free, first, may_begin=info.method == fl.FlightMethod.DO_ACTION)
+        is_first = info.method in (fl.FlightMethod.DO_ACTION, fl.FlightMethod.GET_FLIGHT_INFO)
+        return _Call(self._free, first, offers_cookie=is_first and first.get("user-agent", "").startswith(LEAVES_OUT_TRANSACTION))
 
 
 class _Call(fl.ServerMiddleware):
     """One call: its headers, and the session it belongs to where its client keeps cookies."""
 
-    def __init__(self, free: threading.BoundedSemaphore, headers: dict[str, str], may_begin: bool) -> None:
+    def __init__(self, free: threading.BoundedSemaphore, headers: dict[str, str], offers_cookie: bool) -> None:
         self.headers = headers
         self._free = free
         cookie = SESSION_COOKIE.search(headers.get("cookie", ""))
         self._session = cookie[1] if cookie else None
-        self._offered = uuid.uuid4().hex if may_begin and cookie is None else None
+        self._offered = uuid.uuid4().hex if offers_cookie and cookie is None else None
 
     def sending_headers(self) -> dict[str, str]:
         return {"set-cookie": f"oplog-session={self._offered}"} if self._offered else {}

@@ -7,7 +7,8 @@ READ COMMITTED), and not what the transaction holds.
 
 Whose append. Stock ADBC sends a transaction's id with its queries but not with its ingests. A client that is known to do
 so is recognised by its session: a cookie, where the driver keeps them, or else its connection, which introduces itself
-by asking whether there are transactions.
+by asking whether there are transactions. A connection that never did is one made anew by a client whose transaction may
+be open: its ingest is refused, rather than committed when nobody asked for it.
 """
 
 from __future__ import annotations
@@ -21,18 +22,34 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from flight_oplog.committer import Append, Receipt
 from flight_oplog.config import Config
-from flight_oplog.errors import Cancelled, OplogError, OutcomeUnknown, RequestError, TooLarge
+from flight_oplog.errors import Cancelled, OutcomeUnknown, RequestError, TooLarge, TryAgain
 from flight_oplog.oplog import AppendWriter, OpLog
 
 log = logging.getLogger("flight_oplog.transactions")
 
 SESSIONS_KEPT = 100_000
+# A connection of ADBC's driver that was quiet for longer is not its own any more: gRPC for Go closes it after 30 minutes.
+IDLE_SECONDS = 35 * 60
 ENDED_KEPT = 100_000
-_COMMITTED, _COMMITTING = "is committed", "is being committed"
+_COMMITTED, _UNKNOWN = "is committed", "may or may not have been committed"
+_STRANGER = (
+    "nothing was written: this connection has been made anew, and nobody can tell whether a transaction is open; connect again, "
+    "or set adbc.flight.sql.rpc.with_cookie_middleware to true, which survives that"
+)
+
+
+@dataclass
+class _Session:
+    """What is known of a client: the transaction it has begun, None when it has none, and the cookie it was offered last."""
+
+    transaction: str | None
+    seen: float
+    cookie: str | None
 
 
 @dataclass
@@ -55,7 +72,9 @@ class Transactions:
         self._ended: OrderedDict[str, str] = OrderedDict()
         self._forgotten = 0  # transactions up to this number may have ended and be remembered no more
         self._begun = 0
-        self._sessions: OrderedDict[str, str] = OrderedDict()
+        self._closed = False
+        self._committing: dict[str, Future[list[Receipt]]] = {}
+        self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._watching = False
 
     def begin(self, sessions: Sequence[str]) -> bytes:
@@ -63,21 +82,53 @@ class Transactions:
         with self._changed:
             self._begun += 1
             name = self._name(self._begun)
-            for session in sessions:
-                self._sessions[session] = name
-                self._sessions.move_to_end(session)
-            while len(self._sessions) > SESSIONS_KEPT:
-                self._sessions.popitem(last=False)
+            self._register(sessions, name)
         return name.encode()
 
-    def of(self, sessions: Sequence[str]) -> bytes | None:
-        """Return the transaction that the first known of these sessions has begun and not ended."""
+    def introduce(self, sessions: Sequence[str]) -> None:
+        """Take note of a new client: whoever had its connection's name before is gone."""
         with self._changed:
-            for session in sessions:
-                if session in self._sessions:
-                    self._sessions.move_to_end(session)
-                    return self._sessions[session].encode()
+            self._register(sessions, None)
+
+    def _register(self, sessions: Sequence[str], transaction: str | None) -> None:
+        if not sessions:
+            return
+        before = self._sessions.get(sessions[-1])
+        if before is not None and before.cookie is not None:
+            self._sessions.pop(before.cookie, None)  # offered, and not taken
+        session = _Session(transaction, time.monotonic(), sessions[0] if len(sessions) > 1 else None)
+        for name in sessions:
+            self._sessions[name] = session
+            self._sessions.move_to_end(name)
+        while len(self._sessions) > SESSIONS_KEPT:
+            self._sessions.popitem(last=False)
+
+    def _session(self, sessions: Sequence[str]) -> _Session | None:
+        for name in sessions:
+            found = self._sessions.get(name)
+            is_connection = ":" in name
+            if found is not None and not (is_connection and time.monotonic() - found.seen > IDLE_SECONDS):
+                self._sessions.move_to_end(name)
+                return found
         return None
+
+    def saw(self, sessions: Sequence[str]) -> None:
+        """Take note of a call of a client's, which keeps its connection alive."""
+        with self._changed:
+            if (found := self._session(sessions)) is not None:
+                found.seen = time.monotonic()
+
+    def of(self, sessions: Sequence[str]) -> bytes | None:
+        """Return the transaction that a client has begun and not ended, None when it has none.
+
+        Raises TryAgain for one that was never seen: it may have begun its transaction over another connection.
+        """
+        with self._changed:
+            found = self._session(sessions)
+            if found is None:
+                raise TryAgain(_STRANGER)
+            found.seen = time.monotonic()
+            return None if found.transaction is None else found.transaction.encode()
 
     def check(self, transaction_id: bytes) -> None:
         """Raise RequestError for a transaction that takes no more appends, TooLarge when there is no room for one."""
@@ -86,6 +137,10 @@ class Transactions:
 
     def _checked(self, transaction_id: bytes) -> str:
         name = self._known(transaction_id)
+        if self._closed:
+            raise TryAgain("the server is shutting down; nothing was written; try again when it is back")
+        if name in self._committing:
+            raise RequestError("the transaction is being committed; nothing was written; begin another")
         if name in self._ended:
             raise RequestError(f"the transaction {self._ended[name]}; nothing was written; begin another")
         found = self._open.get(name)
@@ -112,11 +167,6 @@ class Transactions:
             self._open[name].appends.append(append.hand_over())
         return entries
 
-    def introduce(self, session: str) -> None:
-        """Take a session for a new client's: one that had its name before is gone."""
-        with self._changed:
-            self._sessions.pop(session, None)
-
     def commit(self, transaction_id: bytes, sessions: Sequence[str] = ()) -> list[Receipt]:
         """Commit all that the transaction holds, or nothing; return the receipts in the order of its appends.
 
@@ -125,29 +175,35 @@ class Transactions:
         with self._changed:
             name = self._known(transaction_id)
             self._leave(name, sessions)
+            under_way = self._committing.get(name)
             ended = self._ended.get(name)
-            if ended == _COMMITTED:  # the client did not get the answer
-                return []
-            if ended is not None:
-                raise RequestError(f"the transaction {ended}; nothing of it was written")
-            found = self._open.pop(name, None)
-            self._end(name, _COMMITTING if found else _COMMITTED)
-        if found is None:
-            return []
-        outcome = "was rolled back"
+            if under_way is None:
+                if ended == _COMMITTED:  # the client did not get the answer
+                    return []
+                if ended == _UNKNOWN:
+                    raise OutcomeUnknown(f"the transaction {_UNKNOWN}; look whether its entries are there")
+                if ended is not None:
+                    raise RequestError(f"the transaction {ended}; nothing of it was written")
+                found = self._open.pop(name, None)
+                if found is None:
+                    self._end(name, _COMMITTED)
+                    return []
+                answer = self._committing[name] = Future()
+        if under_way is not None:
+            return under_way.result()
+        assert found is not None
         try:
-            receipts = self._oplog.commit_together(found.appends)
-            outcome = _COMMITTED
+            receipts, outcome = self._oplog.commit_together(found.appends), _COMMITTED
+            answer.set_result(receipts)
             return receipts
-        except OutcomeUnknown:
-            outcome = "may or may not have been committed"
-            raise
-        except OplogError:
-            outcome = "was rolled back, because its commit failed"
+        except BaseException as error:
+            outcome = _UNKNOWN if isinstance(error, OutcomeUnknown) else "was rolled back, because its commit failed"
+            answer.set_exception(error)
             raise
         finally:
             with self._changed:
-                self._ended[name] = outcome
+                self._end(name, outcome)
+                del self._committing[name]
 
     def rollback(self, transaction_id: bytes, sessions: Sequence[str] = ()) -> None:
         """Drop all that the transaction holds. One that this server does not know is no error: nothing of it is held.
@@ -161,8 +217,10 @@ class Transactions:
                 return
             self._leave(name, sessions)
             found = self._open.pop(name, None)
-            ended = self._ended.get(name)
-            if ended in (_COMMITTED, _COMMITTING):
+            ended = "is being committed" if name in self._committing else self._ended.get(name)
+            if ended == _UNKNOWN:
+                raise OutcomeUnknown(f"the transaction {_UNKNOWN}; look whether its entries are there")
+            if ended is not None and (ended == _COMMITTED or name in self._committing):
                 raise RequestError(f"the transaction {ended}; it cannot be rolled back")
             if ended is None:
                 self._end(name, "was rolled back")
@@ -170,12 +228,14 @@ class Transactions:
 
     def _leave(self, name: str, sessions: Sequence[str]) -> None:
         for session in sessions:
-            if self._sessions.get(session) == name:
-                del self._sessions[session]
+            found = self._sessions.get(session)
+            if found is not None and found.transaction == name:
+                found.transaction = None
 
     def close(self) -> None:
         """Roll back every transaction that is open."""
         with self._changed:
+            self._closed = True
             found = list(self._open.items())
             self._open.clear()
             for name, _ in found:

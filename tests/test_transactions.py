@@ -1,10 +1,13 @@
 """Transactions: any number of ingests into any number of topics are one table version, or nothing."""
 
+import contextlib
+import errno
 import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import adbc_driver_flightsql.dbapi as adbc
 import adbc_driver_manager
@@ -15,8 +18,8 @@ from pyarrow import flight
 from test_producers import batch
 from test_server import refused
 
-from flight_oplog import Config, OpLog, Origin, transactions
-from flight_oplog.errors import Cancelled, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog import Config, OpLog, Origin, storage, transactions
+from flight_oplog.errors import Cancelled, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
 from flight_oplog.flightsql import wire
 from flight_oplog.oplog import AppendWriter
 from flight_oplog.transactions import Transactions
@@ -188,6 +191,112 @@ def test_a_rolled_back_append_is_told(log: OpLog, held: Transactions) -> None:
         append.receipt.result()
 
 
+def test_a_commit_sent_again_while_it_is_under_way_gets_its_answer(log: OpLog, held: Transactions, monkeypatch: pytest.MonkeyPatch) -> None:
+    going_on = threading.Event()
+    real = log._committer._commit_waiting
+    monkeypatch.setattr(log._committer, "_commit_waiting", lambda waiting: going_on.wait(10) and real(waiting))
+    transaction = held.begin(())
+    held.hold(transaction, writer(log, "a", batch(1)))
+    answers: list[Any] = []
+    threads = [threading.Thread(target=lambda: answers.append(held.commit(transaction))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    assert eventually(lambda: bool(held._committing))
+    with pytest.raises(RequestError, match=r"^the transaction is being committed; it cannot be rolled back$"):
+        held.rollback(transaction)
+    with pytest.raises(RequestError, match=r"^the transaction is being committed; nothing was written; begin another$"):
+        held.check(transaction)
+    going_on.set()
+    for thread in threads:
+        thread.join()
+    assert answers[0] == answers[1] or [] in answers
+    assert log.snapshot().topic("a").entries == 1
+
+
+def test_an_unknown_outcome_stays_unknown(log: OpLog, held: Transactions, monkeypatch: pytest.MonkeyPatch) -> None:
+    transaction = held.begin(())
+    held.hold(transaction, writer(log, "a", batch(1)))
+    held.hold(transaction, writer(log, "b", batch(1)))
+
+    def failing(path: str) -> None:
+        if path.endswith("_delta_log"):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(storage, "_sync_folder", failing)
+    with pytest.raises(OutcomeUnknown):
+        held.commit(transaction)
+    monkeypatch.undo()
+    for call in (held.commit, held.rollback):
+        with pytest.raises(
+            OutcomeUnknown, match=r"^the transaction may or may not have been committed; look whether its entries are there"
+        ):
+            call(transaction)
+    assert log.snapshot().topic("a").entries == 1
+
+
+def test_a_connection_that_never_introduced_itself_is_refused(log: OpLog, held: Transactions, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = pytest.raises(TryAgain, match=r"^nothing was written: this connection has been made anew, .* connect again, or set adbc")
+    with refused:
+        held.of(["ipv4:127.0.0.1:1"])
+    held.introduce(["cookie", "ipv4:127.0.0.1:1"])
+    assert held.of(["ipv4:127.0.0.1:1"]) is None
+    begun = held.begin(["another", "ipv4:127.0.0.1:1"])
+    assert held.of(["ipv4:127.0.0.1:1"]) == held.of(["another"]) == begun
+    with refused:
+        held.of(["cookie"])  # offered, and not taken
+    monkeypatch.setattr(transactions, "IDLE_SECONDS", 0)
+    with refused:
+        held.of(["ipv4:127.0.0.1:1"])  # somebody else's by now
+    assert held.of(["another"]) == begun
+    held.rollback(begun, ["another"])
+    assert held.of(["another"]) is None
+    monkeypatch.setattr(transactions, "SESSIONS_KEPT", 1)
+    held.begin(["third"])
+    with refused:
+        held.of(["another"])
+
+
+def test_a_stopping_server_holds_nothing_more(log: OpLog) -> None:
+    held = Transactions(log, log.config)
+    transaction = held.begin(())
+    held.close()
+    late = writer(log, "a", batch(1))
+    with pytest.raises(TryAgain, match="the server is shutting down; nothing was written"):
+        held.hold(transaction, late)
+    late.abandon()
+
+
+def test_a_waiting_transaction_holds_no_file_open(folder: Path) -> None:
+    with OpLog.open(str(folder), Config(record_entries_max=1)) as log:
+        held = Transactions(log, log.config)
+        before = len(os.listdir("/proc/self/fd"))
+        transaction = held.begin(())
+        for _ in range(20):
+            held.hold(transaction, writer(log, "a", batch(1, 2)))
+        assert len(os.listdir("/proc/self/fd")) - before < 5
+        log.append("a", batch(0))
+        assert [receipt.first_offset for receipt in held.commit(transaction)] == list(range(1, 41, 2))
+        held.close()
+
+
+def test_a_failing_close_takes_nothing_back(log: OpLog, held: Transactions, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.close
+
+    def failing(handle: int) -> None:
+        real(handle)
+        raise OSError(errno.EIO, "Input/output error")
+
+    transaction = held.begin(())
+    held.hold(transaction, writer(log, "a", batch(1)))
+    held.hold(transaction, writer(log, "b", batch(1)))
+    monkeypatch.setattr("flight_oplog.files.os.close", failing)
+    with contextlib.suppress(TryAgain, OutcomeUnknown):
+        held.commit(transaction)
+    monkeypatch.undo()
+    assert log.append("a", batch(2)).entries == 1
+    assert [problem for problem in log.verify() if problem.severity == "error"] == []
+
+
 # Through ADBC, whose ingests do not say that they belong to a transaction
 
 WITH_COOKIES = {"adbc.flight.sql.rpc.with_cookie_middleware": "true"}
@@ -259,6 +368,8 @@ def test_a_restart_loses_what_was_not_committed_and_says_so(start: Callable[...,
         start("--listen", f"grpc://127.0.0.1:{port}")
         with pytest.raises(adbc_driver_manager.Error, match="the server was started again since; nothing of it was written"):
             transacting.commit()
+        with pytest.raises(adbc_driver_manager.Error, match="nothing was written: this connection has been made anew"):
+            cursor.adbc_ingest("a", SEED, mode="create_append")
 
 
 # Through plain Flight, with the id in the command

@@ -81,7 +81,9 @@ class Service:
         """Plan the command in a descriptor; with `follow`, a statement to be run over a topic as it grows, from there."""
         message = wire.unpack(command)
         if caller.leaves_out and isinstance(message, wire.CommandGetSqlInfo) and tuple(message.info) == (_TRANSACTION_SUPPORT,):
-            self.transactions.introduce(caller.sessions[-1])
+            self.transactions.introduce(caller.sessions)
+        elif caller.leaves_out:
+            self.transactions.saw(caller.sessions)
         if follow is not None:
             return self._follow_sql(self._sql_of(message), follow)
         return self._route(message, "flight_info")(self, message, command)
