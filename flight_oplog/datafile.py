@@ -400,6 +400,7 @@ class StagedFile:
             self._is_published = True  # perhaps
             self._storage.publish(self._path, self._file)
             self._published = time.monotonic()
+            self._file.rest()
         except OSError as error:
             raise storage_error("writing a data file", error) from error
         self._done = DataFile(
@@ -439,11 +440,6 @@ class StagedFile:
             high["max_time"] = _stat_time(max(self._highs))
             nulls |= {"min_time": 0, "max_time": 0}
         return json.dumps({"numRecords": len(self._runs), "minValues": low, "maxValues": high, "nullCount": nulls})
-
-    def rest(self) -> None:
-        """Hold no file handle until the file is numbered again."""
-        if self._file is not None:
-            self._file.rest()
 
     def close(self) -> None:
         """Let go of the file when its outcome is decided; it stays where it was published."""

@@ -355,7 +355,6 @@ class AppendWriter:
             # Most likely these are its offsets: then the committer, on whom everybody waits, has no more to write of it.
             found = self._oplog._store.latest.topics.get(self.topic)
             self._staged.finish(found.next_offset if found else 0)
-            self._staged.rest()
         return self._entries + self._waiting_entries
 
     def check(self) -> None:

@@ -266,7 +266,7 @@ def test_a_stopping_server_holds_nothing_more(log: OpLog) -> None:
     late.abandon()
 
 
-def test_a_waiting_transaction_holds_no_file_open(folder: Path) -> None:
+def test_a_waiting_transaction_holds_no_file_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with OpLog.open(str(folder), Config(record_entries_max=1)) as log:
         held = Transactions(log, log.config)
         before = len(os.listdir("/proc/self/fd"))
@@ -275,7 +275,15 @@ def test_a_waiting_transaction_holds_no_file_open(folder: Path) -> None:
             held.hold(transaction, writer(log, "a", batch(1, 2)))
         assert len(os.listdir("/proc/self/fd")) - before < 5
         log.append("a", batch(0))
+        most, real = [0], log._store.commit
+
+        def counting(*args: Any) -> int:
+            most[0] = len(os.listdir("/proc/self/fd"))
+            return real(*args)
+
+        monkeypatch.setattr(log._store, "commit", counting)
         assert [receipt.first_offset for receipt in held.commit(transaction)] == list(range(1, 41, 2))
+        assert most[0] - before < 5, "nor when all of them are numbered again"
         held.close()
 
 
