@@ -381,7 +381,7 @@ class StagedFile:
     def finish(self, first_offset: int) -> DataFile:
         """Number the file's entries from `first_offset` and make its bytes durable. May be called again to renumber."""
         is_fresh = time.monotonic() - self._published < PUBLISHED_SECONDS
-        if self._done is not None and first_offset == self._first_offset and is_fresh:
+        if self._done is not None and first_offset == self._done.first_offset and is_fresh:
             return self._done
         try:
             if self._done is None:

@@ -224,8 +224,8 @@ class AppendWriter:
     def write(self, batch: pa.RecordBatch) -> None:
         """Take one batch. Raises RequestError or TooLarge for a batch that cannot be stored; abandon the append then."""
         self._check_owned()
-        if self._is_small(batch):
-            size = batch.get_total_buffer_size()
+        size = batch.get_total_buffer_size()
+        if self._is_small(batch, size):
             self._bytes += size
             self._unchecked = True
             self._take(batch, size)
@@ -260,12 +260,12 @@ class AppendWriter:
         for piece in codec.cut(plain, self._config.record_bytes_max, self._config.record_entries_max):
             self._take(piece, piece.nbytes)
 
-    def _is_small(self, batch: pa.RecordBatch) -> bool:
+    def _is_small(self, batch: pa.RecordBatch, size: int) -> bool:
         """Whether a batch can go on as it is, unlooked at. Small ones are looked at together, by the committer: each
         look lets go of the interpreter, and with many streams it is switching threads that costs."""
         limit = min(SMALL_BYTES, self._config.record_bytes_max, self._config.batch_bytes_max, self._config.append_bytes_max - self._bytes)
         entries = min(self._config.record_entries_max, self._config.batch_entries_max)
-        return batch.get_total_buffer_size() <= limit and batch.num_rows <= entries and batch.schema == self._schema
+        return size <= limit and batch.num_rows <= entries and batch.schema == self._schema
 
     def _take(self, piece: pa.RecordBatch, size: int) -> None:
         if not piece.num_rows:

@@ -36,7 +36,7 @@ SESSIONS_KEPT = 100_000
 # A connection of ADBC's driver that was quiet for longer is not its own any more: gRPC for Go closes it after 30 minutes.
 IDLE_SECONDS = 35 * 60
 ENDED_KEPT = 100_000
-_COMMITTED, _UNKNOWN = "is committed", "may or may not have been committed"
+_COMMITTED, _COMMITTING, _UNKNOWN = "is committed", "is being committed", "may or may not have been committed"
 _STRANGER = (
     "nothing was written: this connection has been made anew, and nobody can tell whether a transaction is open; connect again, "
     "or set adbc.flight.sql.rpc.with_cookie_middleware to true, which survives that"
@@ -140,7 +140,7 @@ class Transactions:
         if self._closed:
             raise TryAgain("the server is shutting down; nothing was written; try again when it is back")
         if name in self._committing:
-            raise RequestError("the transaction is being committed; nothing was written; begin another")
+            raise RequestError(f"the transaction {_COMMITTING}; nothing was written; begin another")
         if name in self._ended:
             raise RequestError(f"the transaction {self._ended[name]}; nothing was written; begin another")
         found = self._open.get(name)
@@ -217,10 +217,10 @@ class Transactions:
                 return
             self._leave(name, sessions)
             found = self._open.pop(name, None)
-            ended = "is being committed" if name in self._committing else self._ended.get(name)
+            ended = _COMMITTING if name in self._committing else self._ended.get(name)
             if ended == _UNKNOWN:
                 raise OutcomeUnknown(f"the transaction {_UNKNOWN}; look whether its entries are there")
-            if ended is not None and (ended == _COMMITTED or name in self._committing):
+            if ended in (_COMMITTED, _COMMITTING):
                 raise RequestError(f"the transaction {ended}; it cannot be rolled back")
             if ended is None:
                 self._end(name, "was rolled back")
