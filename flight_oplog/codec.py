@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 
 from flight_oplog.errors import CorruptLog
 from flight_oplog.files import allocate
@@ -28,6 +29,8 @@ BATCH_ENTRIES = 65_536
 SAMPLE_ENTRIES = 2048
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 BOUND_STRING_CHARACTERS = 64
+# The least of fewer texts than this is found as fast one by one.
+OUTER_TEXTS_FROM = 1024
 
 Bounds = dict[str, dict[str, Any]]
 
@@ -175,6 +178,24 @@ _BY_HAND: tuple[tuple[Callable[[pa.DataType], bool], Callable[[pa.Array, pa.Data
 )
 
 
+def texts_as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return the batch with texts that are ASCII throughout as binary: Arrow validates only their offsets then.
+
+    It looks at texts one by one, which for short ones takes many times as long as looking at all their bytes at once.
+    """
+    columns = [column.view(pa.binary()) if pa.types.is_string(column.type) and _is_ascii(column) else column for column in batch.columns]
+    return with_rows(columns, pa.schema([pa.field(f.name, c.type) for f, c in zip(batch.schema, columns, strict=True)]), batch.num_rows)
+
+
+def _is_ascii(column: pa.Array) -> bool:
+    data = column.buffers()[2]
+    if data is None:
+        return True
+    words = np.frombuffer(data, np.uint64, data.size // 8)
+    rest = np.frombuffer(data, np.uint8)[words.nbytes :]
+    return not (np.bitwise_or.reduce(words) & 0x8080808080808080 or np.bitwise_or.reduce(rest) & 0x80)
+
+
 # Content
 
 
@@ -282,8 +303,13 @@ def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def digest(content: pa.Buffer) -> str:
-    """SHA-256 of content, in hex."""
-    return hashlib.sha256(content).hexdigest()
+    """XXH3-128 of content, in hex. It finds damage; whoever can alter content on purpose can alter its digest too."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
+def has_digest(content: pa.Buffer, expected: str) -> bool:
+    """Whether content has this digest, which another program may have written as SHA-256: that one is twice as long."""
+    return (hashlib.sha256(content).hexdigest() if len(expected) == 64 else digest(content)) == expected
 
 
 # Bounds
@@ -305,11 +331,39 @@ def _limits(column: pa.ChunkedArray, field: pa.Field) -> dict[str, Any]:
     write = _bound_writer(field.type)
     if write is None or column.null_count == len(column):
         return {}
-    if pa.types.is_floating(field.type) and not pc.all(pc.is_finite(column)).as_py():
-        return {}
+    if pa.types.is_floating(field.type):
+        return _float_limits(column)
+    if pa.types.is_string(field.type):
+        column = pa.chunked_array([_outer_texts(chunk) for chunk in column.chunks], type=field.type)
     limits = pc.min_max(column)
     low, high = write(limits["min"], False), write(limits["max"], True)
     return {} if low is None or high is None else {"min": low, "max": high}
+
+
+def _float_limits(column: pa.ChunkedArray) -> dict[str, Any]:
+    """Return the limits of numbers. numpy takes a tenth of Arrow's time, and a NaN for the least and the greatest."""
+    chunks = [chunk.drop_null().to_numpy() for chunk in column.chunks if len(chunk) > chunk.null_count]
+    low = float(np.min([chunk.min() for chunk in chunks]))
+    high = float(np.max([chunk.max() for chunk in chunks]))
+    return {"min": low, "max": high} if math.isfinite(low) and math.isfinite(high) else {}
+
+
+def _outer_texts(texts: pa.Array) -> pa.Array:
+    """Return a part of the texts that holds the least and the greatest of them; all of them where that is no less work.
+
+    Texts of one length, such as ids, are told apart by their first eight bytes, as numbers: a tenth of the time.
+    """
+    rows = len(texts)
+    if texts.null_count or rows < OUTER_TEXTS_FROM:
+        return texts
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int32, rows + 1, texts.offset * 4)
+    width = int(ends[1] - ends[0])
+    if width < 8 or (np.diff(ends) != width).any():
+        return texts
+    heads = np.ndarray((rows,), ">u8", data, int(ends[0]), (width,)).astype(np.uint64)
+    places = np.flatnonzero((heads == heads.min()) | (heads == heads.max()))
+    return texts if len(places) > rows // 8 else texts.take(pa.array(places))
 
 
 def _bound_writer(kind: pa.DataType) -> Callable[[pa.Scalar, bool], Any] | None:

@@ -45,7 +45,7 @@ from flight_oplog.store import Snapshot, Store, Topic
 
 log = logging.getLogger("flight_oplog.oplog")
 
-SPILLS_UNDER_WAY = 2
+SPILLS_UNDER_WAY = 4
 FLUSH_BYTES = 1 << 20
 SMALL_BYTES = 256 << 10
 NORMALS_KEPT = 256
@@ -230,15 +230,17 @@ class AppendWriter:
             self._unchecked = True
             self._take(batch, size)
             return
-        # Before anything else looks at the batch: even its size is read through offsets that a client made up.
-        check_data(self.topic, [batch])
+        # Before anything else looks at the batch: even its size is read through offsets that a client made up. A batch
+        # that goes on as it is only has its ends looked at here; what is in it, whoever encodes it looks at.
+        as_sent = batch.schema.equals(self._schema)
+        check_data(self.topic, [batch], full=not as_sent)
         if batch.num_rows > self._config.batch_entries_max:
             raise TooLarge(
                 f"topic {self.topic!r}: a batch of {batch.num_rows} entries is over batch_entries_max ({self._config.batch_entries_max}); "
                 "send smaller batches; nothing was written"
             )
         # Encoded columns are written out: it is their size as values that counts.
-        size = batch.nbytes if batch.schema == self._schema else sum(map(codec.expanded_nbytes, batch.columns))
+        size = batch.nbytes if as_sent else sum(map(codec.expanded_nbytes, batch.columns))
         if size > self._config.batch_bytes_max:
             raise TooLarge(
                 f"topic {self.topic!r}: a batch of {size} bytes is over batch_bytes_max ({self._config.batch_bytes_max}); "
@@ -250,13 +252,16 @@ class AppendWriter:
                 f"topic {self.topic!r}: the append is over append_bytes_max ({self._config.append_bytes_max}); "
                 "send it as several; nothing was written"
             )
+        if as_sent and size <= self._config.record_bytes_max and batch.num_rows <= self._config.record_entries_max:
+            self._unchecked = True
+            self._take(batch, size)
+            return
+        if as_sent:
+            check_data(self.topic, [batch])
         try:
             plain = codec.conform(batch, self._schema)
         except pa.ArrowException as error:
             raise RequestError(f"topic {self.topic!r}: a batch cannot be stored ({one_line(error)}); nothing was written") from error
-        if plain is batch and size <= self._config.record_bytes_max and batch.num_rows <= self._config.record_entries_max:
-            self._take(batch, size)
-            return
         for piece in codec.cut(plain, self._config.record_bytes_max, self._config.record_entries_max):
             self._take(piece, piece.nbytes)
 
@@ -295,16 +300,18 @@ class AppendWriter:
         if self._staged is None:
             self._staged = self._oplog._store.stage(self.topic)
         try:
-            record = self._oplog._encoders.submit(self._encode, self._waiting, self._waiting_entries)
+            record = self._oplog._encoders.submit(self._encode, self._waiting, self._waiting_entries, self._unchecked)
             before = self._spilling[-1] if self._spilling else None
             self._spilling.append(self._oplog._writers.submit(self._add, self._staged, before, record, self._reserved))
         except RuntimeError:
             raise TryAgain(CLOSED) from None
         self._entries += self._waiting_entries
         self._waiting, self._waiting_bytes, self._waiting_entries, self._reserved = [], 0, 0, 0
+        self._unchecked = False
 
-    def _encode(self, batches: list[pa.RecordBatch], entries: int) -> Record:
-        check_data(self.topic, batches)
+    def _encode(self, batches: list[pa.RecordBatch], entries: int, unchecked: bool) -> Record:
+        if unchecked:
+            check_data(self.topic, batches)
         owner = owner_of(self._origin, entries, self._started)
         return make_record(batches, self._schema, self._schema_id, [owner], self._event_time, self._config.compression)
 
@@ -350,6 +357,8 @@ class AppendWriter:
         self._check_owned()
         if self._staged is not None and self._waiting:
             self._spill()
+        if self._waiting_bytes > SMALL_BYTES:
+            self.check()  # here, not in the committer, on which everybody waits
         self._settle()
         if self._staged is not None:
             # Most likely these are its offsets: then the committer, on whom everybody waits, has no more to write of it.

@@ -1,6 +1,8 @@
 import datetime
 import decimal
+import hashlib
 import json
+import random
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -163,6 +165,32 @@ def test_bounds_of_strings_are_sound_however_long_they_are(texts: list[str]) -> 
         assert all(limits["min"].encode() <= text.encode() <= limits["max"].encode() for text in texts)
     else:
         assert any(len(text) > 64 for text in texts)
+
+
+@given(st.integers(0, 2**32), st.sampled_from(["abc", "a\0", "aé", "\0\x7f"]), st.integers(7, 12), st.integers(0, 5))
+def test_bounds_of_many_texts_of_one_length_are_their_least_and_greatest(seed: int, letters: str, width: int, skipped: int) -> None:
+    chosen = random.Random(seed)
+    texts = ["".join(chosen.choices(letters, k=width)) for _ in range(codec.OUTER_TEXTS_FROM + 9)]
+    batch = pa.record_batch({"s": texts, "alike": ["in front" + text for text in texts]}).slice(skipped)
+    assert codec.bounds([batch], batch.schema) == {
+        name: {"nulls": 0, "min": min(column), "max": max(column)} for name, column in batch.to_pydict().items()
+    }
+
+
+@pytest.mark.parametrize("strange", [float("nan"), float("inf"), float("-inf")])
+def test_a_number_that_is_none_in_any_batch_leaves_the_column_without_bounds(strange: float) -> None:
+    batches = [pa.record_batch({"f": [value, None]}) for value in (1.0, 2.0, strange, 0.5)]
+    assert codec.bounds(batches, batches[0].schema) == {"f": {"nulls": 4}}
+    assert codec.bounds(batches[:2], batches[0].schema) == {"f": {"nulls": 2, "min": 1.0, "max": 2.0}}
+
+
+def test_a_digest_is_xxh3_or_the_sha256_of_another_writer() -> None:
+    content = pa.py_buffer(b"content")
+    assert codec.digest(content) == "917e1274274fc195b27a2d2388d9568c"
+    assert codec.has_digest(content, codec.digest(content))
+    assert codec.has_digest(content, hashlib.sha256(b"content").hexdigest())
+    for wrong in ("", "0" * 32, "0" * 64, codec.digest(content).upper()):
+        assert not codec.has_digest(content, wrong)
 
 
 def test_an_upper_bound_steps_over_surrogates_and_gives_up_at_the_last_character() -> None:

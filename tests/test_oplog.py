@@ -3,6 +3,7 @@
 import datetime
 import os
 import threading
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,42 @@ def test_bytes_that_are_no_text_are_refused(log: OpLog) -> None:
     with pytest.raises(RequestError, match="a batch is not valid Arrow data"):
         log.append("t", pa.RecordBatch.from_arrays([bad], ["s"]))
     assert log.topics() == []
+
+
+def _large(ends: list[int], data: bytes) -> pa.RecordBatch:
+    """Texts as a hostile client may send them: pyarrow refuses to make some of them, and reads them all."""
+    good = pa.record_batch({"s": pa.array(["0123456789"] * (len(ends) - 1))})
+    wire = good.serialize().to_pybytes()
+    offsets = array("i", _ends(len(ends) - 1)).tobytes()
+    assert wire.count(offsets) == wire.count(good["s"].buffers()[2].to_pybytes()) == 1
+    wire = wire.replace(offsets, array("i", ends).tobytes()).replace(good["s"].buffers()[2].to_pybytes(), data)
+    return pa.ipc.read_record_batch(pa.py_buffer(wire), good.schema)
+
+
+def _ends(rows: int) -> list[int]:
+    return [10 * row for row in range(rows + 1)]
+
+
+HOSTILE = {
+    "no text": (_ends(100_000), b"0123456789" * 99_999 + b"01234567\xff9"),
+    "no text, before the last eight bytes": (_ends(100_000), b"0123456789" * 50_000 + b"\xc3" + b"x" * 499_999),
+    "text cut within a character": (_ends(100_000), b"012345678\xc3\xa9123456789" * 50_000),
+    "offsets beyond the data": ([*_ends(99_998), 2_000_000_000, 1_000_000], b"0123456789" * 100_000),
+    "offsets that go back": ([*_ends(99_998), 5, 1_000_000], b"0123456789" * 100_000),
+    "offsets that end beyond the data": ([*_ends(99_999), 2_000_000_000], b"0123456789" * 100_000),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("batches", [1, 2, 40])
+def test_a_large_batch_is_looked_at_wherever_it_goes(log: OpLog, kind: str, batches: int) -> None:
+    ends, data = HOSTILE[kind]
+    hostile = _large(ends, data)
+    good = pa.record_batch({"s": ["0123456789"] * 100_000})
+    with pytest.raises(RequestError, match=r"^topic 't': a batch is not valid Arrow data .*; nothing was written$"):
+        log.append("t", pa.RecordBatchReader.from_batches(good.schema, [good] * (batches - 1) + [hostile]))
+    assert log.topics() == []
+    assert log._memory._left == log.config.queue_bytes_max
 
 
 def test_offsets_that_point_nowhere_are_refused_before_anything_follows_them(log: OpLog) -> None:

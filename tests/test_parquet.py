@@ -33,7 +33,7 @@ RECORDS = st.builds(
     bounds=st.dictionaries(st.text(st.characters(codec="utf-8")), st.just({"nulls": 1}), max_size=30),
     min_time=TIMES,
     max_time=TIMES,
-    digest=st.text("0123456789abcdef", min_size=64, max_size=64),
+    digest=st.text("0123456789abcdef", min_size=32, max_size=32),
     content=st.binary(max_size=5000).map(pa.py_buffer),
 )
 
