@@ -109,7 +109,7 @@ def merge(topic: str, known: Topic | None, current: pa.Schema | None, incoming: 
 
 @dataclass(slots=True, eq=False)
 class Append:
-    """An append handed to the committer: small ones as batches in memory, long ones as a staged file."""
+    """An append handed to the committer: small ones as batches in memory, larger ones encoded, long ones as a staged file."""
 
     topic: str
     schema: pa.Schema
@@ -117,6 +117,7 @@ class Append:
     event_time: str | None
     started: datetime.datetime
     batches: list[pa.RecordBatch]
+    record: Record | None
     staged: StagedFile | None
     entries: int
     nbytes: int
@@ -148,7 +149,9 @@ class Append:
         self.receipt.set_exception(error)
 
     def bounds(self) -> list[codec.Bounds]:
-        return self.staged.bounds if self.staged is not None else [codec.bounds(self.batches, self.schema)]
+        if self.staged is not None:
+            return self.staged.bounds
+        return [codec.bounds(self.batches, self.schema) if self.record is None else self.record.bounds]
 
 
 def _schema_id(append: Append) -> str:
@@ -509,10 +512,13 @@ class _Group:
         first = next(offset for append, offset in self.placed if append is gathered[0])
         self._files.append((staged, first))
         for run in _runs(gathered, self._config):
+            schema, event_time = run[0].schema, self._event_times[topic]
+            if run[0].record is not None:
+                staged.add(with_times(run[0].record, schema, event_time))
+                continue
             batches = [batch for append in run for batch in append.batches]
             owners = [append.owner for append in run]
-            event_time, compression = self._event_times[topic], self._config.compression
-            staged.add(make_record(batches, run[0].schema, run[0].schema_id, owners, event_time, compression))
+            staged.add(make_record(batches, schema, run[0].schema_id, owners, event_time, self._config.compression))
 
     def finish(self) -> list[StagedFile]:
         """Write what is still in memory, register new schemas, number every file and make it durable."""
@@ -556,12 +562,13 @@ class _Group:
 
 
 def _runs(appends: list[Append], config: Config) -> Iterator[list[Append]]:
-    """Split appends into neighbours that one record can hold: same schema, within the record limits."""
+    """Split appends into neighbours that one record can hold: same schema, within the record limits, not encoded yet."""
     run: list[Append] = []
     size = entries = 0
     for append in appends:
         over = size + append.nbytes > config.record_bytes_max or entries + append.entries > config.record_entries_max
-        if run and (append.schema_id != run[0].schema_id or over):
+        is_alone = append.record is not None or (run and run[0].record is not None)
+        if run and (append.schema_id != run[0].schema_id or over or is_alone):
             yield run
             run, size, entries = [], 0, 0
         run.append(append)
@@ -582,11 +589,16 @@ def make_record(
     entries = sum(batch.num_rows for batch in batches)
     if len(batches) > 2 and entries <= JOINED_ENTRIES * len(batches):
         batches = list(codec.cut(codec.joined(batches)))  # many small appends: everything below costs by the batch
-    found = codec.bounds(batches, schema)
-    known = event_time in schema.names and pa.types.is_timestamp(schema.field(event_time).type)
-    low, high = codec.time_range(found, schema, event_time if known else None)
     content = codec.encode(batches, schema, compression)
-    return Record(entries, fingerprint, appends, found, low, high, codec.digest(content), content)
+    record = Record(entries, fingerprint, appends, codec.bounds(batches, schema), None, None, codec.digest(content), content)
+    return with_times(record, schema, event_time)
+
+
+def with_times(record: Record, schema: pa.Schema, event_time: str | None) -> Record:
+    """Return the record with the bounds of its topic's event-time column."""
+    known = event_time in schema.names and pa.types.is_timestamp(schema.field(event_time).type)
+    low, high = codec.time_range(record.bounds, schema, event_time if known else None)
+    return replace(record, min_time=low, max_time=high)
 
 
 def _rescaled(narrow: pa.Schema, wide: pa.Schema) -> list[str]:

@@ -45,7 +45,7 @@ from flight_oplog.store import Snapshot, Store, Topic
 
 log = logging.getLogger("flight_oplog.oplog")
 
-SPILLS_UNDER_WAY = 4
+SPILLS_UNDER_WAY = 3
 FLUSH_BYTES = 1 << 20
 SMALL_BYTES = 256 << 10
 NORMALS_KEPT = 256
@@ -217,6 +217,7 @@ class AppendWriter:
         self._waiting_bytes = self._waiting_entries = self._reserved = 0
         self._bytes = self._entries = 0
         self._unchecked = False
+        self._record: Record | None = None
         self._staged: StagedFile | None = None
         self._spilling: deque[Future[None]] = deque()
         self._owned = True
@@ -357,8 +358,10 @@ class AppendWriter:
         self._check_owned()
         if self._staged is not None and self._waiting:
             self._spill()
-        if self._waiting_bytes > SMALL_BYTES:
-            self.check()  # here, not in the committer, on which everybody waits
+        if self._waiting and self._waiting_bytes > SMALL_BYTES:
+            # Here, while the committer commits others: everybody waits on it.
+            self._record = self._encode(self._waiting, self._waiting_entries, self._unchecked)
+            self._waiting, self._unchecked = [], False
         self._settle()
         if self._staged is not None:
             # Most likely these are its offsets: then the committer, on whom everybody waits, has no more to write of it.
@@ -381,6 +384,7 @@ class AppendWriter:
             self._event_time,
             self._started,
             self._waiting,
+            self._record,
             self._staged,
             self._entries + self._waiting_entries,
             self._waiting_bytes,

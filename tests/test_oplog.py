@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from conftest import SEED, eventually, rows
 
-from flight_oplog import Config, OpLog, Receipt
+from flight_oplog import Config, OpLog, Receipt, codec
 from flight_oplog.engine import Engine
 from flight_oplog.errors import RequestError, SchemaMismatch, TooLarge, TryAgain
 from flight_oplog.store import Store
@@ -201,6 +201,40 @@ def test_offsets_that_point_nowhere_are_refused_before_anything_follows_them(log
     with pytest.raises(RequestError, match="a batch is not valid Arrow data"):
         log.append("t", hostile)
     assert log.topics() == []
+
+
+def test_the_next_group_is_encoded_while_this_one_is_committed(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_committing, going_on, encoded = threading.Event(), threading.Event(), threading.Event()
+    real_commit, real_encode = log._store.commit, codec.encode
+
+    def commit(*args: Any) -> int:
+        is_committing.set()
+        assert going_on.wait(10)
+        return real_commit(*args)
+
+    def encode(batches: list[pa.RecordBatch], *args: Any) -> pa.Buffer:
+        content = real_encode(batches, *args)
+        if sum(batch.num_rows for batch in batches) == 100_000:
+            encoded.set()
+        return content
+
+    monkeypatch.setattr(log._store, "commit", commit)
+    monkeypatch.setattr(codec, "encode", encode)
+    start = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
+    large = pa.record_batch({"at": pa.array([start] * 100_000, pa.timestamp("us", "UTC")), "n": range(100_000)})
+    receipts = []
+    for batch in (large.slice(0, 1), large, large.slice(0, 2)):
+        writer = log.writer("t", batch.schema)
+        writer.write(batch)
+        receipts.append(writer.submit())
+        assert is_committing.wait(10)
+    assert encoded.wait(10)
+    assert not any(receipt.done() for receipt in receipts)
+    going_on.set()
+    assert [receipt.result(10).first_offset for receipt in receipts] == [0, 1, 100_001]
+    records = list(log.snapshot().records("t", 0))
+    assert [(record.entries, record.min_time, record.max_time) for record in records] == [(n, start, start) for n in (1, 100_000, 2)]
+    assert log.verify() == []
 
 
 def test_a_committed_append_keeps_its_receipt_whatever_happens_next(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
