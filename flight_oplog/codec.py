@@ -159,6 +159,10 @@ def expanded_nbytes(array: pa.Array) -> int:
     return nbytes
 
 
+def expanded_nbytes_of(batch: pa.RecordBatch) -> int:
+    return sum(map(expanded_nbytes, batch.columns))
+
+
 def _widest(values: pa.Array) -> int:
     """Return the bytes of the largest of some values, or of all of them where that takes too long to tell."""
     kind = values.type

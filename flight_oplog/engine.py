@@ -1,5 +1,8 @@
 """SQL over one snapshot, in DataFusion. The only importer of datafusion.
 
+What a statement is, DataFusion's own parser says: it plans INSERT, CREATE and DROP under an EXPLAIN, which performs
+nothing, and what they would change is returned as a `Change` for the log to carry out.
+
 Each statement gets a session of its own: 0.2 ms, and nothing a client says can outlive its statement. Results are
 pulled through asyncio rather than through DataFusion's C stream, because that one buffers without bound and cannot be
 stopped; stopping a query takes cancelling the pull and dropping every reference to its stream and its plan.
@@ -15,7 +18,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +27,21 @@ import pyarrow.dataset as ds
 from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions
 from datafusion.catalog import CatalogProvider, SchemaProvider
 
-from flight_oplog import codec
+from flight_oplog import codec, sqltext
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
-from flight_oplog.provider import CannotFilter, ColumnCache, EntriesTable, RecordsTable, RowsTable, ScanContext, ScanCounts, topics_table
-from flight_oplog.schema import plain_field
+from flight_oplog.provider import (
+    CannotFilter,
+    ColumnCache,
+    EntriesTable,
+    RecordsTable,
+    RowsTable,
+    ScanContext,
+    ScanCounts,
+    topic_batches,
+    topics_table,
+)
+from flight_oplog.schema import VIEWS_TOPIC, plain_field
 from flight_oplog.store import Snapshot
 
 log = logging.getLogger("flight_oplog.engine")
@@ -53,13 +66,38 @@ _SETTINGS = {
 Stopped = Callable[[], bool]
 
 
+PUBLIC = "public"
+NO_PARAMETERS = pa.schema([])
+VIEW_DEPTH_MAX = 16
+# What a statement that changes something returns: how many entries it appended.
+CHANGED = pa.schema([pa.field("count", pa.int64())])
+
+
 @dataclass(frozen=True)
 class Statement:
-    """A planned query: its text, the snapshot it is pinned to and the schema of its result."""
+    """A planned statement: the snapshot it is pinned to, the schemas of its result and of its parameters."""
 
-    sql: str
     snapshot: Snapshot
     schema: pa.Schema
+    parameters: pa.Schema = NO_PARAMETERS
+    is_update: bool = False
+
+
+@dataclass
+class Change:
+    """What a statement would change. `what` is its words: INSERT, CREATE TABLE, CREATE VIEW, DROP TABLE or DROP VIEW.
+
+    `batches` are the entries of an INSERT or a CREATE TABLE AS, and None where there are none. `tolerant` is IF EXISTS
+    or IF NOT EXISTS, `replaces` OR REPLACE; `definition` is a view's whole text.
+    """
+
+    what: str
+    name: str
+    schema: pa.Schema | None = None
+    batches: Iterator[pa.RecordBatch] | None = None
+    tolerant: bool = False
+    replaces: bool = False
+    definition: str = ""
 
 
 @dataclass
@@ -79,15 +117,44 @@ class Engine:
         self._config = config
         self._cache = ColumnCache(config.cache_bytes_max)
         self._partitions = os.cpu_count() or 1
+        self._views: dict[tuple[int, int], dict[str, str]] = {}  # of the newest snapshot that was asked for
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
 
-    def prepare(self, sql: str, snapshot: Snapshot) -> Statement:
-        """Plan `sql` against `snapshot` without running anything and return its schema.
+    def prepare(self, sql: str, snapshot: Snapshot, values: pa.RecordBatch | None = None, db_schema: str = PUBLIC) -> Statement:
+        """Plan `sql` against `snapshot` without running anything; return the schemas of its result and its parameters.
+
+        A parameter whose type the statement leaves open has the type null, until `values` are bound to it.
 
         Raises RequestError for bad SQL, NotFound for an unknown table, Unsupported for what the log does not do.
         """
-        return Statement(sql, snapshot, _wire_schema(self._plan(sql, snapshot)[0].schema()))
+        text, names = sqltext.numbered(sql)
+        is_update = self._check(text)
+        session, context = self._session(text, snapshot, db_schema)
+        parameters = _parameters(session, text, names)
+        if is_update:
+            self._change(session, context, text, _nulls(parameters))
+            return Statement(snapshot, CHANGED, parameters, is_update)
+        rows = self._bound(sql, snapshot, values, db_schema)
+        try:
+            frame = self._frame(session, context, text, rows[0] if rows else None)
+        except OplogError:
+            if not names:
+                raise
+            frame = self._frame(session, context, text, _nulls(parameters))  # some texts need to know every type
+        return Statement(snapshot, _wire_schema(frame.schema()), parameters)
+
+    def tables(self, snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
+        """Yield (SQL schema, table, type) of every table SQL can name, `information_schema` aside; the default schema first."""
+        yield from (found for found in tables(snapshot) if found[0] == PUBLIC)
+        yield from ((PUBLIC, name, "VIEW") for name in sorted(self.views(snapshot)) if name not in snapshot.topics)
+        yield from (found for found in tables(snapshot) if found[0] != PUBLIC)
+
+    def table_schema(self, snapshot: Snapshot, db_schema: str, name: str) -> pa.Schema:
+        """Return the schema of one of `tables`."""
+        if db_schema == PUBLIC and name not in snapshot.topics:
+            return self.prepare(f'SELECT * FROM {CATALOG}.{PUBLIC}."{name}"', snapshot).schema
+        return _table(snapshot, db_schema, name, ScanContext(ColumnCache(0), 1)).schema
 
     def prepare_run(self, sql: str, snapshot: Snapshot) -> tuple[Statement, str]:
         """Plan a statement that can be run over each new run of a topic's entries; return it and the topic's name.
@@ -97,31 +164,176 @@ class Engine:
         """
         frame, _ = self._plan(sql, snapshot)
         topic = _followed(sql, frame.logical_plan())
-        return Statement(sql, snapshot, _wire_schema(frame.schema())), topic
+        return Statement(snapshot, _wire_schema(frame.schema())), topic
 
-    def run(self, sql: str, snapshot: Snapshot, stopped: Stopped = lambda: False, offsets: tuple[int, int] | None = None) -> Running:
-        """Start `sql` against `snapshot`. Batches hold at most `message_bytes_max` bytes; their schema is `prepare`'s.
+    def run(
+        self,
+        sql: str,
+        snapshot: Snapshot,
+        stopped: Stopped = lambda: False,
+        offsets: tuple[int, int] | None = None,
+        parameters: pa.RecordBatch | None = None,
+        db_schema: str = PUBLIC,
+    ) -> Running:
+        """Start the query `sql` against `snapshot`. Batches hold at most `message_bytes_max` bytes; their schema is `prepare`'s.
 
-        With `offsets`, topics show only the entries within [first, last), and rows keep the entries' order.
+        With `offsets`, topics show only the entries within [first, last), and rows keep the entries' order. With
+        `parameters`, a column for each, it runs once for each of their rows, one after the other.
 
         `stopped` is asked about every 50 ms; once it is true the work ends and the iterator raises Cancelled. Closing
         the iterator, or losing it, ends the work too.
         """
-        frame, stream, context = self._start(sql, snapshot, offsets)
-        schema = _wire_schema(frame.schema())
+        rows = self._bound(sql, snapshot, parameters, db_schema)
         deadline = time.monotonic() + self._config.statement_seconds_max
+        if rows is None:
+            return self._run(sql, snapshot, stopped, offsets, deadline, None, db_schema)
+        text, _ = sqltext.numbered(sql)
+        if not rows:
+            frame, _ = self._plan(text, snapshot, values={}, db_schema=db_schema)
+            return Running(_wire_schema(frame.schema()), iter(()))
+        first = self._run(text, snapshot, stopped, offsets, deadline, rows[0], db_schema)
+
+        def each() -> Iterator[pa.RecordBatch]:
+            yield from first.batches
+            for values in rows[1:]:
+                running = self._run(text, snapshot, stopped, offsets, deadline, values, db_schema)
+                for batch in running.batches:
+                    yield _to_wire(batch, first.schema)
+
+        return Running(first.schema, each(), first.counts)
+
+    def _run(
+        self,
+        sql: str,
+        snapshot: Snapshot,
+        stopped: Stopped,
+        offsets: tuple[int, int] | None,
+        deadline: float,
+        values: Values,
+        db_schema: str,
+    ) -> Running:
+        frame, stream, context = self._start(sql, snapshot, offsets, values, db_schema)
+        schema = _wire_schema(frame.schema())
         puller = _Puller(self._loop, stream, context)
         del frame, stream  # the frame holds the plan, the plan holds running tasks
         batches = self._pull(puller, context, schema, deadline, stopped)
         return Running(schema, _paced(batches, self._config.message_bytes_max), context.counts)
 
-    def _start(self, sql: str, snapshot: Snapshot, offsets: tuple[int, int] | None) -> tuple[Any, Any, ScanContext]:
+    def change(
+        self,
+        sql: str,
+        snapshot: Snapshot,
+        stopped: Stopped = lambda: False,
+        parameters: pa.RecordBatch | None = None,
+        db_schema: str = PUBLIC,
+    ) -> Change:
+        """Return what `sql`, which is no query, would change; nothing is changed here. Its entries come as they are computed.
+
+        With `parameters`, an INSERT inserts the entries of all their rows.
+        """
+        text, names = sqltext.numbered(sql)
+        self._check(text)
+        rows = self._bound(sql, snapshot, parameters, db_schema)
+        if rows is None and names:
+            raise RequestError(f"the statement has {len(names)} parameters and none is bound; nothing was written")
+        together = sqltext.as_select(text, f'"{_BOUND}"."values"') if rows is not None and len(rows) > 1 else None
+        deadline = time.monotonic() + self._config.statement_seconds_max
+        if rows is None or together is not None:
+            session, context = self._session(text, snapshot, db_schema, bound=self._bound_rows(text, rows) if together else None)
+            return self._changing(session, context, together or text, None, deadline, stopped)
+        if not rows:
+            session, context = self._session(text, snapshot, db_schema)
+            found = self._change(session, context, text, _nulls(_parameters(session, text, names)))[0]
+            found.batches = iter(())
+            return found
+        session, context = self._session(text, snapshot, db_schema)
+        found = self._changing(session, context, text, rows[0], deadline, stopped)
+        first = found.batches
+
+        def each() -> Iterator[pa.RecordBatch]:
+            yield from first or ()
+            for values in rows[1:]:
+                session, context = self._session(text, snapshot, db_schema)
+                yield from self._changing(session, context, text, values, deadline, stopped).batches or ()
+
+        if first is not None:
+            found.batches = each()
+        return found
+
+    def _changing(
+        self, session: SessionContext, context: ScanContext, sql: str, values: Values, deadline: float, stopped: Stopped
+    ) -> Change:
+        found, plan = self._change(session, context, sql, values)
+        if plan is not None and found.schema is not None:
+            try:
+                stream = session.create_dataframe_from_logical_plan(plan).execute_stream()
+            except Exception as error:
+                raise _translated(error, context) from error
+            found.batches = self._pull(_Puller(self._loop, stream, context), context, found.schema, deadline, stopped)
+        return found
+
+    def _change(self, session: SessionContext, context: ScanContext, sql: str, values: Values) -> tuple[Change, Any]:
+        """Plan a statement that is no query; return what it would change, and the plan of its entries."""
+        try:
+            plan = session.sql(f"EXPLAIN {sql}", param_values=values).logical_plan().inputs()[0]
+            found = plan.to_variant()
+            inputs = plan.inputs()
+            frame = session.create_dataframe_from_logical_plan(inputs[0]) if inputs else None
+            schema = None if frame is None else frame.schema()
+        except Exception as error:
+            raise _translated(error, context) from error
+        kind = type(found).__name__
+        if kind == "DmlStatement" and str(found.op()) == "WriteOp.Append" and schema is not None:
+            return Change("INSERT", _public(found.table_name()), _wire_schema(schema)), inputs[0]
+        if kind == "CreateMemoryTable" and schema is not None:
+            name = _public(found.name())
+            is_empty = type(inputs[0].to_variant()).__name__ == "EmptyRelation" and not inputs[0].to_variant().produce_one_row()
+            if is_empty:
+                _check_declared(sql, name, schema)
+            change = Change("CREATE TABLE", name, _wire_schema(schema), tolerant=found.if_not_exists(), replaces=found.or_replace())
+            return change, None if is_empty else inputs[0]
+        if kind == "CreateView" and schema is not None:
+            if values:
+                raise RequestError("a view has no parameters; nothing was written")
+            name = _public(found.name())
+            return Change("CREATE VIEW", name, _wire_schema(schema), replaces=found.or_replace(), definition=found.definition()), None
+        if kind in ("DropTable", "DropView"):
+            return Change("DROP TABLE" if kind == "DropTable" else "DROP VIEW", _public(found.name()), tolerant=found.if_exists()), None
+        raise Unsupported(f"{' '.join(sql.split()[:2]).upper()[:40]} is not served: {_SERVED}")
+
+    def _bound(self, sql: str, snapshot: Snapshot, parameters: pa.RecordBatch | None, db_schema: str) -> list[dict[str, pa.Scalar]] | None:
+        """Return what each row of the parameters binds, in the types that the statement wants; None without parameters."""
+        if parameters is None or not parameters.num_columns:
+            return None
+        text, names = sqltext.numbered(sql)
+        if len(names) != parameters.num_columns:
+            raise RequestError(f"the statement has {len(names)} parameters, {parameters.num_columns} are bound; nothing was written")
+        session, _ = self._session(text, snapshot, db_schema)
+        columns = []
+        for number, (wanted, column) in enumerate(zip(_parameters(session, text, names), parameters.columns, strict=True), 1):
+            kind = plain_field(pa.field("", column.type)).type
+            try:
+                plain = codec.recast(column, kind)
+                columns.append(plain if pa.types.is_null(wanted.type) or plain.type == wanted.type else plain.cast(wanted.type))
+            except pa.ArrowException as error:
+                why = " ".join(str(error).split())[:200]
+                raise RequestError(f"parameter ${number} of type {column.type} is no {wanted.type}: {why}; nothing was written") from error
+        return [{str(n): column[row] for n, column in enumerate(columns, 1)} for row in range(parameters.num_rows)]
+
+    def _bound_rows(self, sql: str, rows: list[dict[str, pa.Scalar]] | None) -> pa.RecordBatch:
+        assert rows is not None
+        columns = {name: pa.array([row[name].as_py() for row in rows], value.type) for name, value in rows[0].items()}
+        return pa.RecordBatch.from_pydict(columns)
+
+    def _start(
+        self, sql: str, snapshot: Snapshot, offsets: tuple[int, int] | None, values: Values, db_schema: str
+    ) -> tuple[Any, Any, ScanContext]:
         """Start a statement in the fastest way its filters allow; the last way allows any."""
         ways = [(False, True), (False, False)]
         if _GROUPS.search(sql):
             ways.insert(0, (True, True))
         for views, push_filters in ways:
-            frame, context = self._plan(sql, snapshot, views, push_filters, offsets)
+            frame, context = self._plan(sql, snapshot, views, push_filters, offsets, values, db_schema)
             try:
                 return frame, frame.execute_stream(), context
             except Exception as error:
@@ -130,39 +342,122 @@ class Engine:
         raise AssertionError("a statement whose filters stay in DataFusion cannot fail for them")
 
     def _plan(
-        self, sql: str, snapshot: Snapshot, views: bool = False, push_filters: bool = True, offsets: tuple[int, int] | None = None
+        self,
+        sql: str,
+        snapshot: Snapshot,
+        views: bool = False,
+        push_filters: bool = True,
+        offsets: tuple[int, int] | None = None,
+        values: Values = None,
+        db_schema: str = PUBLIC,
     ) -> tuple[Any, ScanContext]:
-        self._check(sql)
+        if self._check(sql):
+            raise RequestError("the statement is no query; nothing was written")
+        session, context = self._session(sql, snapshot, db_schema, views, offsets)
+        if not push_filters:
+            session.remove_optimizer_rule("push_down_filter")
+        return self._frame(session, context, sql, values), context
+
+    def _frame(self, session: SessionContext, context: ScanContext, sql: str, values: Values = None) -> Any:
+        try:
+            return session.sql(sql, options=_READ_ONLY, param_values=values)
+        except Exception as error:
+            raise _translated(error, context) from error
+
+    def _session(
+        self,
+        sql: str,
+        snapshot: Snapshot,
+        db_schema: str,
+        views: bool = False,
+        offsets: tuple[int, int] | None = None,
+        bound: pa.RecordBatch | None = None,
+    ) -> tuple[SessionContext, ScanContext]:
         partitions = self._partitions if offsets is None else 1
         context = ScanContext(self._cache, partitions, views, offsets)
         # A spill pool of its own bounds each statement; spilled runs go to the system's temporary folder.
         runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(self._config.statement_bytes_max)
-        session = SessionContext(SessionConfig(_SETTINGS).with_target_partitions(partitions), runtime)
-        session.register_catalog_provider(CATALOG, _Catalog(snapshot, context))
-        if not push_filters:
-            session.remove_optimizer_rule("push_down_filter")
-        try:
-            return session.sql(sql, options=_READ_ONLY), context
-        except Exception as error:
-            raise _translated(error, context) from error
+        catalog = _Catalog(snapshot, context, bound)
+        session = _new_session(db_schema, partitions, runtime, catalog)
+        if defined := self.views(snapshot):
+            self._plan_views(sql, defined, catalog, context, session if db_schema == PUBLIC else None, partitions)
+        return session, context
 
-    def _check(self, sql: str) -> None:
-        """Refuse what must not reach the parser: too long, too deep, or a statement that does more than read."""
+    def views(self, snapshot: Snapshot) -> dict[str, str]:
+        """Return the views of a snapshot and their definitions."""
+        topic = snapshot.topics.get(VIEWS_TOPIC)
+        if topic is None:
+            return {}
+        key = (id(snapshot.store), topic.next_offset)
+        if key not in self._views:
+            found: dict[str, str] = {}
+            for batch in topic_batches(snapshot, topic, 0, self._config.message_bytes_max):
+                for row in batch.to_pylist():
+                    found.pop(row["view"], None)
+                    if row["definition"] is not None:
+                        found[row["view"]] = row["definition"]
+            self._views.clear()
+            self._views[key] = found
+        return self._views[key]
+
+    def _plan_views(
+        self, sql: str, defined: dict[str, str], catalog: _Catalog, context: ScanContext, session: SessionContext | None, partitions: int
+    ) -> None:
+        """Plan the views that a statement may name, those first that others are made of; their names are looked up in `public`.
+
+        DataFusion cannot plan one while it plans the statement. One that cannot be planned fails the statement that reads it.
+        """
+        session = session or _new_session(PUBLIC, partitions, RuntimeEnvBuilder(), catalog)
+        weights: dict[str, int] = {}
+
+        def plan(name: str, above: tuple[str, ...]) -> None:
+            if name in weights:
+                return
+            if name in above or len(above) >= VIEW_DEPTH_MAX:
+                raise RequestError(f"view {name!r} is made of itself, or of views more than {VIEW_DEPTH_MAX} deep")
+            definition = defined[name]
+            parts = sorted(sqltext.names(definition) & defined.keys() - {name})
+            for part in parts:
+                plan(part, (*above, name))
+            # Each view is planned once and copied into whatever names it: that is what has to stay small.
+            weights[name] = sqltext.measure(definition).tables + sum(weights[part] * definition.count(part) for part in parts)
+            if weights[name] > self._config.sql_tables_max:
+                raise TooLarge(f"view {name!r} reads {weights[name]} tables; sql_tables_max is {self._config.sql_tables_max}")
+            try:
+                planned = session.sql(f"EXPLAIN {definition}").logical_plan().inputs()[0].inputs()[0]
+                catalog.views[name] = session.create_dataframe_from_logical_plan(planned).into_view()
+            except Exception as error:
+                catalog.broken[name] = RequestError(f"view {name!r}: {_translated(error, context)}")
+                context.failures.clear()
+
+        words = sqltext.names(sql)
+        everything = "information_schema" in words or sqltext.measure(sql).first in ("SHOW", "DESCRIBE", "DESC")
+        for name in defined if everything else words & defined.keys():
+            plan(name, ())
+        if sum(weights.get(name, 0) * sql.count(name) for name in words) > self._config.sql_tables_max:
+            raise TooLarge(f"the SQL text reads more tables through its views than sql_tables_max ({self._config.sql_tables_max})")
+
+    def _check(self, sql: str) -> bool:
+        """Refuse what must not reach the parser: too long, too deep, or a statement that is not served.
+
+        Return whether it would change something.
+        """
         try:
             size = len(sql.encode())
         except UnicodeEncodeError:
             raise RequestError("the SQL text is not UTF-8") from None
         if size > self._config.sql_bytes_max:
             raise TooLarge(f"the SQL text has {size} bytes; sql_bytes_max is {self._config.sql_bytes_max}")
-        first, operators, tables = _measure(sql)
-        if operators > self._config.sql_operators_max:
-            raise TooLarge(f"the SQL text has {operators} operators; sql_operators_max is {self._config.sql_operators_max}")
-        if tables > self._config.sql_tables_max:
-            raise TooLarge(f"the SQL text reads {tables} tables; sql_tables_max is {self._config.sql_tables_max}")
-        if first in _CHANGING:
+        found = sqltext.measure(sql)
+        if found.operators > self._config.sql_operators_max:
+            raise TooLarge(f"the SQL text has {found.operators} operators; sql_operators_max is {self._config.sql_operators_max}")
+        if found.tables > self._config.sql_tables_max:
+            raise TooLarge(f"the SQL text reads {found.tables} tables; sql_tables_max is {self._config.sql_tables_max}")
+        if found.first in _CHANGING:
             raise Unsupported(_APPEND_ONLY)
-        if first in _REFUSED:
-            raise Unsupported(f"{first} is not served: {_READING}")
+        if found.first in _REFUSED:
+            raise Unsupported(f"{found.first} is not served: {_SERVED}")
+        return found.first in _CHANGES
 
     def _pull(
         self, puller: _Puller, context: ScanContext, schema: pa.Schema, deadline: float, stopped: Stopped
@@ -276,17 +571,19 @@ def _to_wire(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 _SYSTEM = {"topics": topics_table}
 
 
+def _new_session(db_schema: str, partitions: int, runtime: RuntimeEnvBuilder, catalog: _Catalog) -> SessionContext:
+    settings = _SETTINGS | {"datafusion.catalog.default_schema": db_schema}
+    session = SessionContext(SessionConfig(settings).with_target_partitions(partitions), runtime)
+    session.register_catalog_provider(CATALOG, catalog)
+    return session
+
+
 def tables(snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
-    """Yield (SQL schema, table, type) of every table SQL can name, `information_schema` aside; the default schema first."""
+    """Yield (SQL schema, table, type) of every table of the log, `information_schema` and views aside; the default schema first."""
     own = sorted(snapshot.topics)
     yield from (("public", name, "TABLE") for name in own if not name.startswith("_"))
     yield from ((db_schema, name, "TABLE") for db_schema in ("log", "records") for name in own)
     yield from (("system", name, "SYSTEM TABLE") for name in _SYSTEM)
-
-
-def table_schema(snapshot: Snapshot, db_schema: str, name: str) -> pa.Schema:
-    """Return the schema of one of `tables`."""
-    return _table(snapshot, db_schema, name, ScanContext(ColumnCache(0), 1)).schema
 
 
 def _table(snapshot: Snapshot, db_schema: str, name: str, context: ScanContext) -> ds.Dataset:
@@ -298,12 +595,22 @@ def _table(snapshot: Snapshot, db_schema: str, name: str, context: ScanContext) 
     return EntriesTable(snapshot, topic, context, with_log_columns=db_schema == "log")
 
 
+_BOUND = "_bound"
+
+
 class _Catalog(CatalogProvider):
-    def __init__(self, snapshot: Snapshot, context: ScanContext) -> None:
+    def __init__(self, snapshot: Snapshot, context: ScanContext, bound: pa.RecordBatch | None = None) -> None:
         names: dict[str, list[str]] = {"public": [], "log": [], "records": [], "system": []}
         for db_schema, name, _ in tables(snapshot):
             names[db_schema].append(name)
-        self._schemas = {db_schema: _Schema(snapshot, db_schema, of_schema, context) for db_schema, of_schema in names.items()}
+        self.views: dict[str, Any] = {}
+        self.broken: dict[str, RequestError] = {}
+        self._schemas: dict[str, Any] = {
+            db_schema: _Schema(snapshot, db_schema, of_schema, context) for db_schema, of_schema in names.items()
+        }
+        self._schemas[PUBLIC] = _PublicSchema(snapshot, PUBLIC, names[PUBLIC], context, self)
+        if bound is not None:
+            self._schemas[_BOUND] = _BoundSchema(RowsTable(bound, context))
 
     def schema_names(self) -> set[str]:
         return set(self._schemas)
@@ -333,46 +640,98 @@ class _Schema(SchemaProvider):
         return name in self._names
 
 
+class _PublicSchema(_Schema):
+    """`public`: topics and views; a topic goes before a view of its name."""
+
+    def __init__(self, snapshot: Snapshot, db_schema: str, names: list[str], context: ScanContext, catalog: _Catalog) -> None:
+        super().__init__(snapshot, db_schema, names, context)
+        self._catalog = catalog
+
+    @property
+    def table_names(self) -> list[str]:  # type: ignore[override]
+        return [*self._names, *(name for name in self._catalog.views if name not in self._names)]
+
+    def table(self, name: str) -> Any:
+        found = super().table(name)
+        if found is None and name in self._catalog.broken:
+            self._context.failures.append(self._catalog.broken[name])
+            raise self._catalog.broken[name]
+        return self._catalog.views.get(name) if found is None else found
+
+    def table_exist(self, name: str) -> bool:
+        return super().table_exist(name) or name in self._catalog.views or name in self._catalog.broken
+
+
+class _BoundSchema(SchemaProvider):
+    """The rows bound to an INSERT's parameters, as a table."""
+
+    table_names = ["values"]  # type: ignore[assignment]  # noqa: RUF012
+
+    def __init__(self, rows: ds.Dataset) -> None:
+        self._rows = rows
+
+    def table(self, name: str) -> Any:
+        return self._rows if name == "values" else None
+
+    def table_exist(self, name: str) -> bool:
+        return name == "values"
+
+
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
 
 # Refusals, before and after planning
 
-# Strings, quoted names and comments are passed over; what is left in group 1 is a word, an operator or punctuation.
-_TOKEN = re.compile(r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|--[^\n]*|/\*.*?\*/|([A-Za-z]\w*|[(),;]|::|[-+*/%<>=!&|^~\[]+)""", re.DOTALL)
-# A chain of these makes a tree as deep as it is long, and walking a deep tree overflows the stack: the process dies.
-_OPERATORS = frozenset(("AND", "OR", "NOT", "IS", "LIKE", "ILIKE", "SIMILAR", "BETWEEN", "COLLATE", "UNION", "INTERSECT", "EXCEPT", "JOIN"))
-_ENDS_FROM = frozenset(("SELECT", "WHERE", "GROUP", "HAVING", "WINDOW", "ORDER", "LIMIT", "UNION", "INTERSECT", "EXCEPT", "VALUES"))
 _CHANGING = frozenset(("DELETE", "UPDATE", "MERGE", "TRUNCATE"))
+_CHANGES = frozenset(("INSERT", "CREATE", "DROP"))
 _REFUSED = frozenset(
     (
-        *("ALTER", "ANALYZE", "BEGIN", "CALL", "COMMIT", "COPY", "CREATE", "DEALLOCATE", "DROP", "EXECUTE", "GRANT", "INSERT", "LOAD"),
-        *("PREPARE", "RELEASE", "RESET", "REVOKE", "ROLLBACK", "SAVEPOINT", "SET", "START", "UNLOAD", "USE", "VACUUM"),
+        *("ALTER", "ANALYZE", "BEGIN", "CALL", "COMMIT", "COPY", "DEALLOCATE", "EXECUTE", "GRANT", "LOAD", "PREPARE", "RELEASE"),
+        *("RESET", "REVOKE", "ROLLBACK", "SAVEPOINT", "SET", "START", "UNLOAD", "USE", "VACUUM"),
     )
 )
-_READING = "statements may only read (SELECT, EXPLAIN, SHOW, DESCRIBE)"
+_SERVED = "statements may read (SELECT, EXPLAIN, SHOW, DESCRIBE), INSERT, and define tables and views (CREATE, DROP)"
+_READING = "it may only read: SELECT, SHOW, DESCRIBE"
 _APPEND_ONLY = "the log is append-only: rows are never updated, deleted, merged or truncated"
 
 
-def _measure(sql: str) -> tuple[str, int, int]:
-    """Return the first word, the number of operators and the number of tables read, without parsing."""
-    first, operators, tables = "", 0, 0
-    in_from = [False]  # for each open parenthesis: whether a comma there separates tables
-    for found in _TOKEN.finditer(sql):
-        token = (found[1] or "").upper()
-        if token[:1].isalpha():
-            first = first or token
-            operators += token in _OPERATORS
-            tables += token in ("FROM", "JOIN")
-            in_from[-1] = token == "FROM" or (in_from[-1] and token not in _ENDS_FROM)
-        elif token == "(":
-            in_from.append(False)
-        elif token == ")":
-            in_from[-1:] = [] if len(in_from) > 1 else in_from
-        elif token == ",":
-            tables += in_from[-1]
-        elif token and token != ";":
-            operators += 1
-    return first, operators, tables
+def _public(name: str) -> str:
+    """Return the topic or view that a statement names. Raises RequestError when it is not in `public`."""
+    *above, topic = name.split(".")
+    if above not in ([], [PUBLIC], [CATALOG, PUBLIC]):
+        raise RequestError(f"{name[:200]!r} is not in {CATALOG}.{PUBLIC}, where topics and views are; nothing was written")
+    return topic
+
+
+def _check_declared(sql: str, name: str, schema: pa.Schema) -> None:
+    """Refuse what a CREATE TABLE promises and the log does not keep."""
+    promised = sorted(sqltext.keywords(sql) & {"PRIMARY", "UNIQUE", "FOREIGN", "REFERENCES", "CHECK", "DEFAULT"})
+    required = next((field.name for field in schema if not field.nullable), None)
+    if promised or required is not None:
+        what = f"column {required!r} is NOT NULL" if not promised else f"it has {promised[0]}"
+        raise Unsupported(f"table {name!r}: {what}, and a log keeps no constraints or defaults; nothing was written; leave it out")
+
+
+# Parameters
+
+Values = dict[str, pa.Scalar] | None
+
+
+def _parameters(session: SessionContext, sql: str, names: Sequence[str]) -> pa.Schema:
+    """Return the parameters of a statement with the types that DataFusion infers; null where it cannot.
+
+    It tells them only when it prepares a statement, in order, up to the first that it does not know.
+    """
+    kinds: list[pa.DataType] = []
+    if names:
+        with contextlib.suppress(Exception):  # what is wrong with the statement comes up when it is planned
+            plan = session.sql(f"EXPLAIN PREPARE parameters AS {sql}").logical_plan().inputs()[0]
+            kinds = [plain_field(field).type for field in plan.to_variant().fields()][: len(names)]
+    kinds += [pa.null()] * (len(names) - len(kinds))
+    return pa.schema([pa.field(name, kind) for name, kind in zip(names, kinds, strict=True)])
+
+
+def _nulls(parameters: pa.Schema) -> Values:
+    return {str(number): pa.scalar(None, field.type) for number, field in enumerate(parameters, 1)} or None
 
 
 _EACH_BY_ITSELF = frozenset(("Projection", "Filter", "SubqueryAlias", "TableScan"))
@@ -389,7 +748,7 @@ def _followed(sql: str, plan: Any) -> str:
         if kind not in _EACH_BY_ITSELF or len(inputs) > 1:
             raise RequestError(f"the statement cannot be followed: {kind} needs more than one entry at a time; use columns and WHERE alone")
         plan = inputs[0] if inputs else None
-    if kind != "TableScan" or _measure(sql)[2] != 1:
+    if kind != "TableScan" or sqltext.measure(sql).tables != 1:
         raise RequestError("the statement cannot be followed: it has to read one topic, once")
     _, db_schema, name = variant.fqn()
     if db_schema not in (None, "public", "log"):
@@ -425,7 +784,7 @@ def _translated(error: Exception, context: ScanContext) -> OplogError:
         )
     if (refused := _NOT_READING.match(words)) is not None:
         changing = refused[1].upper() in _CHANGING
-        return Unsupported(_APPEND_ONLY if changing else f"{refused[1] or 'this'} is not served: {_READING}")
+        return Unsupported(_APPEND_ONLY if changing else f"{refused[1] or 'this'} is not served here: {_READING}")
     if words.startswith("Resources exhausted"):
         return TryAgain("the query needs more memory than statement_bytes_max and could not spill; ask for less or raise it")
     if words.startswith("Internal error") or "panicked" in words[:40]:

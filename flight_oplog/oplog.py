@@ -104,6 +104,18 @@ class OpLog:
     def writer(self, topic: str, schema: pa.Schema, origin: Origin = _ANONYMOUS) -> AppendWriter:
         """Begin an append whose batches come one by one. Raises before anything is sent when the schema cannot be."""
         check_topic(topic)
+        return self._writer(topic, schema, origin)
+
+    def append_own(self, topic: str, entries: pa.RecordBatch, expected_offset: int) -> Receipt:
+        """Append to a topic of the log's own, which clients cannot; raises OutOfOrder when it does not end at `expected_offset`."""
+        writer = self._writer(topic, entries.schema, Origin(expected_offset=expected_offset))
+        try:
+            writer.write(entries)
+            return writer.commit()
+        finally:
+            writer.abandon()
+
+    def _writer(self, topic: str, schema: pa.Schema, origin: Origin) -> AppendWriter:
         origin.check(topic)
         normal, fingerprint = self._normal(schema)
         snapshot = self._store.latest  # the committer looks again, at the newest
@@ -157,6 +169,10 @@ class OpLog:
     def snapshot_at(self, table_version: int) -> Snapshot:
         """Return the log as of an earlier commit. Raises NotFound when it cannot be read any more."""
         return self._store.snapshot_at(table_version)
+
+    def secret(self) -> bytes:
+        """Return the key that every server of this log shares."""
+        return self._store.secret()
 
     def topics(self) -> list[Topic]:
         """Return the topics of the newest snapshot, by name; the log's own begin with _."""

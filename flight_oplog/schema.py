@@ -69,6 +69,11 @@ SCHEMAS_SCHEMA = pa.schema(
 )
 
 
+VIEWS_TOPIC = "_views"
+# One entry for each CREATE VIEW and DROP VIEW: a view's newest entry counts, and one without a definition ends it.
+VIEWS_SCHEMA = pa.schema([("view", pa.string()), ("definition", pa.string()), ("defined", _TIME)])
+
+
 def check_topic(name: str) -> str:
     """Return `name` when a client may append to it; raise RequestError otherwise."""
     if not TOPIC_PATTERN.fullmatch(name):

@@ -26,12 +26,13 @@ from typing import Any, TypeAlias
 import pyarrow as pa
 import pyarrow.flight as fl
 
-from flight_oplog.committer import Origin, Receipt
+from flight_oplog import codec
+from flight_oplog.committer import Origin, Receipt, check_data
 from flight_oplog.config import Config
 from flight_oplog.engine import Engine
-from flight_oplog.errors import Cancelled, OplogError, RequestError, TryAgain, Unsupported
+from flight_oplog.errors import Cancelled, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import wire
-from flight_oplog.flightsql.service import Caller, Planned, Put, Service
+from flight_oplog.flightsql.service import Caller, Put, Service, Update
 from flight_oplog.follow import Place, TopicRead, is_place
 from flight_oplog.oplog import AppendWriter, OpLog
 from flight_oplog.schema import TOPIC_PATTERN
@@ -266,6 +267,11 @@ class Server(fl.FlightServerBase):
         self._service.transactions.close()
         return not done.is_alive()
 
+    def _caller(self, context: Any) -> Caller:
+        call = context.get_middleware("call")
+        caller: Caller = call.caller(context.peer())
+        return replace(caller, origin=_origin_of("", call.headers), stopped=self._stopped(context))
+
     def _stopped(self, context: Any) -> Callable[[], bool]:
         return lambda: self._stopping.is_set() or context.is_cancelled()
 
@@ -274,7 +280,10 @@ class Server(fl.FlightServerBase):
     @_rpc
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         is_command = descriptor.descriptor_type == fl.DescriptorType.CMD and bool(descriptor.command)
-        put = self._service.put(descriptor.command, _caller(context)) if is_command else Put(_topic_of(descriptor))
+        put = self._service.put(descriptor.command, self._caller(context)) if is_command else Put(_topic_of(descriptor))
+        if isinstance(put, Update):
+            writer.write(put.perform(self._parameters(context, reader) if put.takes_parameters else None))
+            return
         topic = put.topic
         try:
             schema = reader.schema
@@ -303,6 +312,27 @@ class Server(fl.FlightServerBase):
             append.abandon()
         if answer is not None:
             writer.write(answer)
+
+    def _parameters(self, context: Any, reader: Any) -> pa.RecordBatch | None:
+        """Return the values a client binds, as one batch; None for a stream without columns, as drivers send for none."""
+        try:
+            schema = reader.schema
+        except (pa.ArrowException, OSError, StopIteration):
+            raise RequestError("the values do not begin with a readable schema; nothing was written") from None
+        batches, size = [], 0
+        for batch, _ in _received(reader, "parameters"):
+            if batch is not None:
+                check_data("parameters", [batch])
+                size += codec.expanded_nbytes_of(batch)
+                if size > self._config.batch_bytes_max:
+                    raise TooLarge(f"the bound values are over batch_bytes_max ({self._config.batch_bytes_max}); nothing was written")
+                batches.append(batch)
+        if context.is_cancelled():
+            raise Cancelled("the client broke off; nothing was written")
+        self._check_open()
+        if not len(schema):
+            return None
+        return codec.joined(batches) if batches else pa.RecordBatch.from_pylist([], schema)
 
     def _fill(self, context: Any, append: AppendWriter, messages: Iterator[_Message], headers: dict[str, str]) -> None:
         """Take the whole stream into one append."""
@@ -362,7 +392,8 @@ class Server(fl.FlightServerBase):
         if descriptor.command[:1] == b"{":
             schema, topic = self._service.plan_read(TopicRead.parse(descriptor.command))
             return fl.FlightInfo(schema, descriptor, [fl.FlightEndpoint(descriptor.command, [])], topic.entries, -1)
-        planned = self._planned(context, descriptor, _follow_of(context.get_middleware("call").headers))
+        follow = _follow_of(context.get_middleware("call").headers)
+        planned = self._service.flight_info(_command_of(descriptor), self._caller(context), follow)
         # No location: the client comes back over the connection it has, whatever name or port led it here.
         return fl.FlightInfo(planned.schema, descriptor, [fl.FlightEndpoint(planned.ticket, [])], -1, -1)
 
@@ -373,12 +404,7 @@ class Server(fl.FlightServerBase):
             return fl.SchemaResult(self._oplog.snapshot().topic(_topic_of(descriptor)).schema)
         if descriptor.command[:1] == b"{":
             return fl.SchemaResult(self._service.plan_read(TopicRead.parse(descriptor.command))[0])
-        return fl.SchemaResult(self._planned(context, descriptor, None).schema)
-
-    def _planned(self, context: Any, descriptor: Any, follow: Place | None) -> Planned:
-        if descriptor.descriptor_type != fl.DescriptorType.CMD or not descriptor.command:
-            raise RequestError("the descriptor is empty: send a path with one topic, or a Flight SQL command")
-        return self._service.flight_info(descriptor.command, _caller(context), follow)
+        return fl.SchemaResult(self._service.schema(_command_of(descriptor)))
 
     @_rpc
     def do_get(self, context: Any, ticket: fl.Ticket) -> fl.GeneratorStream:
@@ -403,7 +429,7 @@ class Server(fl.FlightServerBase):
     @_rpc
     def do_action(self, context: Any, action: fl.Action) -> list[bytes]:
         self._catch_up(context)
-        return self._service.action(action.type, action.body.to_pybytes(), _caller(context))
+        return self._service.action(action.type, action.body.to_pybytes(), self._caller(context))
 
     @_rpc
     def list_actions(self, context: Any) -> list[tuple[str, str]]:
@@ -430,9 +456,11 @@ def check_listen(config: Config) -> str:
     return host
 
 
-def _caller(context: Any) -> Caller:
-    caller: Caller = context.get_middleware("call").caller(context.peer())
-    return caller
+def _command_of(descriptor: Any) -> bytes:
+    if descriptor.descriptor_type != fl.DescriptorType.CMD or not descriptor.command:
+        raise RequestError("the descriptor is empty: send a path with one topic, or a Flight SQL command")
+    command: bytes = descriptor.command
+    return command
 
 
 def _topic_of(descriptor: Any) -> str:

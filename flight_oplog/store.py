@@ -16,6 +16,8 @@ import bisect
 import contextlib
 import itertools
 import logging
+import re
+import secrets
 import threading
 import time
 from collections import OrderedDict
@@ -47,6 +49,8 @@ from flight_oplog.storage import Found, Storage, storage_at
 log = logging.getLogger("flight_oplog.store")
 
 SNAPSHOTS_KEPT = 64
+# The key that the servers of a log share. Delta passes over names that begin with _.
+SECRET_PATH = "_oplog_key"
 CHECKPOINT_INTERVAL = 100
 RELOAD_SECONDS = 3600
 OPENS_MAX = 20
@@ -460,6 +464,27 @@ class Store:
     def damaged_commits(self) -> list[int]:
         with _reading("the table"):
             return deltalog.damaged(self._storage)
+
+    def secret(self) -> bytes:
+        """Return the key that every server of this log seals handles with; the first one to ask makes it.
+
+        A log that cannot be written to has none; then it is a new one each time, and handles end with the process.
+        """
+        key = secrets.token_hex(32)
+        with _reading("the log's key"):
+            try:
+                if not self._storage.exists(SECRET_PATH):
+                    self._storage.create(SECRET_PATH, key.encode(), key)
+                key = self._storage.read(SECRET_PATH).to_pybytes().decode()
+            except FileExistsError:
+                key = self._storage.read(SECRET_PATH).to_pybytes().decode()
+            except OSError as error:
+                if self._storage.exists(SECRET_PATH):
+                    raise
+                log.warning("handles will not outlive this process: %s", error)
+        if not re.fullmatch(r"[0-9a-f]{64}", key):
+            raise CorruptLog(f"{SECRET_PATH}: is not a key; remove it, and a new one is made")
+        return bytes.fromhex(key)
 
     def orphans(self) -> list[Found]:
         """Return data files that no snapshot names: what a crash or a failed append left behind."""

@@ -145,21 +145,20 @@ def test_an_unqualified_name_that_does_not_exist_is_not_found(query: Query) -> N
     )
 
 
-READING_ONLY = "is not served: statements may only read (SELECT, EXPLAIN, SHOW, DESCRIBE)"
+SERVED = "is not served: statements may read (SELECT, EXPLAIN, SHOW, DESCRIBE), INSERT, and define tables and views (CREATE, DROP)"
+READING_ONLY = "is not served here: it may only read: SELECT, SHOW, DESCRIBE"
 APPEND_ONLY = "the log is append-only: rows are never updated, deleted, merged or truncated"
 REFUSED = {
-    "INSERT INTO events VALUES ('a', 'b')": READING_ONLY,
+    "EXPLAIN INSERT INTO events VALUES ('a', 'b')": READING_ONLY,
+    "EXPLAIN ANALYZE INSERT INTO events VALUES ('a', 'b')": READING_ONLY,
+    "EXPLAIN ANALYZE CREATE TABLE x AS SELECT 1": READING_ONLY,
     "DELETE FROM events": APPEND_ONLY,
     "UPDATE events SET name = 'x'": APPEND_ONLY,
     "TRUNCATE TABLE events": APPEND_ONLY,
-    "CREATE TABLE x AS SELECT 1": READING_ONLY,
-    "CREATE VIEW x AS SELECT 1": READING_ONLY,
-    "CREATE EXTERNAL TABLE x STORED AS CSV LOCATION '/etc/passwd'": READING_ONLY,
-    "COPY events TO '/tmp/flight_oplog_copy.parquet'": READING_ONLY,
-    "COPY (SELECT 1) TO '/tmp/flight_oplog_copy' STORED AS CSV": READING_ONLY,
-    "DROP TABLE events": READING_ONLY,
-    "SET datafusion.execution.batch_size = 1": READING_ONLY,
-    "PREPARE p AS SELECT 1": READING_ONLY,
+    "COPY events TO '/tmp/flight_oplog_copy.parquet'": SERVED,
+    "COPY (SELECT 1) TO '/tmp/flight_oplog_copy' STORED AS CSV": SERVED,
+    "SET datafusion.execution.batch_size = 1": SERVED,
+    "PREPARE p AS SELECT 1": SERVED,
 }
 
 

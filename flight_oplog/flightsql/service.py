@@ -1,28 +1,34 @@
 """What each Flight SQL command does: ROUTES has one row for each. No sockets, no threads, no gRPC.
 
 `flight_info` plans a command and answers with the result's schema and a ticket; `get` redeems a ticket. A query's
-ticket names its SQL and the snapshot it was planned on, so what comes back is what was promised, whatever was
-committed in between.
+ticket names its SQL, the values bound to it and the snapshot it was planned on, so what comes back is what was promised,
+whatever was committed in between, and any server of the log can redeem it. A statement that changes something is carried
+out by `flight_info` or by `put`, whichever way a client chooses to send it; its ticket only says what came of it.
 """
 
 from __future__ import annotations
 
-import secrets
+import base64
+import hashlib
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from flight_oplog import __version__, codec
+from flight_oplog.committer import Origin
 from flight_oplog.config import Config
-from flight_oplog.engine import CATALOG, Engine, Stopped, table_schema, tables
-from flight_oplog.errors import NotFound, RequestError, Unsupported
+from flight_oplog.engine import CATALOG, CHANGED, PUBLIC, Engine, Stopped
+from flight_oplog.errors import NotFound, OplogError, RequestError, TooLarge, Unsupported
 from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
 from flight_oplog.follow import Follower, Place, TopicRead, words
 from flight_oplog.oplog import OpLog
 from flight_oplog.schema import check_topic
+from flight_oplog.statements import Statements
 from flight_oplog.store import Topic
 from flight_oplog.transactions import Transactions
 
@@ -36,10 +42,13 @@ _TRANSACTION_SUPPORT = 8
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls: the names of their session, and whether their ingests leave out which transaction they belong to."""
+    """Who calls: the names of their session, whether their ingests leave out which transaction they belong to, and where
+    what they append comes from."""
 
     sessions: tuple[str, ...] = ()
     leaves_out: bool = False
+    origin: Origin = field(default_factory=Origin)
+    stopped: Stopped = lambda: False
 
 
 @dataclass(frozen=True)
@@ -48,6 +57,17 @@ class Put:
 
     topic: str
     transaction_id: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """A statement to be carried out with what is sent after a command: the values of its parameters, if there are any.
+
+    `perform` returns the protocol's answer.
+    """
+
+    takes_parameters: bool
+    perform: Callable[[pa.RecordBatch | None], bytes]
 
 
 @dataclass(frozen=True)
@@ -66,14 +86,24 @@ class Result:
     batches: Iterator[tuple[pa.RecordBatch, bytes | None]]
 
 
+# Values bound by clients that then go on with the handle they had, instead of the new one they were given.
+BOUND_KEPT = 1000
+BOUND_BYTES = 16 << 20
+
+
 class Service:
-    """Flight SQL over one open log. Thread-safe; keeps nothing between calls but what transactions hold."""
+    """Flight SQL over one open log. Thread-safe; keeps nothing between calls but what transactions hold, and a little
+    for clients that ignore the handles they are given."""
 
     def __init__(self, oplog: OpLog, engine: Engine, config: Config) -> None:
         self._oplog = oplog
         self._engine = engine
         self.config = config
-        self._sealer = Sealer(secrets.token_bytes(32))
+        self._sealer = Sealer(oplog.secret())
+        self._statements = Statements(oplog, engine, config)
+        self._bound: OrderedDict[bytes, str] = OrderedDict()
+        self._bound_bytes = 0
+        self._lock = threading.Lock()
         self._follower = Follower(oplog, engine, config)
         self.transactions = Transactions(oplog, config)
 
@@ -86,17 +116,27 @@ class Service:
             self.transactions.saw(caller.sessions)
         if follow is not None:
             return self._follow_sql(self._sql_of(message), follow)
-        return self._route(message, "flight_info")(self, message, command)
+        return self._route(message, "flight_info")(self, message, command, caller)
+
+    def schema(self, command: bytes) -> pa.Schema:
+        """Return the schema of a command's result; nothing is carried out."""
+        message = wire.unpack(command)
+        if isinstance(message, wire.CommandStatementQuery):
+            return self._engine.prepare(message.query, self._oplog.snapshot()).schema
+        if isinstance(message, wire.CommandPreparedStatementQuery):
+            return self._engine.prepare(self._prepared(message.prepared_statement_handle)["sql"], self._oplog.snapshot()).schema
+        planned: Planned = self._route(message, "flight_info")(self, message, command, Caller())
+        return planned.schema
 
     def get(self, ticket: bytes, stopped: Stopped) -> Result:
         """Fetch what a ticket stands for; see `Engine.run` for `stopped`."""
         message = wire.unpack(ticket)
         return self._route(message, "get")(self, message, stopped)
 
-    def put(self, command: bytes, caller: Caller) -> Put:
-        """Return where the entries after the command in a DoPut descriptor go."""
+    def put(self, command: bytes, caller: Caller) -> Put | Update:
+        """Return where the entries after the command in a DoPut descriptor go, or what is done with the values there."""
         message = wire.unpack(command)
-        found: Put = self._route(message, "put")(self, message, caller)
+        found: Put | Update = self._route(message, "put")(self, message, caller)
         return found
 
     def action(self, kind: str, body: bytes, caller: Caller) -> list[bytes]:
@@ -123,18 +163,30 @@ class Service:
 
     # Queries
 
-    def _plan_sql(self, sql: str) -> Planned:
-        statement = self._engine.prepare(sql, self._oplog.snapshot())
-        body = {"sql": sql, "table_version": statement.snapshot.table_version}
-        handle = self._sealer.seal("statement", body, self.config.ticket_seconds_max)
+    def _plan_sql(self, sql: str, caller: Caller, parameters: str | None = None, transaction: str | None = None) -> Planned:
+        """Plan a query, or carry out what is none; `parameters` and `transaction` are as handles carry them."""
+        snapshot = self._oplog.snapshot()
+        statement = self._engine.prepare(sql, snapshot, _loaded(parameters))
+        if statement.is_update:
+            count = self._execute(sql, caller, _loaded(parameters), None if transaction is None else transaction.encode())
+            handle = self._sealer.seal("count", {"count": count}, self.config.ticket_seconds_max)
+        else:
+            body = {"sql": sql, "table_version": snapshot.table_version, "parameters": parameters}
+            handle = self._sealer.seal("statement", body, self.config.ticket_seconds_max)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
+
+    def _execute(self, sql: str, caller: Caller, parameters: pa.RecordBatch | None, transaction_id: bytes | None) -> int:
+        if transaction_id is not None:
+            self.transactions.check(transaction_id)
+        hold = None if transaction_id is None else lambda append: self.transactions.hold(transaction_id, append)
+        return self._statements.execute(sql, caller.stopped, parameters, origin=caller.origin, hold=hold)
 
     def _sql_of(self, message: Any) -> str:
         """Return the text of a statement that may be followed."""
         if isinstance(message, wire.CommandStatementQuery):
             return message.query
         if isinstance(message, wire.CommandPreparedStatementQuery):
-            sql: str = self._sealer.open("prepared statement", message.prepared_statement_handle)["sql"]
+            sql: str = self._prepared(message.prepared_statement_handle)["sql"]
             return sql
         raise Unsupported(f"{type(message).__name__} cannot be followed: only a SELECT can")
 
@@ -144,19 +196,26 @@ class Service:
         handle = self._sealer.seal("follow", body, self.config.ticket_seconds_max)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
-    def _plan_statement(self, message: wire.CommandStatementQuery, command: bytes) -> Planned:
-        return self._plan_sql(message.query)
+    def _plan_statement(self, message: wire.CommandStatementQuery, command: bytes, caller: Caller) -> Planned:
+        transaction = message.transaction_id.decode("utf-8", "replace") if message.transaction_id else None
+        return self._plan_sql(message.query, caller, transaction=transaction)
 
-    def _plan_prepared(self, message: wire.CommandPreparedStatementQuery, command: bytes) -> Planned:
-        return self._plan_sql(self._sealer.open("prepared statement", message.prepared_statement_handle)["sql"])
+    def _plan_prepared(self, message: wire.CommandPreparedStatementQuery, command: bytes, caller: Caller) -> Planned:
+        handle = message.prepared_statement_handle
+        body = self._prepared(handle)
+        return self._plan_sql(body["sql"], caller, body.get("parameters") or self._kept(handle), body.get("transaction"))
 
     def _get_statement(self, message: wire.TicketStatementQuery, stopped: Stopped) -> Result:
-        if self._sealer.kind(message.statement_handle) == "follow":
+        kind = self._sealer.kind(message.statement_handle)
+        if kind == "follow":
             body = self._sealer.open("follow", message.statement_handle)
             return self.read(TopicRead(body["topic"], body["from"], follow=True), stopped, body["sql"])
+        if kind == "count":
+            count = self._sealer.open("count", message.statement_handle)["count"]
+            return Result(CHANGED, iter([(pa.RecordBatch.from_pydict({"count": [count]}, CHANGED), None)]))
         body = self._sealer.open("statement", message.statement_handle)
         snapshot = self._oplog.snapshot_at(body["table_version"])
-        running = self._engine.run(body["sql"], snapshot, stopped)
+        running = self._engine.run(body["sql"], snapshot, stopped, parameters=_loaded(body.get("parameters")))
         return Result(running.schema, ((batch, None) for batch in running.batches))
 
     def plan_read(self, request: TopicRead) -> tuple[pa.Schema, Topic]:
@@ -171,12 +230,64 @@ class Service:
 
     def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest, caller: Caller) -> list[bytes]:
         statement = self._engine.prepare(message.query, self._oplog.snapshot())
-        handle = self._sealer.seal("prepared statement", {"sql": message.query}, self.config.ticket_seconds_max)
-        schema, no_parameters = (s.serialize().to_pybytes() for s in (statement.schema, pa.schema([])))
-        return [wire.pack(wire.ActionCreatePreparedStatementResult(handle, schema, no_parameters, is_update=False))]
+        body = {"sql": message.query}
+        if message.transaction_id:
+            body["transaction"] = message.transaction_id.decode("utf-8", "replace")
+        handle = self._sealer.seal("prepared statement", body, self.config.ticket_seconds_max)
+        schema, parameters = (s.serialize().to_pybytes() for s in (statement.schema, statement.parameters))
+        # JDBC takes a statement with an empty dataset schema for an update, and others look at is_update alone.
+        answer = wire.ActionCreatePreparedStatementResult(handle, b"" if statement.is_update else schema, parameters, statement.is_update)
+        return [wire.pack(answer)]
 
     def _close_prepared(self, message: wire.ActionClosePreparedStatementRequest, caller: Caller) -> list[bytes]:
-        return []  # the client carries the statement; there is nothing to free
+        self._keep(message.prepared_statement_handle, None)
+        return []  # the client carries the statement; there is nothing else to free
+
+    def _prepared(self, handle: bytes) -> dict[str, Any]:
+        return self._sealer.open("prepared statement", handle)
+
+    def _bind(self, message: wire.CommandPreparedStatementQuery, caller: Caller) -> Update:
+        """Values for a query ride in the handle that is given in answer."""
+        body = self._prepared(message.prepared_statement_handle)
+
+        def perform(parameters: pa.RecordBatch | None) -> bytes:
+            handle = message.prepared_statement_handle
+            packed = None if parameters is None else _packed(parameters, self.config)
+            self._keep(handle, packed)
+            bound = {name: value for name, value in body.items() if name != "parameters"} | ({"parameters": packed} if packed else {})
+            renewed = self._sealer.seal("prepared statement", bound, self.config.ticket_seconds_max)
+            return wire.encode(wire.DoPutPreparedStatementResult(renewed))
+
+        return Update(True, perform)
+
+    def _keep(self, handle: bytes, packed: str | None) -> None:
+        key = hashlib.sha256(handle).digest()
+        with self._lock:
+            self._bound_bytes -= len(self._bound.pop(key, ""))
+            if packed is not None:
+                self._bound[key] = packed
+                self._bound_bytes += len(packed)
+            while len(self._bound) > BOUND_KEPT or self._bound_bytes > BOUND_BYTES:
+                self._bound_bytes -= len(self._bound.popitem(last=False)[1])
+
+    def _kept(self, handle: bytes) -> str | None:
+        with self._lock:
+            return self._bound.get(hashlib.sha256(handle).digest())
+
+    def _update(self, message: wire.CommandStatementUpdate, caller: Caller) -> Update:
+        transaction_id = message.transaction_id or None
+        return Update(False, lambda parameters: self._changed(message.query, caller, None, transaction_id))
+
+    def _update_prepared(self, message: wire.CommandPreparedStatementUpdate, caller: Caller) -> Update:
+        body = self._prepared(message.prepared_statement_handle)
+        transaction = body.get("transaction")
+        transaction_id = None if transaction is None else transaction.encode()
+        return Update(True, lambda parameters: self._changed(body["sql"], caller, parameters, transaction_id))
+
+    def _changed(self, sql: str, caller: Caller, parameters: pa.RecordBatch | None, transaction_id: bytes | None) -> bytes:
+        if not self._engine.prepare(sql, self._oplog.snapshot()).is_update:
+            raise RequestError("the statement is a query: send it as one")
+        return wire.encode(wire.DoPutUpdateResult(self._execute(sql, caller, parameters, transaction_id)))
 
     # Appends
 
@@ -215,20 +326,28 @@ class Service:
     # Metadata
 
     def _db_schemas(self, message: wire.CommandGetDbSchemas) -> pa.RecordBatch:
-        return metadata.db_schemas(message, {db_schema for db_schema, _, _ in tables(self._oplog.snapshot())})
+        names = {db_schema for db_schema, _, _ in self._engine.tables(self._oplog.snapshot())}
+        return metadata.db_schemas(message, names | {PUBLIC})
 
     def _tables(self, message: wire.CommandGetTables) -> pa.RecordBatch:
         snapshot = self._oplog.snapshot()
-        return metadata.tables(message, tables(snapshot), lambda db_schema, name: table_schema(snapshot, db_schema, name))
+
+        def schema_of(db_schema: str, name: str) -> pa.Schema:
+            try:
+                return self._engine.table_schema(snapshot, db_schema, name)
+            except OplogError:  # a view of something that is no more: it is listed all the same
+                return pa.schema([])
+
+        return metadata.tables(message, self._engine.tables(snapshot), schema_of)
 
 
 @dataclass(frozen=True)
 class Route:
     """How a command is served; None where the protocol has no such use of it."""
 
-    flight_info: Callable[[Service, Any, bytes], Planned] | None
-    get: Callable[[Service, Any, Stopped], Result] | None
-    put: Callable[[Service, Any, Caller], Put] | None = None
+    flight_info: Callable[[Service, Any, bytes, Caller], Planned] | None = None
+    get: Callable[[Service, Any, Stopped], Result] | None = None
+    put: Callable[[Service, Any, Caller], Put | Update] | None = None
 
 
 @dataclass(frozen=True)
@@ -247,14 +366,35 @@ def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:
         pieces = codec.cut(batch, service.config.message_bytes_max, batch.num_rows) if batch.num_rows else iter([batch])
         return Result(batch.schema, ((piece, None) for piece in pieces))
 
-    return Route(lambda service, message, command: Planned(answer(service, message).schema, command), get)
+    return Route(lambda service, message, command, caller: Planned(answer(service, message).schema, command), get)
+
+
+def _packed(parameters: pa.RecordBatch, config: Config) -> str:
+    """Return bound values as text that a handle can carry."""
+    if parameters.num_rows > config.parameter_rows_max:
+        raise TooLarge(f"{parameters.num_rows} rows of values are bound to a query; parameter_rows_max is {config.parameter_rows_max}")
+    if codec.expanded_nbytes_of(parameters) > config.parameter_bytes_max:
+        raise TooLarge(f"the values bound to the query are more than parameter_bytes_max ({config.parameter_bytes_max}) bytes")
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, parameters.schema) as writer:
+        writer.write_batch(parameters)
+    return base64.b64encode(sink.getvalue()).decode()
+
+
+def _loaded(packed: str | None) -> pa.RecordBatch | None:
+    if packed is None:
+        return None
+    found: pa.RecordBatch = next(iter(pa.ipc.open_stream(base64.b64decode(packed))))
+    return found
 
 
 ROUTES: dict[type[Any], Route] = {
-    wire.CommandStatementQuery: Route(Service._plan_statement, None),
-    wire.TicketStatementQuery: Route(None, Service._get_statement),
-    wire.CommandPreparedStatementQuery: Route(Service._plan_prepared, None),
-    wire.CommandStatementIngest: Route(None, None, Service._ingest),
+    wire.CommandStatementQuery: Route(Service._plan_statement),
+    wire.TicketStatementQuery: Route(get=Service._get_statement),
+    wire.CommandStatementUpdate: Route(put=Service._update),
+    wire.CommandPreparedStatementQuery: Route(Service._plan_prepared, put=Service._bind),
+    wire.CommandPreparedStatementUpdate: Route(put=Service._update_prepared),
+    wire.CommandStatementIngest: Route(put=Service._ingest),
     wire.CommandGetCatalogs: _fixed(lambda service, message: metadata.catalogs()),
     wire.CommandGetDbSchemas: _fixed(Service._db_schemas),
     wire.CommandGetTables: _fixed(Service._tables),

@@ -1,16 +1,16 @@
 """Flight SQL messages as frozen dataclasses, and their protobuf bytes. Pure; the only importer of protobuf.
 
-Follows FlightSql.proto of Apache Arrow (package arrow.flight.protocol.sql). Each class below declares one message:
-its field names, numbers and kinds, from which the protobuf descriptors are built at import. There is no generated
-code, so any protobuf runtime works, and the private descriptor pool cannot clash with another copy of the protocol in
-the same process.
+Follows FlightSql.proto of Apache Arrow (package arrow.flight.protocol.sql), and Flight.proto for the actions that
+belong to Flight itself. Each class below declares one message: its field names, numbers and kinds, from which the
+protobuf descriptors are built at import. There is no generated code, so any protobuf runtime works, and the private
+descriptor pool cannot clash with another copy of the protocol in the same process. A map travels as its entries do.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import any_pb2, descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
@@ -22,13 +22,16 @@ _TYPE_URL = f"type.googleapis.com/{PACKAGE}."
 
 
 def wire(number: int, kind: str) -> Any:
-    """Declare a field: its number and kind, a scalar or a message; `?` marks an optional one (None when absent), `*` a
-    repeated one. An enum travels like an int32."""
+    """Declare a field: its number and kind, a scalar or a message; `?` marks an optional one (None when absent), or one of
+    a oneof, `*` a repeated one. An enum travels like an int32."""
     default: Any = None if kind.endswith("?") else () if kind.endswith("*") else _DEFAULTS[kind]
     return dataclasses.field(default=default, metadata={"number": number, "kind": kind})
 
 
-_DEFAULTS: dict[str, Any] = {"string": "", "bytes": b"", "bool": False, "int32": 0, "uint32": 0, "int64": 0}
+_DEFAULTS: dict[str, Any] = {
+    **{"string": "", "bytes": b"", "bool": False, "int32": 0, "uint32": 0, "int64": 0},
+    **{"sfixed64": 0, "double": 0.0},
+}
 
 
 # Commands, in descriptors and tickets
@@ -46,8 +49,31 @@ class TicketStatementQuery:
 
 
 @dataclass(frozen=True)
+class CommandStatementUpdate:
+    query: str = wire(1, "string")
+    transaction_id: bytes | None = wire(2, "bytes?")
+
+
+@dataclass(frozen=True)
 class CommandPreparedStatementQuery:
     prepared_statement_handle: bytes = wire(1, "bytes")
+
+
+@dataclass(frozen=True)
+class CommandPreparedStatementUpdate:
+    prepared_statement_handle: bytes = wire(1, "bytes")
+
+
+@dataclass(frozen=True)
+class SubstraitPlan:
+    plan: bytes = wire(1, "bytes")
+    version: str = wire(2, "string")
+
+
+@dataclass(frozen=True)
+class CommandStatementSubstraitPlan:
+    plan: SubstraitPlan | None = wire(1, "SubstraitPlan?")  # noqa: RUF009
+    transaction_id: bytes | None = wire(2, "bytes?")
 
 
 @dataclass(frozen=True)
@@ -76,6 +102,38 @@ class CommandGetTableTypes:
 
 
 @dataclass(frozen=True)
+class CommandGetPrimaryKeys:
+    catalog: str | None = wire(1, "string?")
+    db_schema: str | None = wire(2, "string?")
+    table: str = wire(3, "string")
+
+
+@dataclass(frozen=True)
+class CommandGetExportedKeys(CommandGetPrimaryKeys):
+    pass
+
+
+@dataclass(frozen=True)
+class CommandGetImportedKeys(CommandGetPrimaryKeys):
+    pass
+
+
+@dataclass(frozen=True)
+class CommandGetCrossReference:
+    pk_catalog: str | None = wire(1, "string?")
+    pk_db_schema: str | None = wire(2, "string?")
+    pk_table: str = wire(3, "string")
+    fk_catalog: str | None = wire(4, "string?")
+    fk_db_schema: str | None = wire(5, "string?")
+    fk_table: str = wire(6, "string")
+
+
+@dataclass(frozen=True)
+class CommandGetXdbcTypeInfo:
+    data_type: int | None = wire(1, "int32?")
+
+
+@dataclass(frozen=True)
 class CommandGetSqlInfo:
     info: tuple[int, ...] = wire(1, "uint32*")
 
@@ -99,6 +157,11 @@ class CommandStatementIngest:
 @dataclass(frozen=True)
 class DoPutUpdateResult:
     record_count: int = wire(1, "int64")
+
+
+@dataclass(frozen=True)
+class DoPutPreparedStatementResult:
+    prepared_statement_handle: bytes | None = wire(1, "bytes?")
 
 
 # Actions
@@ -139,27 +202,148 @@ class ActionClosePreparedStatementRequest:
     prepared_statement_handle: bytes = wire(1, "bytes")
 
 
+@dataclass(frozen=True)
+class ActionCreatePreparedSubstraitPlanRequest:
+    plan: SubstraitPlan | None = wire(1, "SubstraitPlan?")  # noqa: RUF009
+    transaction_id: bytes | None = wire(2, "bytes?")
+
+
+@dataclass(frozen=True)
+class ActionBeginSavepointRequest:
+    transaction_id: bytes = wire(1, "bytes")
+    name: str = wire(2, "string")
+
+
+@dataclass(frozen=True)
+class ActionEndSavepointRequest:
+    savepoint_id: bytes = wire(1, "bytes")
+    action: int = wire(2, "int32")
+
+
+@dataclass(frozen=True)
+class ActionCancelQueryRequest:
+    info: bytes = wire(1, "bytes")
+
+
+@dataclass(frozen=True)
+class ActionCancelQueryResult:
+    result: int = wire(1, "int32")
+
+
+# Flight's own messages; its actions are not wrapped in an Any
+
+
+@dataclass(frozen=True)
+class Ticket:
+    ticket: bytes = wire(1, "bytes")
+
+
+@dataclass(frozen=True)
+class Location:
+    uri: str = wire(1, "string")
+
+
+@dataclass(frozen=True)
+class Timestamp:
+    seconds: int = wire(1, "int64")
+    nanos: int = wire(2, "int32")
+
+
+@dataclass(frozen=True)
+class FlightEndpoint:
+    ticket: Ticket | None = wire(1, "Ticket?")  # noqa: RUF009
+    location: tuple[Location, ...] = wire(2, "Location*")
+    expiration_time: Timestamp | None = wire(3, "Timestamp?")  # noqa: RUF009
+    app_metadata: bytes = wire(4, "bytes")
+
+
+@dataclass(frozen=True)
+class FlightInfo:
+    """What a client hands back to have it cancelled: only the endpoints matter then."""
+
+    endpoint: tuple[FlightEndpoint, ...] = wire(3, "FlightEndpoint*")
+
+
+@dataclass(frozen=True)
+class CancelFlightInfoRequest:
+    info: FlightInfo | None = wire(1, "FlightInfo?")  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class CancelFlightInfoResult:
+    status: int = wire(1, "int32")
+
+
+@dataclass(frozen=True)
+class RenewFlightEndpointRequest:
+    endpoint: FlightEndpoint | None = wire(1, "FlightEndpoint?")  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class StringList:
+    values: tuple[str, ...] = wire(1, "string*")
+
+
+@dataclass(frozen=True)
+class SessionOptionValue:
+    """One of its fields is set, or none: then the option goes back to what it was."""
+
+    string_value: str | None = wire(1, "string?")
+    bool_value: bool | None = wire(2, "bool?")
+    int64_value: int | None = wire(3, "sfixed64?")
+    double_value: float | None = wire(4, "double?")
+    string_list_value: StringList | None = wire(5, "StringList?")  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class SessionOption:
+    key: str = wire(1, "string")
+    value: SessionOptionValue | None = wire(2, "SessionOptionValue?")  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class SetSessionOptionsRequest:
+    session_options: tuple[SessionOption, ...] = wire(1, "SessionOption*")
+
+
+@dataclass(frozen=True)
+class SessionOptionError:
+    value: int = wire(1, "int32")
+
+
+@dataclass(frozen=True)
+class SessionOptionErrors:
+    key: str = wire(1, "string")
+    value: SessionOptionError | None = wire(2, "SessionOptionError?")  # noqa: RUF009
+
+
+@dataclass(frozen=True)
+class SetSessionOptionsResult:
+    errors: tuple[SessionOptionErrors, ...] = wire(1, "SessionOptionErrors*")
+
+
+@dataclass(frozen=True)
+class GetSessionOptionsRequest:
+    pass
+
+
+@dataclass(frozen=True)
+class GetSessionOptionsResult:
+    session_options: tuple[SessionOption, ...] = wire(1, "SessionOption*")
+
+
+@dataclass(frozen=True)
+class CloseSessionRequest:
+    pass
+
+
+@dataclass(frozen=True)
+class CloseSessionResult:
+    status: int = wire(1, "int32")
+
+
 _CLASSES: dict[str, type[Any]] = {
-    cls.__name__: cls
-    for cls in (
-        CommandStatementQuery,
-        TicketStatementQuery,
-        CommandPreparedStatementQuery,
-        CommandGetCatalogs,
-        CommandGetDbSchemas,
-        CommandGetTables,
-        CommandGetTableTypes,
-        CommandGetSqlInfo,
-        TableDefinitionOptions,
-        CommandStatementIngest,
-        DoPutUpdateResult,
-        ActionCreatePreparedStatementRequest,
-        ActionCreatePreparedStatementResult,
-        ActionClosePreparedStatementRequest,
-        ActionBeginTransactionRequest,
-        ActionBeginTransactionResult,
-        ActionEndTransactionRequest,
-    )
+    name: declared for name, declared in list(globals().items()) if dataclasses.is_dataclass(declared) and isinstance(declared, type)
 }
 
 
@@ -176,7 +360,7 @@ def _descriptors() -> dict[str, Any]:
             else:
                 added.type, added.type_name = types.TYPE_MESSAGE, f".{PACKAGE}.{inner}"
             added.label = types.LABEL_REPEATED if kind.endswith("*") else types.LABEL_OPTIONAL
-            if kind.endswith("?") and added.type != types.TYPE_MESSAGE:
+            if kind.endswith("?") and added.type != types.TYPE_MESSAGE:  # a message is absent or present by itself
                 added.proto3_optional = True
                 added.oneof_index = len(message.oneof_decl)
                 message.oneof_decl.add(name=f"_{field.name}")
@@ -205,7 +389,7 @@ def _message(value: Any) -> Any:
     for field in dataclasses.fields(value):
         content = getattr(value, field.name)
         if field.metadata["kind"].endswith("*"):
-            getattr(message, field.name).extend(content)
+            getattr(message, field.name).extend(_message(item) if dataclasses.is_dataclass(item) else item for item in content)
         elif dataclasses.is_dataclass(content):
             getattr(message, field.name).CopyFrom(_message(content))
         elif content is not None:
@@ -228,12 +412,21 @@ def unpack(data: bytes) -> Any:
     name = wrapper.type_url.removeprefix(_TYPE_URL)
     if name not in _CLASSES:
         raise Unsupported(f"the Flight SQL message {name[:100]!r} is not served")
-    message = _MESSAGES[name]()
+    return decode(wrapper.value, _CLASSES[name])
+
+
+Message = TypeVar("Message")
+
+
+def decode(data: bytes, kind: type[Message]) -> Message:
+    """Return the message of this kind in plain protobuf bytes. Raises RequestError for bytes that are none."""
+    message = _MESSAGES[kind.__name__]()
     try:
-        message.ParseFromString(wrapper.value)
+        message.ParseFromString(data)
     except DecodeError:
-        raise RequestError(f"the Flight SQL message {name} is malformed") from None
-    return _decoded(message, name)
+        raise RequestError(f"the message {kind.__name__} is malformed") from None
+    found: Message = _decoded(message, kind.__name__)
+    return found
 
 
 def _decoded(message: Any, name: str) -> Any:
@@ -244,7 +437,7 @@ def _value(message: Any, field: dataclasses.Field[Any]) -> Any:
     kind = field.metadata["kind"]
     if kind.endswith("?") and not message.HasField(field.name):
         return None
-    content = getattr(message, field.name)
-    if kind.rstrip("?*") in _CLASSES:
-        return _decoded(content, kind.rstrip("?*"))
-    return tuple(content) if kind.endswith("*") else content
+    content, of_kind = getattr(message, field.name), kind.rstrip("?*")
+    if kind.endswith("*"):
+        return tuple(_decoded(item, of_kind) if of_kind in _CLASSES else item for item in content)
+    return _decoded(content, of_kind) if of_kind in _CLASSES else content

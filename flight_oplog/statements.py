@@ -1,0 +1,134 @@
+"""Statements that change the log: INSERT, CREATE TABLE, CREATE VIEW and DROP, carried out once each time they are asked for.
+
+An INSERT is an append like any other, with the same receipts, limits and rules. A table is a topic: CREATE TABLE declares
+its columns with an append of no entries. Views are entries of the log's own topic `_views`, so they travel with the log,
+and an earlier snapshot shows the views it had.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable
+
+import pyarrow as pa
+
+from flight_oplog.committer import Origin
+from flight_oplog.config import Config
+from flight_oplog.engine import PUBLIC, Change, Engine, Stopped
+from flight_oplog.errors import NotFound, OutOfOrder, RequestError, TooLarge, TryAgain, Unsupported
+from flight_oplog.oplog import AppendWriter, OpLog
+from flight_oplog.schema import VIEWS_SCHEMA, VIEWS_TOPIC, check_topic
+
+VIEW_TRIES = 20
+
+Hold = Callable[[AppendWriter], int]
+
+
+class Statements:
+    """Carries changes out on one log. Thread-safe."""
+
+    def __init__(self, oplog: OpLog, engine: Engine, config: Config) -> None:
+        self._oplog = oplog
+        self._engine = engine
+        self._config = config
+
+    def execute(
+        self,
+        sql: str,
+        stopped: Stopped = lambda: False,
+        parameters: pa.RecordBatch | None = None,
+        db_schema: str = PUBLIC,
+        origin: Origin | None = None,
+        hold: Hold | None = None,
+    ) -> int:
+        """Carry out a statement that is no query; return how many entries it appended.
+
+        With `origin` an INSERT is written exactly once. With `hold` its append is handed over instead of committed: it
+        belongs to a transaction.
+
+        Raises what `Engine.change` and `OpLog.append` raise, NotFound for what is to be dropped and is not there; then
+        nothing was written.
+        """
+        snapshot = self._oplog.snapshot()
+        change = self._engine.change(sql, snapshot, stopped, parameters, db_schema)
+        if change.what == "INSERT":
+            return self._insert(change, origin or Origin(), hold)
+        if hold is not None:
+            raise Unsupported(f"{change.what} is not served within a transaction; nothing was written; send it outside")
+        if change.what == "CREATE TABLE":
+            return self._create_table(change)
+        if change.what == "DROP TABLE":
+            return self._drop_table(change)
+        for _ in range(VIEW_TRIES):
+            try:
+                return self._define_view(change)
+            except OutOfOrder:  # somebody else defined or dropped one meanwhile
+                continue
+        raise TryAgain(f"view {change.name!r}: others define views at the same time; nothing was written; try again")
+
+    def _insert(self, change: Change, origin: Origin, hold: Hold | None = None) -> int:
+        assert change.schema is not None
+        if change.name not in self._oplog.snapshot().topics:
+            raise RequestError(f"{change.name!r} is no topic; entries are inserted into topics; nothing was written")
+        return self._append(change, origin, hold)
+
+    def _append(self, change: Change, origin: Origin, hold: Hold | None = None) -> int:
+        assert change.schema is not None
+        writer = self._oplog.writer(change.name, change.schema, origin)
+        try:
+            for batch in change.batches or ():
+                writer.write(batch)
+            return writer.commit().entries or 0 if hold is None else hold(writer)
+        finally:
+            writer.abandon()
+
+    def _create_table(self, change: Change) -> int:
+        name = check_topic(change.name)
+        snapshot = self._oplog.snapshot()
+        if name in self._engine.views(snapshot) and name not in snapshot.topics:
+            raise RequestError(f"{name!r} is a view; nothing was written; choose another name or drop it first")
+        if name in snapshot.topics:
+            if change.tolerant:
+                return 0
+            if change.replaces:
+                raise Unsupported(f"table {name!r} exists: the log is append-only, a topic is never replaced; nothing was written")
+            raise RequestError(f"table {name!r} exists already; nothing was written; INSERT into it, or say IF NOT EXISTS")
+        try:
+            return self._append(change, Origin(expected_offset=0))
+        except OutOfOrder:
+            if change.tolerant:
+                return 0
+            raise RequestError(f"table {name!r} was created by another meanwhile; nothing was written") from None
+
+    def _drop_table(self, change: Change) -> int:
+        snapshot = self._oplog.snapshot()
+        if change.name in snapshot.topics:
+            raise Unsupported(f"table {change.name!r}: the log is append-only, a topic is never dropped; nothing was written")
+        if change.name in self._engine.views(snapshot):
+            raise RequestError(f"{change.name!r} is a view; nothing was written; use DROP VIEW")
+        if change.tolerant:
+            return 0
+        raise NotFound(f"table {change.name!r} does not exist; nothing was written")
+
+    def _define_view(self, change: Change) -> int:
+        name = check_topic(change.name)
+        snapshot = self._oplog.snapshot()
+        views = self._engine.views(snapshot)
+        exists = name in views and name not in snapshot.topics
+        is_dropped = change.what == "DROP VIEW"
+        if name in snapshot.topics:
+            raise RequestError(f"{name!r} is a table; nothing was written; choose another name")
+        if is_dropped and not exists:
+            if change.tolerant:
+                return 0
+            raise NotFound(f"view {name!r} does not exist; nothing was written")
+        if not is_dropped:
+            if exists and not change.replaces:
+                raise RequestError(f"view {name!r} exists already; nothing was written; say CREATE OR REPLACE VIEW")
+            if not exists and len(views) >= self._config.views_max:
+                raise TooLarge(f"view {name!r} would be one more than views_max ({self._config.views_max}); nothing was written")
+        now = datetime.datetime.now(datetime.UTC)
+        row = {"view": name, "definition": None if is_dropped else change.definition, "defined": now}
+        known = snapshot.topics.get(VIEWS_TOPIC)
+        self._oplog.append_own(VIEWS_TOPIC, pa.RecordBatch.from_pylist([row], VIEWS_SCHEMA), known.next_offset if known else 0)
+        return 0
