@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import logging
 import os
 import queue
@@ -24,7 +25,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
-from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions
+from datafusion import Expr, RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions, udtf
+from datafusion import Table as DataTable
 from datafusion.catalog import CatalogProvider, SchemaProvider
 
 from flight_oplog import codec, sqltext
@@ -379,6 +381,8 @@ class Engine:
         runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(self._config.statement_bytes_max)
         catalog = _Catalog(snapshot, context, bound)
         session = _new_session(db_schema, partitions, runtime, catalog)
+        if _TIME_TRAVEL.search(sql):
+            _register_time_travel(session, snapshot, context)
         if defined := self.views(snapshot):
             self._plan_views(sql, defined, catalog, context, session if db_schema == PUBLIC else None, partitions)
         return session, context
@@ -675,6 +679,45 @@ class _BoundSchema(SchemaProvider):
 
     def table_exist(self, name: str) -> bool:
         return name == "values"
+
+
+# Time travel
+
+_TIME_TRAVEL = re.compile(r"\bat_(?:version|time)\s*\(", re.IGNORECASE)
+
+
+def _register_time_travel(session: SessionContext, snapshot: Snapshot, context: ScanContext) -> None:
+    """Let a statement name a topic as of another commit: at_version('events', 12), at_time('events', '2026-01-01T00:00:00Z')."""
+
+    def table(find: Callable[[Any], Snapshot], wanted: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            try:
+                values = [Expr(argument).python_value().as_py() for argument in arguments]
+                if len(values) != 2 or not isinstance(values[0], str):
+                    raise RequestError(f"time travel takes a topic's name in quotes and {wanted}")
+                return DataTable(_table(find(values[1]), PUBLIC, values[0], context))
+            except Exception as error:
+                context.failures.append(error if isinstance(error, OplogError) else RequestError(f"time travel takes a topic and {wanted}"))
+                raise
+
+        return call
+
+    def version(value: Any) -> Snapshot:
+        if type(value) is not int or value < 0:
+            raise RequestError("at_version takes a table_version, a number from 0 up")
+        return snapshot.store.snapshot_at(value)
+
+    session.register_udtf(udtf(table(version, "a table_version"), "at_version"))
+    session.register_udtf(udtf(table(lambda text: snapshot.store.snapshot_as_of(moment(text)), "a time"), "at_time"))
+
+
+def moment(text: Any) -> datetime.datetime:
+    """Return a time written as ISO 8601; without a zone it is in UTC. Raises RequestError for what is none."""
+    try:
+        found = datetime.datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        raise RequestError(f"{str(text)[:80]!r} is not a time such as 2026-01-01T00:00:00Z") from None
+    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
 
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)

@@ -170,6 +170,10 @@ class OpLog:
         """Return the log as of an earlier commit. Raises NotFound when it cannot be read any more."""
         return self._store.snapshot_at(table_version)
 
+    def snapshot_as_of(self, moment: datetime.datetime) -> Snapshot:
+        """Return the log as of the newest commit made until `moment`. Raises NotFound when it cannot be read any more."""
+        return self._store.snapshot_as_of(moment)
+
     def secret(self) -> bytes:
         """Return the key that every server of this log shares."""
         return self._store.secret()

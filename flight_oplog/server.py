@@ -7,6 +7,7 @@ FlightError, so errors leave here as the classes below, and their formatting is 
 
 from __future__ import annotations
 
+import datetime
 import functools
 import ipaddress
 import itertools
@@ -29,10 +30,10 @@ import pyarrow.flight as fl
 from flight_oplog import codec
 from flight_oplog.committer import Origin, Receipt, check_data
 from flight_oplog.config import Config
-from flight_oplog.engine import Engine
+from flight_oplog.engine import Engine, moment
 from flight_oplog.errors import Cancelled, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import wire
-from flight_oplog.flightsql.service import Caller, Put, Service, Update
+from flight_oplog.flightsql.service import AT_TIMESTAMP, AT_VERSION, Caller, Put, Service, Update
 from flight_oplog.follow import Place, TopicRead, is_place
 from flight_oplog.oplog import AppendWriter, OpLog
 from flight_oplog.schema import TOPIC_PATTERN
@@ -48,6 +49,8 @@ PRODUCER_HEADER = "oplog-producer"
 FOLLOW_HEADER = "oplog-follow"
 FROM_HEADER = "oplog-from"
 MIN_VERSION_HEADER = "oplog-min-version"
+OPTIONS_COOKIE = "oplog-options"
+SESSION_OPTIONS = re.compile(rf"(?:^|; *){OPTIONS_COOKIE}=([A-Za-z0-9_=-]{{1,4096}})(?:;|$)")
 SESSION_COOKIE = re.compile(r"(?:^|; *)oplog-session=([0-9a-f]{32})(?:;|$)")
 # ADBC's driver, in whatever language it is used. It never says that an ingest belongs to the transaction it has open.
 LEAVES_OUT_TRANSACTION = "ADBC Flight SQL Driver"
@@ -157,16 +160,22 @@ class _Call(fl.ServerMiddleware):
         self._free = free
         cookie = SESSION_COOKIE.search(headers.get("cookie", ""))
         self._session = cookie[1] if cookie else None
+        options = SESSION_OPTIONS.search(headers.get("cookie", ""))
+        self._options = options[1] if options else None
         self._offered = uuid.uuid4().hex if offers_cookie and cookie is None else None
 
     def sending_headers(self) -> dict[str, str]:
         return {"set-cookie": f"oplog-session={self._offered}"} if self._offered else {}
 
+    @property
+    def keeps_no_cookies(self) -> bool:
+        """Whether the client is one that was offered a cookie before this call and did not bring it."""
+        return self._session is None and self.headers.get("user-agent", "").startswith(LEAVES_OUT_TRANSACTION)
+
     def caller(self, peer: str) -> Caller:
         leaves_out = self.headers.get("user-agent", "").startswith(LEAVES_OUT_TRANSACTION)
-        if self._session is not None:
-            return Caller((self._session,), leaves_out)
-        return Caller((peer,) if self._offered is None else (self._offered, peer), leaves_out)
+        names = (self._session,) if self._session is not None else (peer,) if self._offered is None else (self._offered, peer)
+        return Caller(names, leaves_out, options=self._options)
 
     def call_completed(self, exception: Any) -> None:
         self._free.release()
@@ -270,7 +279,13 @@ class Server(fl.FlightServerBase):
     def _caller(self, context: Any) -> Caller:
         call = context.get_middleware("call")
         caller: Caller = call.caller(context.peer())
-        return replace(caller, origin=_origin_of("", call.headers), stopped=self._stopped(context))
+        return replace(
+            caller,
+            origin=_origin_of("", call.headers),
+            stopped=self._stopped(context),
+            at=_at(call.headers),
+            keep=None if call.keeps_no_cookies else lambda options: context.add_header("set-cookie", f"{OPTIONS_COOKIE}={options}"),
+        )
 
     def _stopped(self, context: Any) -> Callable[[], bool]:
         return lambda: self._stopping.is_set() or context.is_cancelled()
@@ -404,7 +419,7 @@ class Server(fl.FlightServerBase):
             return fl.SchemaResult(self._oplog.snapshot().topic(_topic_of(descriptor)).schema)
         if descriptor.command[:1] == b"{":
             return fl.SchemaResult(self._service.plan_read(TopicRead.parse(descriptor.command))[0])
-        return fl.SchemaResult(self._service.schema(_command_of(descriptor)))
+        return fl.SchemaResult(self._service.schema(_command_of(descriptor), self._caller(context)))
 
     @_rpc
     def do_get(self, context: Any, ticket: fl.Ticket) -> fl.GeneratorStream:
@@ -485,6 +500,13 @@ def _origin_of(topic: str, headers: dict[str, str]) -> Origin:
     except RequestError as error:
         raise RequestError(f"topic {topic!r}: {error}; nothing was written") from None
     return Origin(headers.get(PRODUCER_HEADER), **numbers)
+
+
+def _at(headers: dict[str, str]) -> int | datetime.datetime | None:
+    """Return as of when a call asks."""
+    if AT_VERSION in headers:
+        return _number_in(AT_VERSION, headers[AT_VERSION])
+    return moment(headers[AT_TIMESTAMP]) if AT_TIMESTAMP in headers else None
 
 
 def _number_in(header: str, text: str) -> int:

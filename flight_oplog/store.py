@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import datetime
 import itertools
 import logging
 import re
@@ -286,6 +287,17 @@ class Store:
                     raise error
             log.warning("table version %d: %s", table_version, error)
             raise NotFound(f"table_version {table_version} can no longer be read; query a newer one") from error
+
+    def snapshot_as_of(self, moment: datetime.datetime) -> Snapshot:
+        """Return the log as of the newest commit made until `moment`, going by the times of the log's files."""
+        with _reading("the table"):
+            try:
+                table = DeltaTable(self._storage.uri, storage_options=self._storage.options)
+                table.load_as_version(moment)
+            except DeltaError as error:
+                log.warning("the log as of %s: %s", moment, error)
+                raise NotFound(f"the log as of {moment.isoformat()} can no longer be read; ask for a later time") from error
+        return self.snapshot_at(table.version())
 
     def numbers(self, base: Snapshot, *names: str) -> list[int | None]:
         """Return the numbers of application ids, as `txn` actions carry them, as of the newest snapshot `base`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import secrets
 import time
 from typing import Any
 
@@ -25,15 +26,19 @@ class Sealer:
         self._key = key
 
     def seal(self, kind: str, body: dict[str, Any], seconds: float) -> bytes:
-        """Return a handle that `open` accepts for `seconds` from now."""
-        text = json.dumps({"kind": kind, "expires": time.time() + seconds, **body}, separators=(",", ":")).encode()
+        """Return a handle that `open` accepts for `seconds` from now. No two are the same."""
+        unique = {"kind": kind, "id": secrets.token_hex(8), "expires": time.time() + seconds}
+        text = json.dumps({**body, **unique}, separators=(",", ":")).encode()
         return _VERSION + self._tag(text) + text
 
     def open(self, kind: str, handle: bytes) -> dict[str, Any]:
-        """Return the body of a handle. Raises RequestError for what was never sealed here, NotFound when it expired."""
+        """Return the body of a handle, with its `id`.
+
+        Raises RequestError for what was not sealed by a server of this log, NotFound when it expired.
+        """
         tag, text = handle[1 : 1 + _TAG_BYTES], handle[1 + _TAG_BYTES :]
         if handle[:1] != _VERSION or not hmac.compare_digest(tag, self._tag(text)):
-            raise RequestError(f"the {kind} handle was not made by this server, or was altered; ask for a new one")
+            raise RequestError(f"the {kind} handle was not made by a server of this log, or was altered; ask for a new one")
         body: dict[str, Any] = json.loads(text)
         if body.pop("kind") != kind:
             raise RequestError(f"the handle is not a {kind} handle; ask for a new one")

@@ -9,11 +9,15 @@ out by `flight_info` or by `put`, whichever way a client chooses to send it; its
 from __future__ import annotations
 
 import base64
+import contextlib
+import datetime
 import hashlib
+import re
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -21,17 +25,18 @@ import pyarrow as pa
 from flight_oplog import __version__, codec
 from flight_oplog.committer import Origin
 from flight_oplog.config import Config
-from flight_oplog.engine import CATALOG, CHANGED, PUBLIC, Engine, Stopped
-from flight_oplog.errors import NotFound, OplogError, RequestError, TooLarge, Unsupported
+from flight_oplog.engine import CATALOG, CHANGED, PUBLIC, Engine, Statement, Stopped, moment
+from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
 from flight_oplog.follow import Follower, Place, TopicRead, words
 from flight_oplog.oplog import OpLog
 from flight_oplog.schema import check_topic
 from flight_oplog.statements import Statements
-from flight_oplog.store import Topic
+from flight_oplog.store import Snapshot, Topic
 from flight_oplog.transactions import Transactions
 
+AT_VERSION, AT_TIMESTAMP = "oplog-at-version", "oplog-at-timestamp"
 # TableDefinitionOptions of FlightSql.proto
 _IF_NOT_EXIST_FAIL = 2
 _IF_EXISTS_FAIL, _IF_EXISTS_REPLACE = 1, 3
@@ -42,13 +47,19 @@ _TRANSACTION_SUPPORT = 8
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls: the names of their session, whether their ingests leave out which transaction they belong to, and where
-    what they append comes from."""
+    """Who calls: the names of their session, whether their ingests leave out which transaction they belong to, where what
+    they append comes from, and as of when they ask, a table_version or a time.
+
+    `options` is the session's, sealed, as the client keeps it in a cookie; `keep` gives it another, None when it keeps none.
+    """
 
     sessions: tuple[str, ...] = ()
     leaves_out: bool = False
     origin: Origin = field(default_factory=Origin)
     stopped: Stopped = lambda: False
+    at: int | datetime.datetime | None = None
+    options: str | None = None
+    keep: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,14 @@ class Result:
     batches: Iterator[tuple[pa.RecordBatch, bytes | None]]
 
 
+SESSION_SECONDS = 30 * 24 * 3600
+# FlightInfo.CancelStatus
+_CANCELLED, _CANCELLING, _NOT_CANCELLABLE = 1, 2, 3
+# CloseSessionResult.Status, SetSessionOptionsResult.ErrorValue
+_CLOSED = 1
+_INVALID_NAME, _INVALID_VALUE = 1, 2
+_DB_SCHEMAS = ("public", "log", "records", "system", "information_schema")
+CANCELLED_KEPT = 10_000
 # Values bound by clients that then go on with the handle they had, instead of the new one they were given.
 BOUND_KEPT = 1000
 BOUND_BYTES = 16 << 20
@@ -104,6 +123,10 @@ class Service:
         self._bound: OrderedDict[bytes, str] = OrderedDict()
         self._bound_bytes = 0
         self._lock = threading.Lock()
+        self._running: dict[str, threading.Event] = {}
+        self._cancelled: OrderedDict[str, None] = OrderedDict()
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._slots = _Slots(config.statements_max, config.statements_waiting_max, config.statement_wait_seconds_max)
         self._follower = Follower(oplog, engine, config)
         self.transactions = Transactions(oplog, config)
 
@@ -118,14 +141,15 @@ class Service:
             return self._follow_sql(self._sql_of(message), follow)
         return self._route(message, "flight_info")(self, message, command, caller)
 
-    def schema(self, command: bytes) -> pa.Schema:
+    def schema(self, command: bytes, caller: Caller) -> pa.Schema:
         """Return the schema of a command's result; nothing is carried out."""
         message = wire.unpack(command)
         if isinstance(message, wire.CommandStatementQuery):
-            return self._engine.prepare(message.query, self._oplog.snapshot()).schema
+            return self._prepare(message.query, caller).schema
         if isinstance(message, wire.CommandPreparedStatementQuery):
-            return self._engine.prepare(self._prepared(message.prepared_statement_handle)["sql"], self._oplog.snapshot()).schema
-        planned: Planned = self._route(message, "flight_info")(self, message, command, Caller())
+            body = self._prepared(message.prepared_statement_handle)
+            return self._prepare(body["sql"], caller, body.get("parameters")).schema
+        planned: Planned = self._route(message, "flight_info")(self, message, command, caller)
         return planned.schema
 
     def get(self, ticket: bytes, stopped: Stopped) -> Result:
@@ -143,35 +167,55 @@ class Service:
         """Perform one of the protocol's actions and return its results."""
         if kind not in ACTIONS:
             raise Unsupported(f"the action {kind[:100]!r} is not served")
-        message = wire.unpack(body)
-        if type(message) is not ACTIONS[kind].message:
+        act = ACTIONS[kind]
+        message = wire.unpack(body) if act.is_sql else wire.decode(body, act.message)
+        if type(message) is not act.message:
             raise RequestError(f"the action {kind} takes another message than {type(message).__name__}")
-        result: list[bytes] = ACTIONS[kind].perform(self, message, caller)
+        result: list[bytes] = act.perform(self, message, caller)
         return result
 
     def actions(self) -> list[tuple[str, str]]:
         """Return (type, description) of every action served."""
-        return [(name, f"Flight SQL: takes {act.message.__name__}") for name, act in ACTIONS.items()]
+        served = ((name, act) for name, act in ACTIONS.items() if act.refused is None)
+        return [(name, f"{'Flight SQL' if act.is_sql else 'Flight'}: takes {act.message.__name__}") for name, act in served]
 
     def _route(self, message: Any, way: str) -> Callable[..., Any]:
         route = ROUTES.get(type(message))
         handler = getattr(route, way) if route else None
         if handler is None:
-            raise Unsupported(f"{type(message).__name__} is not served here")
+            raise Unsupported((route and route.refused) or f"{type(message).__name__} is not served here")
         found: Callable[..., Any] = handler
         return found
 
     # Queries
 
+    def _prepare(self, sql: str, caller: Caller, parameters: str | None = None) -> Statement:
+        options = self._options(caller)
+        return self._engine.prepare(sql, self._snapshot(caller, options), _loaded(parameters), options.get("schema", PUBLIC))
+
+    def _snapshot(self, caller: Caller, options: dict[str, str]) -> Snapshot:
+        """Return the snapshot that a caller's statements see: as of when its headers say, or its session's options."""
+        at = caller.at
+        if at is None and AT_VERSION in options:
+            at = int(options[AT_VERSION])
+        if at is None and AT_TIMESTAMP in options:
+            at = moment(options[AT_TIMESTAMP])
+        if at is None:
+            return self._oplog.snapshot()
+        return self._oplog.snapshot_at(at) if isinstance(at, int) else self._oplog.snapshot_as_of(at)
+
     def _plan_sql(self, sql: str, caller: Caller, parameters: str | None = None, transaction: str | None = None) -> Planned:
         """Plan a query, or carry out what is none; `parameters` and `transaction` are as handles carry them."""
-        snapshot = self._oplog.snapshot()
-        statement = self._engine.prepare(sql, snapshot, _loaded(parameters))
+        statement = self._prepare(sql, caller, parameters)
         if statement.is_update:
             count = self._execute(sql, caller, _loaded(parameters), None if transaction is None else transaction.encode())
             handle = self._sealer.seal("count", {"count": count}, self.config.ticket_seconds_max)
         else:
-            body = {"sql": sql, "table_version": snapshot.table_version, "parameters": parameters}
+            body = {"sql": sql, "table_version": statement.snapshot.table_version}
+            if parameters is not None:
+                body["parameters"] = parameters
+            if (db_schema := self._options(caller).get("schema", PUBLIC)) != PUBLIC:
+                body["schema"] = db_schema
             handle = self._sealer.seal("statement", body, self.config.ticket_seconds_max)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
@@ -179,7 +223,11 @@ class Service:
         if transaction_id is not None:
             self.transactions.check(transaction_id)
         hold = None if transaction_id is None else lambda append: self.transactions.hold(transaction_id, append)
-        return self._statements.execute(sql, caller.stopped, parameters, origin=caller.origin, hold=hold)
+        options = self._options(caller)
+        if caller.at is not None or options.keys() & {AT_VERSION, AT_TIMESTAMP}:
+            raise RequestError("the past is not changed: leave out oplog-at-version and oplog-at-timestamp; nothing was written")
+        with self._slots.slot(caller.stopped):
+            return self._statements.execute(sql, caller.stopped, parameters, options.get("schema", PUBLIC), caller.origin, hold)
 
     def _sql_of(self, message: Any) -> str:
         """Return the text of a statement that may be followed."""
@@ -215,8 +263,123 @@ class Service:
             return Result(CHANGED, iter([(pa.RecordBatch.from_pydict({"count": [count]}, CHANGED), None)]))
         body = self._sealer.open("statement", message.statement_handle)
         snapshot = self._oplog.snapshot_at(body["table_version"])
-        running = self._engine.run(body["sql"], snapshot, stopped, parameters=_loaded(body.get("parameters")))
-        return Result(running.schema, ((batch, None) for batch in running.batches))
+        cancelled = self._begin_running(body["id"])
+        held = contextlib.ExitStack()
+        held.callback(self._end_running, body["id"])
+        try:
+            held.enter_context(self._slots.slot(lambda: stopped() or cancelled.is_set()))
+            values, db_schema = _loaded(body.get("parameters")), body.get("schema", PUBLIC)
+            running = self._engine.run(
+                body["sql"], snapshot, lambda: stopped() or cancelled.is_set(), parameters=values, db_schema=db_schema
+            )
+        except BaseException:
+            held.close()
+            raise
+        return Result(running.schema, _Held(running.batches, held))
+
+    # Cancelling
+
+    def _begin_running(self, name: str) -> threading.Event:
+        with self._lock:
+            if name in self._cancelled:
+                raise Cancelled("the query was cancelled")
+            return self._running.setdefault(name, threading.Event())
+
+    def _end_running(self, name: str) -> None:
+        with self._lock:
+            self._running.pop(name, None)
+            _remember(self._ended, name)
+
+    def _cancel(self, tickets: Sequence[bytes]) -> int:
+        """Stop what the tickets stand for; return a CancelStatus. One that has not begun here will not begin."""
+        names = []
+        for ticket in tickets:
+            message = wire.unpack(ticket)
+            if not isinstance(message, wire.TicketStatementQuery) or self._sealer.kind(message.statement_handle) != "statement":
+                return _NOT_CANCELLABLE
+            names.append(self._sealer.open("statement", message.statement_handle)["id"])
+        with self._lock:
+            running = [self._running[name] for name in names if name in self._running]
+            for event in running:
+                event.set()
+            unknown = [name for name in names if name not in self._running and name not in self._ended]
+            for name in (*unknown, *(name for name in names if name in self._running)):
+                _remember(self._cancelled, name)
+        if running:
+            return _CANCELLED
+        return _CANCELLING if unknown else _NOT_CANCELLABLE
+
+    def _cancel_info(self, message: wire.CancelFlightInfoRequest, caller: Caller) -> list[bytes]:
+        return [wire.encode(wire.CancelFlightInfoResult(self._cancel(_tickets(message.info))))]
+
+    def _cancel_query(self, message: wire.ActionCancelQueryRequest, caller: Caller) -> list[bytes]:
+        status = self._cancel(_tickets(wire.decode(message.info, wire.FlightInfo)))
+        return [wire.pack(wire.ActionCancelQueryResult(status))]
+
+    def _renew(self, message: wire.RenewFlightEndpointRequest, caller: Caller) -> list[bytes]:
+        """Answer with the endpoint and a ticket for the same statement that lasts as long as a new one."""
+        endpoint = message.endpoint or wire.FlightEndpoint()
+        ticket = wire.unpack(endpoint.ticket.ticket if endpoint.ticket else b"")
+        if not isinstance(ticket, wire.TicketStatementQuery):
+            return [wire.encode(endpoint)]  # a command is its own ticket, and lasts
+        kind = self._sealer.kind(ticket.statement_handle) or "statement"
+        body = self._sealer.open(kind, ticket.statement_handle)
+        seconds = self.config.ticket_seconds_max
+        renewed = wire.pack(wire.TicketStatementQuery(self._sealer.seal(kind, body, seconds)))
+        until = wire.Timestamp(int(time.time() + seconds), 0)
+        return [wire.encode(replace(endpoint, ticket=wire.Ticket(renewed), expiration_time=until))]
+
+    # Sessions: their options travel with the client, sealed, in a cookie
+
+    def _options(self, caller: Caller) -> dict[str, str]:
+        if caller.options is None:
+            return {}
+        try:
+            body = self._sealer.open("session", base64.urlsafe_b64decode(caller.options))
+        except (ValueError, OplogError):
+            raise RequestError("the session's options are not readable any more; connect again and set them again") from None
+        options: dict[str, str] = body["options"]
+        return options
+
+    def _set_options(self, message: wire.SetSessionOptionsRequest, caller: Caller) -> list[bytes]:
+        if caller.keep is None:
+            raise RequestError(
+                "session options are kept in a cookie, and this client keeps none; set adbc.flight.sql.rpc.with_cookie_middleware to true"
+            )
+        options: dict[str, str] = {}
+        with contextlib.suppress(RequestError):  # whoever sets them anew need not be able to read what was there
+            options |= self._options(caller)
+        errors = []
+        for option in message.session_options:
+            value = option.value.string_value if option.value else None
+            if option.value and value is None and option.value.int64_value is not None:
+                value = str(option.value.int64_value)
+            problem = _problem(option.key, value, is_unset=option.value is None or option.value == wire.SessionOptionValue())
+            if problem:
+                errors.append(wire.SessionOptionErrors(option.key, wire.SessionOptionError(problem)))
+            elif value is None:
+                options.pop(option.key, None)
+            else:
+                options[option.key] = value
+        options.pop("catalog", None)  # there is one
+        self._keep_options(caller, options)
+        return [wire.encode(wire.SetSessionOptionsResult(tuple(errors)))]
+
+    def _keep_options(self, caller: Caller, options: dict[str, str]) -> None:
+        assert caller.keep is not None
+        caller.keep(base64.urlsafe_b64encode(self._sealer.seal("session", {"options": options}, SESSION_SECONDS)).decode())
+
+    def _get_options(self, message: wire.GetSessionOptionsRequest, caller: Caller) -> list[bytes]:
+        options = {"catalog": CATALOG, "schema": PUBLIC} | self._options(caller)
+        found = tuple(wire.SessionOption(name, wire.SessionOptionValue(string_value=value)) for name, value in options.items())
+        return [wire.encode(wire.GetSessionOptionsResult(found))]
+
+    def _close_session(self, message: wire.CloseSessionRequest, caller: Caller) -> list[bytes]:
+        if caller.keep is not None and caller.options is not None:
+            self._keep_options(caller, {})
+        return [wire.encode(wire.CloseSessionResult(_CLOSED))]
+
+    # Topics
 
     def plan_read(self, request: TopicRead) -> tuple[pa.Schema, Topic]:
         """Return what the batches of a topic's ticket will look like, and the topic."""
@@ -229,7 +392,7 @@ class Service:
         return Result(schema, ((run.batch, words(run)) for run in runs))
 
     def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest, caller: Caller) -> list[bytes]:
-        statement = self._engine.prepare(message.query, self._oplog.snapshot())
+        statement = self._prepare(message.query, caller)
         body = {"sql": message.query}
         if message.transaction_id:
             body["transaction"] = message.transaction_id.decode("utf-8", "replace")
@@ -285,7 +448,7 @@ class Service:
         return Update(True, lambda parameters: self._changed(body["sql"], caller, parameters, transaction_id))
 
     def _changed(self, sql: str, caller: Caller, parameters: pa.RecordBatch | None, transaction_id: bytes | None) -> bytes:
-        if not self._engine.prepare(sql, self._oplog.snapshot()).is_update:
+        if not self._prepare(sql, caller).is_update:
             raise RequestError("the statement is a query: send it as one")
         return wire.encode(wire.DoPutUpdateResult(self._execute(sql, caller, parameters, transaction_id)))
 
@@ -348,14 +511,118 @@ class Route:
     flight_info: Callable[[Service, Any, bytes, Caller], Planned] | None = None
     get: Callable[[Service, Any, Stopped], Result] | None = None
     put: Callable[[Service, Any, Caller], Put | Update] | None = None
+    refused: str | None = None
 
 
 @dataclass(frozen=True)
 class Act:
-    """How an action is served, and the message its body holds."""
+    """How an action is served, and the message its body holds: in an Any where it is Flight SQL's, as it is where it is Flight's."""
 
     message: type[Any]
     perform: Callable[[Service, Any, Caller], list[bytes]]
+    is_sql: bool = True
+    refused: str | None = None
+
+
+def _refusing(message: type[Any], sentence: str) -> Act:
+    def refuse(service: Service, message: Any, caller: Caller) -> list[bytes]:
+        raise Unsupported(sentence)
+
+    return Act(message, refuse, refused=sentence)
+
+
+def _remember(names: OrderedDict[str, None], name: str) -> None:
+    names[name] = None
+    while len(names) > CANCELLED_KEPT:
+        names.popitem(last=False)
+
+
+def _tickets(info: wire.FlightInfo | None) -> list[bytes]:
+    found = [endpoint.ticket.ticket for endpoint in (info.endpoint if info else ()) if endpoint.ticket]
+    if not found:
+        raise RequestError("the FlightInfo to cancel has no ticket")
+    return found
+
+
+def _problem(name: str, value: str | None, is_unset: bool) -> int | None:
+    """Return the protocol's number for what is wrong with a session option, None when nothing is."""
+    checks: dict[str, Callable[[str], bool]] = {
+        "catalog": lambda text: text == CATALOG,
+        "schema": lambda text: text in _DB_SCHEMAS,
+        AT_VERSION: lambda text: re.fullmatch(r"[0-9]{1,18}", text, re.ASCII) is not None,
+        AT_TIMESTAMP: lambda text: moment(text) is not None,
+    }
+    allowed = checks.get(name)
+    if allowed is None:
+        return _INVALID_NAME
+    try:
+        return None if is_unset or (value is not None and allowed(value)) else _INVALID_VALUE
+    except RequestError:
+        return _INVALID_VALUE
+
+
+class _Held:
+    """Batches that hold something until they end, or until nobody wants them any more."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch], held: contextlib.ExitStack) -> None:
+        self._batches = batches
+        self._held = held
+
+    def __iter__(self) -> _Held:
+        return self
+
+    def __next__(self) -> tuple[pa.RecordBatch, bytes | None]:
+        try:
+            return next(self._batches), None
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._batches = iter(())
+        self._held.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Slots:
+    """How many statements run at once. The next ones wait their turn, so many and so long; whoever comes after is refused."""
+
+    def __init__(self, slots: int, waiting_max: int, seconds: float) -> None:
+        self._slots, self._waiting_max, self._seconds = slots, waiting_max, seconds
+        self._taken = 0
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def slot(self, stopped: Stopped) -> Iterator[None]:
+        """Hold a slot. Raises TryAgain when none comes free in time, Cancelled when the caller gives up."""
+        ticket = object()
+        deadline = time.monotonic() + self._seconds
+        with self._changed:
+            if self._taken >= self._slots and len(self._waiting) >= self._waiting_max:
+                raise TryAgain(f"statements_max ({self._slots}) statements run and {len(self._waiting)} wait; nothing was done; try again")
+            self._waiting.append(ticket)
+            try:
+                while self._taken >= self._slots or self._waiting[0] is not ticket:
+                    if stopped():
+                        raise Cancelled("the statement was stopped before its turn came")
+                    if time.monotonic() > deadline:
+                        raise TryAgain(
+                            f"statements_max ({self._slots}) statements have run for {self._seconds} seconds; nothing was done; try again"
+                        )
+                    self._changed.wait(0.1)
+                self._taken += 1
+            finally:
+                self._waiting.remove(ticket)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= 1
+                self._changed.notify_all()
 
 
 def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:
@@ -388,6 +655,8 @@ def _loaded(packed: str | None) -> pa.RecordBatch | None:
     return found
 
 
+_NO_SUBSTRAIT = "Substrait plans are not served: send the statement as SQL"
+_NO_SAVEPOINTS = "savepoints are not served: a transaction is committed or rolled back as a whole"
 ROUTES: dict[type[Any], Route] = {
     wire.CommandStatementQuery: Route(Service._plan_statement),
     wire.TicketStatementQuery: Route(get=Service._get_statement),
@@ -395,6 +664,7 @@ ROUTES: dict[type[Any], Route] = {
     wire.CommandPreparedStatementQuery: Route(Service._plan_prepared, put=Service._bind),
     wire.CommandPreparedStatementUpdate: Route(put=Service._update_prepared),
     wire.CommandStatementIngest: Route(put=Service._ingest),
+    wire.CommandStatementSubstraitPlan: Route(refused=_NO_SUBSTRAIT),
     wire.CommandGetCatalogs: _fixed(lambda service, message: metadata.catalogs()),
     wire.CommandGetDbSchemas: _fixed(Service._db_schemas),
     wire.CommandGetTables: _fixed(Service._tables),
@@ -408,4 +678,13 @@ ACTIONS: dict[str, Act] = {
     "ClosePreparedStatement": Act(wire.ActionClosePreparedStatementRequest, Service._close_prepared),
     "BeginTransaction": Act(wire.ActionBeginTransactionRequest, Service._begin),
     "EndTransaction": Act(wire.ActionEndTransactionRequest, Service._end),
+    "BeginSavepoint": _refusing(wire.ActionBeginSavepointRequest, _NO_SAVEPOINTS),
+    "EndSavepoint": _refusing(wire.ActionEndSavepointRequest, _NO_SAVEPOINTS),
+    "CreatePreparedSubstraitPlan": _refusing(wire.ActionCreatePreparedSubstraitPlanRequest, _NO_SUBSTRAIT),
+    "CancelQuery": Act(wire.ActionCancelQueryRequest, Service._cancel_query),
+    "CancelFlightInfo": Act(wire.CancelFlightInfoRequest, Service._cancel_info, is_sql=False),
+    "RenewFlightEndpoint": Act(wire.RenewFlightEndpointRequest, Service._renew, is_sql=False),
+    "SetSessionOptions": Act(wire.SetSessionOptionsRequest, Service._set_options, is_sql=False),
+    "GetSessionOptions": Act(wire.GetSessionOptionsRequest, Service._get_options, is_sql=False),
+    "CloseSession": Act(wire.CloseSessionRequest, Service._close_session, is_sql=False),
 }
