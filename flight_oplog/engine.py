@@ -71,6 +71,7 @@ Stopped = Callable[[], bool]
 PUBLIC = "public"
 NO_PARAMETERS = pa.schema([])
 VIEW_DEPTH_MAX = 16
+PARAMETERS_ASKED_MAX = 100
 # What a statement that changes something returns: how many entries it appended.
 CHANGED = pa.schema([pa.field("count", pa.int64())])
 
@@ -762,14 +763,21 @@ Values = dict[str, pa.Scalar] | None
 def _parameters(session: SessionContext, sql: str, names: Sequence[str]) -> pa.Schema:
     """Return the parameters of a statement with the types that DataFusion infers; null where it cannot.
 
-    It tells them only when it prepares a statement, in order, up to the first that it does not know.
+    It tells them only when it prepares a statement, and leaves out those that it does not know: then each is asked about
+    by itself.
     """
-    kinds: list[pa.DataType] = []
-    if names:
-        with contextlib.suppress(Exception):  # what is wrong with the statement comes up when it is planned
-            plan = session.sql(f"EXPLAIN PREPARE parameters AS {sql}").logical_plan().inputs()[0]
-            kinds = [plain_field(field).type for field in plan.to_variant().fields()][: len(names)]
-    kinds += [pa.null()] * (len(names) - len(kinds))
+
+    def inferred(text: str) -> list[pa.DataType]:
+        try:
+            plan = session.sql(f"EXPLAIN PREPARE parameters AS {text}").logical_plan().inputs()[0]
+            return [plain_field(field).type for field in plan.to_variant().fields()]
+        except Exception:  # what is wrong with the statement comes up when it is planned
+            return []
+
+    kinds = inferred(sql) if names else []
+    if 0 < len(names) <= PARAMETERS_ASKED_MAX and len(kinds) != len(names):
+        kinds = [(inferred(sqltext.alone(sql, number)) or [pa.null()])[0] for number in range(1, len(names) + 1)]
+    kinds = kinds if len(kinds) == len(names) else [pa.null()] * len(names)
     return pa.schema([pa.field(name, kind) for name, kind in zip(names, kinds, strict=True)])
 
 

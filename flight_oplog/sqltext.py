@@ -94,6 +94,16 @@ def numbered(sql: str) -> tuple[str, list[str]]:
     return "".join(parts), sorted(names, key=int) if numbers else names
 
 
+def alone(sql: str, number: int) -> str:
+    """Return a numbered text with one of its parameters, as `$1`, and NULL in place of the others."""
+    parts, end = [], 0
+    for found in _TOKEN.finditer(sql):
+        if found[1] is not None:
+            parts += [sql[end : found.start()], "$1" if found[1] == f"${number}" else "NULL"]
+            end = found.end()
+    return "".join((*parts, sql[end:]))
+
+
 def as_select(sql: str, table: str) -> str | None:
     """Return `INSERT INTO t VALUES ($1, ...)` as an INSERT of a SELECT from `table`, whose columns are the parameters' values.
 

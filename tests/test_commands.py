@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import adbc_driver_flightsql.dbapi as adbc
@@ -259,8 +260,8 @@ def test_any_server_of_the_log_redeems_a_handle_also_after_a_restart(start: Call
             assert sorted(row["a"] for row in fetch(client, again)) == [3, 10]
 
 
-def test_expired_altered_and_foreign_handles_are_refused(start: Callable[..., ServerProcess]) -> None:
-    server, other = start("--ticket-seconds-max", "1"), start()
+def test_expired_altered_and_foreign_handles_are_refused(start: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    server, other = start("--ticket-seconds-max", "1"), start(folder=tmp_path / "other")
     with flight.connect(server.uri) as client, flight.connect(other.uri) as stranger:
         put(stranger, "t", pa.record_batch({"a": [1]}))
         info = stranger.get_flight_info(command(wire.CommandStatementQuery("SELECT 1")))
@@ -359,7 +360,7 @@ def test_a_session_has_a_catalog_and_a_schema(server: ServerProcess, client: fli
             run(cursor, "SELECT _offset FROM t")
         connection.adbc_current_catalog = "oplog"
         for name, value in (("schema", "nowhere"), ("catalog", "other"), ("unheard_of", "x"), ("oplog-at-version", "soon")):
-            with pytest.raises(adbc.Error, match="invalid (value|name)|Could not set option"):
+            with pytest.raises(adbc.Error, match="Could not set option"):
                 connection.adbc_connection.set_options(**{f"adbc.flight.sql.session.option.{name}": value})
 
 
@@ -369,14 +370,14 @@ def test_a_client_without_cookies_is_told_so(connection: adbc.Connection) -> Non
 
 
 def test_session_options_nobody_sealed_are_refused(server: ServerProcess) -> None:
-    forged = base64.urlsafe_b64encode(
-        b"\x01" + bytes(32) + json.dumps({"kind": "session", "expires": 9e9, "options": {}}).encode()
-    ).decode()
+    body = json.dumps({"kind": "session", "expires": 9e9, "options": {}}).encode()
+    forged = base64.urlsafe_b64encode(b"\x01" + bytes(32) + body).decode()
     options = flight.FlightCallOptions(headers=[(b"cookie", f"oplog-options={forged}".encode())])
     with flight.connect(server.uri) as client:
         with pytest.raises(pa.ArrowInvalid, match="the session's options are not readable any more"):
             client.get_flight_info(command(wire.CommandStatementQuery("SELECT 1")), options)
-        closed = list(client.do_action(flight.Action("CloseSession", b""), options))[0].body.to_pybytes()
+        [answer] = client.do_action(flight.Action("CloseSession", b""), options)
+        closed = answer.body.to_pybytes()
         assert wire.decode(closed, wire.CloseSessionResult).status == 1
 
 
@@ -409,7 +410,8 @@ def read_elsewhere(server: ServerProcess, info: flight.FlightInfo) -> tuple[thre
 def test_a_running_query_is_cancelled_within_a_second(server: ServerProcess, client: flight.FlightClient, is_old_action: bool) -> None:
     info = client.get_flight_info(command(wire.CommandStatementQuery(ENDLESS)))
     thread, outcome = read_elsewhere(server, info)
-    assert eventually(lambda: server.cpu_seconds() > 0.5, 20) if hasattr(server, "cpu_seconds") else not time.sleep(1)
+    before = server.cpu_seconds()
+    assert eventually(lambda: server.cpu_seconds() > before + 0.5, 20)
     began = time.monotonic()
     if is_old_action:
         answer = wire.unpack(act(client, "CancelQuery", wire.ActionCancelQueryRequest(info.serialize())))
@@ -457,7 +459,7 @@ REFUSED = [
     (
         "CreatePreparedSubstraitPlan",
         wire.ActionCreatePreparedSubstraitPlanRequest(),
-        "Substrait plans are not served: send the statement as SQL",
+        "Substrait plans are not served: send it as SQL",
     ),
 ]
 

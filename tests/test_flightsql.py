@@ -62,7 +62,7 @@ def test_a_handle_opens_for_its_kind_and_time_and_only_unaltered() -> None:
     with pytest.raises(RequestError, match="the handle is not a prepared statement handle"):
         sealer.open("prepared statement", handle)
     for broken in (b"", handle[:-1], handle[:40], b"\x02" + handle[1:], handle + b" ", b"\x01" + b"0" * 32 + handle[33:]):
-        with pytest.raises(RequestError, match="was not made by this server, or was altered"):
+        with pytest.raises(RequestError, match="was not made by a server of this log, or was altered"):
             sealer.open("statement", broken)
     with pytest.raises(RequestError, match="was not made by this server"):
         Sealer(b"x" * 32).open("statement", handle)

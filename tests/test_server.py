@@ -262,7 +262,7 @@ def test_altered_and_unknown_messages_are_refused(client: flight.FlightClient) -
     info = client.get_flight_info(command(wire.pack(wire.CommandStatementQuery("SELECT 1"))))
     ticket = bytearray(info.endpoints[0].ticket.ticket)
     ticket[-3] ^= 1
-    with refused(pa.ArrowInvalid, "the statement handle was not made by this server, or was altered; ask for a new one"):
+    with refused(pa.ArrowInvalid, "the statement handle was not made by a server of this log, or was altered; ask for a new one"):
         client.do_get(flight.Ticket(bytes(ticket))).read_all()
     other = wire.pack(wire.CommandStatementQuery("")).replace(b"CommandStatementQuery", b"CommandStatementQuory")
     with refused(pa.ArrowNotImplementedError, "the Flight SQL message 'CommandStatementQuory' is not served"):

@@ -655,7 +655,7 @@ def _loaded(packed: str | None) -> pa.RecordBatch | None:
     return found
 
 
-_NO_SUBSTRAIT = "Substrait plans are not served: send the statement as SQL"
+_NO_SUBSTRAIT = "Substrait plans are not served: send it as SQL"
 _NO_SAVEPOINTS = "savepoints are not served: a transaction is committed or rolled back as a whole"
 ROUTES: dict[type[Any], Route] = {
     wire.CommandStatementQuery: Route(Service._plan_statement),
