@@ -26,6 +26,7 @@ ORDER = [
     "follow",
     "transactions",
     "flightsql.wire",
+    "flightsql.dialect",
     "flightsql.metadata",
     "flightsql.handles",
     "flightsql.service",

@@ -177,7 +177,7 @@ def test_adbc_sees_catalogs_schemas_tables_and_columns(client: flight.FlightClie
     assert (schema["db_schema_name"], table["table_name"], table["table_type"]) == ("public", "events", "TABLE")
     assert [column["column_name"] for column in table["table_columns"]] == ["name", "node_id"]
     assert connection.adbc_get_table_schema("events") == SEED.schema
-    assert connection.adbc_get_table_types() == ["TABLE", "SYSTEM TABLE"]
+    assert connection.adbc_get_table_types() == ["SYSTEM TABLE", "TABLE", "VIEW"]
     assert connection.adbc_get_info()["vendor_name"] == "flight_oplog"
 
 

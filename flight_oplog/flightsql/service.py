@@ -503,6 +503,18 @@ class Service:
 
         return metadata.tables(message, self._engine.tables(snapshot), schema_of)
 
+    def _sql_info(self, message: wire.CommandGetSqlInfo) -> pa.RecordBatch:
+        config = self.config
+        return metadata.sql_info(
+            message,
+            __version__,
+            config.transaction_seconds_max,
+            ticket_seconds=config.ticket_seconds_max,
+            sql_bytes=config.sql_bytes_max,
+            sql_tables=config.sql_tables_max,
+            columns=config.columns_max,
+        )
+
 
 @dataclass(frozen=True)
 class Route:
@@ -669,9 +681,12 @@ ROUTES: dict[type[Any], Route] = {
     wire.CommandGetDbSchemas: _fixed(Service._db_schemas),
     wire.CommandGetTables: _fixed(Service._tables),
     wire.CommandGetTableTypes: _fixed(lambda service, message: metadata.table_types()),
-    wire.CommandGetSqlInfo: _fixed(
-        lambda service, message: metadata.sql_info(message, __version__, service.config.transaction_seconds_max)
-    ),
+    wire.CommandGetPrimaryKeys: _fixed(lambda service, message: metadata.primary_keys()),
+    wire.CommandGetImportedKeys: _fixed(lambda service, message: metadata.foreign_keys()),
+    wire.CommandGetExportedKeys: _fixed(lambda service, message: metadata.foreign_keys()),
+    wire.CommandGetCrossReference: _fixed(lambda service, message: metadata.foreign_keys()),
+    wire.CommandGetXdbcTypeInfo: _fixed(lambda service, message: metadata.xdbc_type_info(message)),
+    wire.CommandGetSqlInfo: _fixed(Service._sql_info),
 }
 ACTIONS: dict[str, Act] = {
     "CreatePreparedStatement": Act(wire.ActionCreatePreparedStatementRequest, Service._create_prepared),
