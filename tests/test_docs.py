@@ -14,7 +14,8 @@ from conftest import ServerProcess
 
 import flight_oplog
 from flight_oplog.config import SETTINGS
-from flight_oplog.schema import APPENDS, RECORD_SCHEMA, SCHEMAS_SCHEMA
+from flight_oplog.flightsql.service import ACTIONS, ROUTES
+from flight_oplog.schema import APPENDS, RECORD_SCHEMA, SCHEMAS_SCHEMA, VIEWS_SCHEMA
 
 ROOT = Path(__file__).parent.parent
 README, ARCHITECTURE, FORMAT, CHANGELOG = (
@@ -47,7 +48,7 @@ def test_the_readme_programs_run(tmp_path: Path, start: Callable[..., ServerProc
     server = start(folder=tmp_path / "my-log")
     monkeypatch.chdir(tmp_path)
     programs = blocks("python")
-    assert len(programs) == 7
+    assert len(programs) == 8
     for program in programs:
         exec(compile(program.replace(DEFAULT, server.uri), "README.md", "exec"), {})
 
@@ -74,7 +75,7 @@ def test_every_command_and_target_named_exists() -> None:
 
 
 def test_the_format_names_every_column() -> None:
-    for name in [*RECORD_SCHEMA.names, *(f.name for f in APPENDS.value_type), *SCHEMAS_SCHEMA.names]:
+    for name in [*RECORD_SCHEMA.names, *(f.name for f in APPENDS.value_type), *SCHEMAS_SCHEMA.names, *VIEWS_SCHEMA.names]:
         assert f"`{name}`" in FORMAT, name
 
 
@@ -98,3 +99,19 @@ def test_the_lock_pins_by_hash_and_names_no_address() -> None:
     pins = re.findall(r"^\S.*", lock, re.MULTILINE)
     assert all("==" in pin and pin.endswith("\\") for pin in pins)
     assert lock.count("--hash=sha256:") >= len(pins)
+
+
+def routes_table() -> str:
+    """What README.md says of every command and action, made from the tables that the server goes by."""
+    lines = ["| command or action | how |", "|---|---|"]
+    for message, route in ROUTES.items():
+        ways = [way for way, handler in (("GetFlightInfo", route.flight_info), ("DoGet", route.get), ("DoPut", route.put)) if handler]
+        lines.append(f"| `{message.__name__}` | {', '.join(ways) if ways else f'UNIMPLEMENTED: {route.refused}'} |")
+    for name, act in ACTIONS.items():
+        lines.append(f"| `{name}` | {'DoAction' if act.refused is None else f'UNIMPLEMENTED: {act.refused}'} |")
+    lines.append("| `PollFlightInfo` | UNIMPLEMENTED: pyarrow has no way to serve it |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_commands_is_the_servers() -> None:
+    assert routes_table() in README
