@@ -6,7 +6,7 @@ DATA ?= oplog-data
 SEED ?= 1
 KILLS ?= 300
 
-.PHONY: help setup demo serve test check lint types bench faults dist lock clean
+.PHONY: help setup demo serve test clients check lint types bench faults dist lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -36,6 +36,9 @@ lint: setup
 
 types: setup
 	@$(BIN)/mypy
+
+clients: setup ## run the clients of every language against a server, as far as their toolchains are there
+	@$(BIN)/python -m pytest -q -rs --timeout 1500 clients/test_clients.py
 
 check: lint types test ## lint, types and tests
 

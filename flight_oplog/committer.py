@@ -19,7 +19,7 @@ import logging
 import queue
 import re
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -30,7 +30,7 @@ import pyarrow as pa
 from flight_oplog import codec
 from flight_oplog.config import Config
 from flight_oplog.datafile import Record, StagedFile
-from flight_oplog.errors import OplogError, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog.errors import NotFound, OplogError, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
 from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, schema_id
 from flight_oplog.store import Conflict, Snapshot, Store, Topic
 
@@ -122,6 +122,8 @@ class Append:
     entries: int
     nbytes: int
     origin: Origin
+    ends: bool = False  # it is no append, but the end of its topic,
+    tolerant: bool = False  # or of none, when there is none
     unchecked: bool = False  # its batches came from a client, and nobody has looked at what is in them
     receipt: Future[Receipt] = field(default_factory=Future)
 
@@ -152,6 +154,12 @@ class Append:
         if self.staged is not None:
             return self.staged.bounds
         return [codec.bounds(self.batches, self.schema) if self.record is None else self.record.bounds]
+
+
+def end_of(topic: str, tolerant: bool = False) -> Append:
+    """Return the end of a topic, to be committed as appends are."""
+    now = datetime.datetime.now(datetime.UTC)
+    return Append(topic, pa.schema([]), "", None, now, [], None, None, 0, 0, Origin(), ends=True, tolerant=tolerant)
 
 
 def _schema_id(append: Append) -> str:
@@ -290,7 +298,7 @@ class Committer:
             for append in appends:
                 try:
                     takes = group.check(append)
-                except (RequestError, TryAgain) as error:
+                except (RequestError, NotFound, TryAgain) as error:
                     # It may be refused for what came before it in this group: it is told when that is committed.
                     refused.append((append, error))
                     continue
@@ -397,7 +405,8 @@ class _Group:
         self._schemas: dict[str, pa.Schema] = {}
         self._event_times: dict[str, str | None] = {}
         self._fitting: dict[str, set[str]] = {}
-        self._new_schemas: dict[tuple[str, str], pa.Schema] = {}
+        self._new_schemas: dict[tuple[str, str, int], pa.Schema | None] = {}
+        self._ended: Counter[str] = Counter()
         self._gathering: dict[str, list[Append]] = {}
         self._files: list[tuple[StagedFile, int]] = []
         self._ours: list[StagedFile] = []
@@ -405,6 +414,11 @@ class _Group:
     def check(self, append: Append) -> bool:
         """Whether the append is to be placed; a duplicate is not. Raises what is wrong with it: then it is not in the group."""
         topic = append.topic
+        if append.ends:
+            exists = topic in self._schemas or self._known(topic) is not None
+            if not exists and not append.tolerant:
+                raise NotFound(f"topic {topic!r} does not exist; nothing was written")
+            return True
         if self._is_duplicate(append):
             self.duplicates.append(append)
             return False
@@ -419,7 +433,7 @@ class _Group:
 
     def _event_time(self, append: Append) -> str | None:
         """Return the topic's event-time column, which this append may be the first to settle."""
-        known = self.base.topics.get(append.topic)
+        known = self._known(append.topic)
         return self._event_times.get(append.topic) or (known.event_time if known else None) or first_time(append.schema)
 
     def place(self, append: Append) -> None:
@@ -427,6 +441,9 @@ class _Group:
         topic = append.topic
         first_offset = self._next(topic)
         self.placed.append((append, first_offset))
+        if append.ends:
+            self._end(topic)
+            return
         if append.staged is not None:
             self._flush(topic)
             self._files.append((append.staged, first_offset))
@@ -437,10 +454,25 @@ class _Group:
         if append.origin.producer is not None and append.origin.sequence is not None:
             self._count(topic, append.origin.producer, append.origin.epoch, append.origin.sequence)
 
+    def _known(self, topic: str) -> Topic | None:
+        """Return the topic as it was before this group, if it has not ended in it."""
+        return None if topic in self._ended else self.base.topics.get(topic)
+
+    def _end(self, topic: str) -> None:
+        """End a topic where it is now; whatever comes after it in this group begins it anew."""
+        if topic not in self._schemas and self._known(topic) is None:
+            return
+        self._flush(topic)
+        self._ended[topic] += 1
+        self.numbers[f"start/{topic}"] = self._next(topic)
+        self._new_schemas[topic, "", self._ended[topic]] = None
+        for settled in (self._schemas, self._event_times, self._fitting):
+            settled.pop(topic, None)
+
     def _fit(self, append: Append) -> None:
         """Bring the topic's schema and the append's together. Raises SchemaMismatch, or TooLarge for one topic too many."""
         topic = append.topic
-        known = self.base.topics.get(topic)
+        known = self._known(topic)
         current = self._schemas.get(topic) or (known.schema if known else None)
         if current is None:
             check_room(topic, sum(not name.startswith("_") for name in {*self.base.topics, *self._schemas}), self._config)
@@ -448,7 +480,7 @@ class _Group:
         self._check_widening(topic, current, append, merged)
         self._schemas[topic], self._event_times[topic] = merged, self._event_time(append)
         if known is None or append.schema_id not in known.schemas:
-            self._new_schemas.setdefault((topic, append.schema_id), append.schema)
+            self._new_schemas.setdefault((topic, append.schema_id, self._ended[topic]), append.schema)
         if merged != current:
             self._fitting[topic] = set()
         if not _rescaled(append.schema, merged):  # else every append's values have to be looked at
@@ -482,7 +514,7 @@ class _Group:
             self.numbers[f"epoch/{topic}/{producer}"] = epoch
 
     def _next(self, topic: str) -> int:
-        known = self.base.topics.get(topic)
+        known = self.base.topics.get(topic) or self.base.ended.get(topic)
         return self._next_offsets.get(topic, known.next_offset if known else 0)
 
     def _advance(self, topic: str, next_offset: int) -> None:
@@ -499,7 +531,7 @@ class _Group:
         for name in rescaled:
             for schema, found in earlier:
                 _check_rescale(topic, name, found, schema, merged)
-            for record in self.base.records(topic) if topic in self.base.topics else ():
+            for record in self.base.records(topic) if self._known(topic) is not None else ():
                 _check_rescale(topic, name, record.bounds, self.base.topics[topic].schemas[record.schema_id], merged)
 
     def _flush(self, topic: str) -> None:
@@ -534,15 +566,15 @@ class _Group:
     def _register(self) -> None:
         now = datetime.datetime.now(datetime.UTC)
         rows = []
-        counts = {name: len(topic.schemas) for name, topic in self.base.topics.items()}
-        for (topic, fingerprint), schema in self._new_schemas.items():
+        counts = {name: topic.registered for name, topic in (*self.base.topics.items(), *self.base.ended.items())}
+        for (topic, fingerprint, _), schema in self._new_schemas.items():
             number = counts[topic] = counts.get(topic, 0) + 1
             rows.append(
                 {
                     "topic": topic,
                     "schema_id": fingerprint,
                     "number": number,
-                    "schema": schema.serialize().to_pybytes(),
+                    "schema": None if schema is None else schema.serialize().to_pybytes(),
                     "first_seen": now,
                 }
             )

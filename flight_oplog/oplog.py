@@ -32,6 +32,7 @@ from flight_oplog.committer import (
     Receipt,
     check_data,
     check_room,
+    end_of,
     make_record,
     merge,
     one_line,
@@ -101,10 +102,13 @@ class OpLog:
         finally:
             writer.abandon()
 
-    def writer(self, topic: str, schema: pa.Schema, origin: Origin = _ANONYMOUS) -> AppendWriter:
-        """Begin an append whose batches come one by one. Raises before anything is sent when the schema cannot be."""
+    def writer(self, topic: str, schema: pa.Schema, origin: Origin = _ANONYMOUS, replaces: bool = False) -> AppendWriter:
+        """Begin an append whose batches come one by one. Raises before anything is sent when the schema cannot be.
+
+        One that `replaces` ends the topic as it is, in the same commit, and begins it again.
+        """
         check_topic(topic)
-        return self._writer(topic, schema, origin)
+        return self._writer(topic, schema, origin, replaces)
 
     def append_own(self, topic: str, entries: pa.RecordBatch, expected_offset: int) -> Receipt:
         """Append to a topic of the log's own, which clients cannot; raises OutOfOrder when it does not end at `expected_offset`."""
@@ -115,16 +119,16 @@ class OpLog:
         finally:
             writer.abandon()
 
-    def _writer(self, topic: str, schema: pa.Schema, origin: Origin) -> AppendWriter:
+    def _writer(self, topic: str, schema: pa.Schema, origin: Origin, replaces: bool = False) -> AppendWriter:
         origin.check(topic)
         normal, fingerprint = self._normal(schema)
         snapshot = self._store.latest  # the committer looks again, at the newest
-        current = snapshot.topics.get(topic)
-        if current is None:
+        current = None if replaces else snapshot.topics.get(topic)
+        if topic not in snapshot.topics:
             check_room(topic, sum(not name.startswith("_") for name in snapshot.topics), self.config)
         merge(topic, current, None, normal, fingerprint, self.config)
         event_time = current.event_time if current else None
-        return AppendWriter(self, topic, normal, fingerprint, event_time or first_time(normal), origin)
+        return AppendWriter(self, topic, normal, fingerprint, event_time or first_time(normal), origin, replaces)
 
     def _normal(self, schema: pa.Schema) -> tuple[pa.Schema, str]:
         """Return the normal form of a schema and its schema_id. Producers send the same few over and over."""
@@ -142,6 +146,14 @@ class OpLog:
             self._known.clear()
         self._known[id(schema)] = schema, found
         return found
+
+    def drop(self, topic: str) -> Receipt:
+        """End a topic: its entries are no more seen, but in snapshots of before. Raises NotFound when there is none.
+
+        What is appended to a topic of its name later begins at the offset where this one ended, with a schema of its own.
+        """
+        check_topic(topic)
+        return self._committer.submit([end_of(topic)])[0].result()
 
     def commit_together(self, appends: Sequence[Append]) -> list[Receipt]:
         """Commit complete appends, to whatever topics, as one: all of them in one table version, or none.
@@ -224,8 +236,11 @@ def _batches(entries: pa.RecordBatch | pa.RecordBatchReader) -> Iterable[pa.Reco
 class AppendWriter:
     """One append under way: `write` its batches, then `commit` or `abandon` it. For one thread."""
 
-    def __init__(self, oplog: OpLog, topic: str, schema: pa.Schema, fingerprint: str, event_time: str | None, origin: Origin) -> None:
+    def __init__(
+        self, oplog: OpLog, topic: str, schema: pa.Schema, fingerprint: str, event_time: str | None, origin: Origin, replaces: bool
+    ) -> None:
         self.topic = topic
+        self._replaces = replaces
         self._event_time = event_time
         self._origin = origin
         self._oplog = oplog
@@ -368,7 +383,7 @@ class AppendWriter:
     def submit(self) -> Future[Receipt]:
         """Hand the append to the committer and return its receipt to come. Appends are committed in this order."""
         self.complete()
-        return self._oplog._committer.submit([self.hand_over()])[0]
+        return self._oplog._committer.submit(self.hand_over())[-1]
 
     def complete(self) -> int:
         """Wait until everything is stored that goes to the disk before the commit; return the append's entries.
@@ -395,8 +410,8 @@ class AppendWriter:
             check_data(self.topic, self._waiting)
             self._unchecked = False
 
-    def hand_over(self) -> Append:
-        """Return the complete append: it is the caller's to commit, or to refuse."""
+    def hand_over(self) -> list[Append]:
+        """Return the complete append, after the end of what it replaces: theirs to commit together, or to refuse, is the caller's."""
         append = Append(
             self.topic,
             self._schema,
@@ -409,11 +424,11 @@ class AppendWriter:
             self._entries + self._waiting_entries,
             self._waiting_bytes,
             self._origin,
-            self._unchecked and self._staged is None,
+            unchecked=self._unchecked and self._staged is None,
         )
         self._owned = False
         append.receipt.add_done_callback(lambda receipt: self._release())
-        return append
+        return [end_of(self.topic, tolerant=True), append] if self._replaces else [append]
 
     def abandon(self) -> None:
         """Drop the append if it was not handed to the committer. Safe to call at any time, any number of times."""
@@ -430,7 +445,7 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
     whole = True
     for file in topic.files:
         try:
-            for record in snapshot.store.records(file, afresh=True):
+            for record in snapshot.records_of(topic, file, afresh=True):
                 runs.append(record)
                 if record.schema_id not in topic.schemas:
                     yield Problem("error", record.where, f"schema_id {record.schema_id} is not registered")

@@ -281,7 +281,7 @@ class _Table(ds.Dataset):
         offsets = self.context.offsets
         files = self._topic.files if offsets is None else self._topic.files_within(*offsets)
         kept = files if filter is None or len(files) == 1 else self._prune(filter, files, keys, self._file_guarantee)
-        records = [record for file in kept for record in self._snapshot.store.records(file)]
+        records = [record for file in kept for record in self._snapshot.records_of(self._topic, file)]
         if offsets is not None:
             first, last = offsets
             records = sorted((r for r in records if r.first_offset < last and r.first_offset + r.entries > first), key=_by_offset)

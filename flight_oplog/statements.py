@@ -1,8 +1,8 @@
 """Statements that change the log: INSERT, CREATE TABLE, CREATE VIEW and DROP, carried out once each time they are asked for.
 
 An INSERT is an append like any other, with the same receipts, limits and rules. A table is a topic: CREATE TABLE declares
-its columns with an append of no entries. Views are entries of the log's own topic `_views`, so they travel with the log,
-and an earlier snapshot shows the views it had.
+its columns with an append of no entries, and DROP TABLE ends it: its entries stay in the log's earlier snapshots. Views
+are entries of the log's own topic `_views`, so they travel with the log, and an earlier snapshot shows the views it had.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Statements:
             raise RequestError(f"{change.name!r} is no topic; entries are inserted into topics; nothing was written")
         return self._append(change, origin, hold)
 
-    def _append(self, change: Change, origin: Origin, hold: Hold | None = None) -> int:
+    def _append(self, change: Change, origin: Origin, hold: Hold | None = None, replaces: bool = False) -> int:
         assert change.schema is not None
-        writer = self._oplog.writer(change.name, change.schema, origin)
+        writer = self._oplog.writer(change.name, change.schema, origin, replaces)
         try:
             for batch in change.batches or ():
                 writer.write(batch)
@@ -91,7 +91,7 @@ class Statements:
             if change.tolerant:
                 return 0
             if change.replaces:
-                raise Unsupported(f"table {name!r} exists: the log is append-only, a topic is never replaced; nothing was written")
+                return self._append(change, Origin(), replaces=True)
             raise RequestError(f"table {name!r} exists already; nothing was written; INSERT into it, or say IF NOT EXISTS")
         try:
             return self._append(change, Origin(expected_offset=0))
@@ -102,13 +102,14 @@ class Statements:
 
     def _drop_table(self, change: Change) -> int:
         snapshot = self._oplog.snapshot()
-        if change.name in snapshot.topics:
-            raise Unsupported(f"table {change.name!r}: the log is append-only, a topic is never dropped; nothing was written")
-        if change.name in self._engine.views(snapshot):
+        if change.name in self._engine.views(snapshot) and change.name not in snapshot.topics:
             raise RequestError(f"{change.name!r} is a view; nothing was written; use DROP VIEW")
-        if change.tolerant:
-            return 0
-        raise NotFound(f"table {change.name!r} does not exist; nothing was written")
+        try:
+            self._oplog.drop(change.name)
+        except NotFound:
+            if not change.tolerant:
+                raise
+        return 0
 
     def _define_view(self, change: Change) -> int:
         name = check_topic(change.name)

@@ -23,7 +23,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -83,11 +83,13 @@ class Topic:
     files: tuple[DataFile, ...]
     next_offset: int
     event_time: str | None = None
+    start: int = 0  # where the topic began again when it was dropped last: entries before do not count
+    registered: int = 0  # the number of its newest entry in the registry
     overlaps: bool = False  # whether a file has records after a later one's first: only what another program's compaction made has
 
     @property
     def first_offset(self) -> int:
-        return self.files[0].first_offset if self.files else self.next_offset
+        return max(self.start, self.files[0].first_offset) if self.files else self.next_offset
 
     @property
     def entries(self) -> int:
@@ -107,6 +109,7 @@ class Snapshot:
     table_version: int
     topics: Mapping[str, Topic]
     store: Store = field(repr=False, compare=False)
+    ended: Mapping[str, Topic] = field(default_factory=dict)  # dropped, and not begun again
 
     def topic(self, name: str) -> Topic:
         """Raises NotFound when the log has no such topic."""
@@ -118,8 +121,13 @@ class Snapshot:
     def records(self, topic: str, start: int = 0) -> Iterator[RecordMeta]:
         """Yield the topic's records in offset order, without their content, leaving out files that end before `start`."""
         found = self.topic(topic)
-        records = (record for file in found.files_within(start) for record in self.store.records(file))
+        records = (record for file in found.files_within(start) for record in self.records_of(found, file))
         yield from sorted(records, key=_first_offset) if found.overlaps else records
+
+    def records_of(self, topic: Topic, file: DataFile, afresh: bool = False) -> Sequence[RecordMeta]:
+        """Return those of a file's records that are the topic's; another program may have put dropped ones beside them."""
+        records = self.store.records(file, afresh)
+        return records if file.first_offset >= topic.start else [record for record in records if record.first_offset >= topic.start]
 
 
 class Store:
@@ -349,7 +357,8 @@ class Store:
             )
             for add in (adds.to_pylist() if adds.num_rows else ())
         ]
-        numbers = {f"topic/{topic}": table.transaction_version(f"topic/{topic}") or 0 for topic in {file.topic for file in files}}
+        names = [f"{what}/{topic}" for topic in {file.topic for file in files} for what in ("topic", "start")]
+        numbers = {name: table.transaction_version(name) or 0 for name in names}
         return self._after(Snapshot(0, {}, self), table.version(), Changes(files, numbers=numbers))
 
     def _after(self, base: Snapshot, table_version: int, changes: Changes) -> Snapshot:
@@ -357,30 +366,31 @@ class Store:
         added: dict[str, list[DataFile]] = {}
         for file in changes.added:
             added.setdefault(file.topic, []).append(file)
-        schemas = _schemas_by_topic([row for file in added.get(SCHEMAS_TOPIC, ()) for row in self._registry_rows(file)])
-        if SCHEMAS_TOPIC in added:
-            schemas[SCHEMAS_TOPIC] = {schema_id(SCHEMAS_SCHEMA): SCHEMAS_SCHEMA}
-        topics = dict(base.topics)
-        for name in {*added, *schemas, *(topic_of(path) for path in changes.removed)}:
-            topic = topics.get(name) or Topic(name, pa.schema([]), {}, (), 0)
-            merged, event_time = topic.schema if topic.schemas else None, topic.event_time
-            for fingerprint, schema in schemas.get(name, {}).items():
-                if fingerprint not in topic.schemas:
-                    merged = evolve(name, merged, schema, "additive")
-                    event_time = event_time or first_time(schema)
-            if merged is None:
-                raise CorruptLog(f"topic {name!r}: its schema is not in {SCHEMAS_TOPIC}; restore that topic's files")
+        registry: dict[str, list[dict[str, Any]]] = {}
+        for row in (row for file in added.get(SCHEMAS_TOPIC, ()) for row in self._registry_rows(file)):
+            registry.setdefault(row["topic"], []).append(row)
+        topics, ended = dict(base.topics), dict(base.ended)
+        for name in {*added, *registry, *(topic_of(path) for path in changes.removed)}:
+            before = topics.pop(name, None) or ended.pop(name, None) or Topic(name, pa.schema([]), {}, (), 0)
+            topic = _registered(before, sorted(registry.get(name, ()), key=_number))
+            if name == SCHEMAS_TOPIC:
+                topic = replace(topic, schema=SCHEMAS_SCHEMA, schemas={schema_id(SCHEMAS_SCHEMA): SCHEMAS_SCHEMA}, event_time="first_seen")
+            start = changes.numbers.get(f"start/{name}", topic.start)
             files, overlaps = _files_after(topic, added.get(name, ()), changes.removed)
-            topics[name] = Topic(
-                name,
-                merged,
-                {**topic.schemas, **schemas[name]} if name in schemas else topic.schemas,
-                files,
-                changes.numbers.get(f"topic/{name}", topic.next_offset),
-                event_time,
-                overlaps,
+            topic = replace(
+                topic,
+                files=files if start == 0 else tuple(file for file in files if file.last_record >= start),
+                next_offset=changes.numbers.get(f"topic/{name}", topic.next_offset),
+                start=start,
+                overlaps=overlaps,
             )
-        return Snapshot(table_version, topics, self)
+            if topic.schemas:
+                topics[name] = topic
+            elif topic.registered:
+                ended[name] = topic
+            else:
+                raise CorruptLog(f"topic {name!r}: its schema is not in {SCHEMAS_TOPIC}; restore that topic's files")
+        return Snapshot(table_version, topics, self, ended)
 
     def _registry_rows(self, file: DataFile) -> list[dict[str, Any]]:
         """Return the entries of one `_schemas` file; decoded once, since files never change."""
@@ -503,7 +513,7 @@ class Store:
         with _reading("the log"):
             files = [file for file in self._storage.walk() if file.path.endswith(".parquet") and not file.path.startswith(deltalog.FOLDER)]
             # Read afresh, after the listing: what is not in the table now was not in it then.
-            live = {file.path for topic in self.reload().topics.values() for file in topic.files}
+            live = {add["path"] for add in pa.table(_opened(self._storage).get_add_actions()).to_pylist()}
             found = [file for file in files if file.path not in live]
             gone = deltalog.removed(self._storage) if found else set()
         return sorted((file for file in found if file.path not in gone), key=lambda file: file.path)
@@ -571,11 +581,24 @@ def _files_after(topic: Topic, added: Sequence[DataFile], removed: frozenset[str
     return files, any(first.last_record > second.first_offset for first, second in itertools.pairwise(new))
 
 
-def _schemas_by_topic(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, pa.Schema]]:
-    """Group the registry's rows: topic → schema_id → schema, in the order the topic took them."""
-    found: dict[str, dict[str, pa.Schema]] = {}
-    for row in sorted(rows, key=lambda row: (row["topic"], row["number"])):
-        schema = pa.ipc.read_schema(pa.py_buffer(row["schema"]))
-        plain = pa.schema([plain_field(field) for field in schema])
-        found.setdefault(row["topic"], {})[row["schema_id"]] = plain
-    return found
+def _number(row: dict[str, Any]) -> int:
+    number: int = row["number"]
+    return number
+
+
+def _registered(topic: Topic, rows: Sequence[dict[str, Any]]) -> Topic:
+    """Return a topic with what its rows in the registry, in order, make of its schema; one without a schema ends it."""
+    merged, event_time, schemas = topic.schema if topic.schemas else None, topic.event_time, dict(topic.schemas)
+    for row in rows:
+        if row["schema"] is None:
+            merged, event_time, schemas = None, None, {}
+        elif row["schema_id"] not in schemas:
+            schema = pa.schema([plain_field(field) for field in pa.ipc.read_schema(pa.py_buffer(row["schema"]))])
+            merged = evolve(topic.name, merged, schema, "additive")
+            event_time = event_time or first_time(schema)
+            schemas[row["schema_id"]] = schema
+    if not rows:
+        return topic
+    return replace(
+        topic, schema=merged if merged is not None else pa.schema([]), schemas=schemas, event_time=event_time, registered=rows[-1]["number"]
+    )

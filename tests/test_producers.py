@@ -228,7 +228,6 @@ def test_stock_adbc_ingests_exactly_once_with_call_headers(connection: adbc.Conn
 
 INGESTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "create what exists": ({"mode": "create"}, adbc_driver_manager.ProgrammingError, "topic 'events' exists already"),
-    "replace": ({"mode": "replace"}, adbc_driver_manager.NotSupportedError, "the log is append-only, a topic is never replaced"),
     "another schema": ({"mode": "append", "db_schema_name": "log"}, adbc_driver_manager.ProgrammingError, "entries go to oplog.public"),
     "another catalog": ({"mode": "append", "catalog_name": "x"}, adbc_driver_manager.ProgrammingError, "entries go to oplog.public"),
     "temporary": ({"mode": "append", "temporary": True}, adbc_driver_manager.NotSupportedError, "temporary tables are not served"),
@@ -252,6 +251,23 @@ def test_ingests_that_cannot_be_are_refused_in_a_sentence(connection: adbc.Conne
             cursor.adbc_ingest(**{"table_name": "events", "data": table} | options)
     assert expected in str(caught.value)
     assert ask(connection, "SELECT count(*) AS n FROM events") == [{"n": 2}]
+
+
+def test_an_ingest_replaces_a_topic_in_one_commit(server: ServerProcess, connection: adbc.Connection) -> None:
+    with connection.cursor() as cursor:
+        cursor.adbc_ingest("events", pa.Table.from_batches([SEED]), mode="replace")
+        assert cursor.adbc_ingest("events", pa.table({"name": [7]}), mode="replace") == 1
+    assert ask(connection, "SELECT _offset, name FROM log.events") == [{"_offset": 2, "name": 7}]
+    with adbc.connect(server.uri) as transactional, transactional.cursor() as cursor:
+        cursor.adbc_ingest("events", pa.table({"other": [1.5, 2.5]}), mode="replace")
+        assert ask(connection, "SELECT name FROM events") == [{"name": 7}]
+        transactional.rollback()
+        cursor.adbc_ingest("events", pa.table({"other": [1.5, 2.5]}), mode="replace")
+        transactional.commit()
+    assert ask(connection, "SELECT _offset, other FROM log.events ORDER BY 1") == [
+        {"_offset": 3, "other": 1.5},
+        {"_offset": 4, "other": 2.5},
+    ]
 
 
 def test_an_ack_that_never_came_is_made_good_by_sending_again(start: Callable[..., ServerProcess]) -> None:

@@ -95,7 +95,6 @@ def test_create_table_declares_a_topic(log: OpLog, execute: Callable[..., int], 
 
 REFUSED = {
     "CREATE TABLE events (a INT)": (RequestError, "table 'events' exists already; nothing was written"),
-    "CREATE OR REPLACE TABLE events (a INT)": (Unsupported, "the log is append-only, a topic is never replaced"),
     "CREATE TABLE _own (a INT)": (RequestError, "topic '_own' is reserved"),
     "CREATE TABLE system.x (a INT)": (RequestError, "'system.x' is not in oplog.public"),
     "CREATE TABLE x (a INT NOT NULL)": (Unsupported, "column 'a' is NOT NULL, and a log keeps no constraints"),
@@ -113,9 +112,9 @@ REFUSED = {
     "INSERT INTO events VALUES ('a', 'b') RETURNING name": (RequestError, "Insert-returning clause not supported"),
     "INSERT INTO events VALUES ('a', 'b'); DROP TABLE events": (Unsupported, "only supports a single SQL statement"),
     "INSERT INTO nowhere VALUES (1)": (NotFound, "table 'oplog.public.nowhere' does not exist"),
-    "DROP TABLE events": (Unsupported, "the log is append-only, a topic is never dropped"),
-    "DROP TABLE nowhere": (NotFound, "table 'nowhere' does not exist"),
+    "DROP TABLE nowhere": (NotFound, "topic 'nowhere' does not exist"),
     "DROP TABLE seen": (RequestError, "'seen' is a view; nothing was written; use DROP VIEW"),
+    "DROP TABLE _schemas": (RequestError, "topic '_schemas' is reserved"),
     "DROP VIEW events": (RequestError, "'events' is a table"),
     "DROP VIEW nowhere": (NotFound, "view 'nowhere' does not exist"),
     "DROP SCHEMA public": (Unsupported, "DROP SCHEMA is not served"),
@@ -143,6 +142,94 @@ def test_what_a_log_does_not_do_is_refused(log: OpLog, execute: Callable[..., in
 def test_dropping_what_may_be_missing_is_no_error(execute: Callable[..., int]) -> None:
     assert execute("DROP TABLE IF EXISTS nowhere") == 0
     assert execute("DROP VIEW IF EXISTS nowhere") == 0
+
+
+def test_a_dropped_table_is_seen_in_the_past_alone(log: OpLog, engine: Engine, execute: Callable[..., int], query: Query) -> None:
+    log.append("events", SEED)
+    before = log.snapshot()
+    assert execute("DROP TABLE events") == 0
+    with pytest.raises(NotFound):
+        query("SELECT * FROM events")
+    with pytest.raises(NotFound, match="topic 'events' does not exist; nothing was written"):
+        execute("DROP TABLE events")
+    assert rows(engine, before, "SELECT * FROM events") == SEED.to_pylist()
+    assert query(f"SELECT * FROM at_version('events', {before.table_version})") == SEED.to_pylist()
+    assert log.verify() == []
+    # It may begin again, with another schema, at the offset where it ended.
+    assert log.append("events", pa.record_batch({"name": [1, 2, 3]})).first_offset == 2
+    assert query("SELECT name FROM events ORDER BY name") == [{"name": 1}, {"name": 2}, {"name": 3}]
+    assert query("SELECT min(_offset) AS low, count(*) AS n FROM log.events") == [{"low": 2, "n": 3}]
+    assert query("SELECT count(*) AS n FROM records.events") == [{"n": 1}]
+    assert execute("CREATE OR REPLACE TABLE events AS SELECT 'x' AS only") == 1
+    assert query("SELECT _offset, only FROM log.events") == [{"_offset": 5, "only": "x"}]
+    for again in (log.snapshot(), OpLog.open(log.config.data).snapshot()):
+        topic = again.topic("events")
+        assert (topic.first_offset, topic.next_offset, topic.schema.names) == (5, 6, ["only"])
+        assert rows(engine, again, "SELECT * FROM events") == [{"only": "x"}]
+    assert log.verify() == []
+
+
+def test_a_table_dropped_in_many_ways_is_the_same_to_every_reader(log: OpLog, execute: Callable[..., int], query: Query) -> None:
+    execute("CREATE TABLE empty (a INT)")
+    execute("DROP TABLE empty")
+    execute("CREATE TABLE empty (b VARCHAR)")
+    for _ in range(3):
+        log.append("t", pa.record_batch({"a": [1]}))
+        execute("DROP TABLE t")
+    log.append("t", pa.record_batch({"a": ["text"]}))
+    other = OpLog.open(log.config.data)
+    for snapshot in (log.snapshot(), other.snapshot()):
+        assert {name: (topic.first_offset, topic.next_offset) for name, topic in snapshot.topics.items() if name[0] != "_"} == {
+            "empty": (0, 0),
+            "t": (3, 4),
+        }
+        assert snapshot.topic("empty").schema.names == ["b"]
+    assert log.remove_orphans(0) == []
+    execute("DROP TABLE t")
+    assert "t" not in other.snapshot().topics
+    assert other.append("t", pa.record_batch({"n": [1.5]})).first_offset == 4
+    assert log.snapshot().topic("t").first_offset == 4
+    other.close()
+
+
+def test_one_group_may_drop_a_topic_between_appends(log: OpLog, monkeypatch: pytest.MonkeyPatch, query: Query) -> None:
+    log.append("other", SEED)
+    is_committing, going_on = threading.Event(), threading.Event()
+    real = log._store.commit
+
+    def commit(*args: Any) -> int:
+        is_committing.set()
+        going_on.wait(10)
+        return real(*args)
+
+    monkeypatch.setattr(log._store, "commit", commit)
+    outcomes: dict[str, Any] = {}
+
+    def later(name: str, call: Callable[[], Any]) -> threading.Thread:
+        thread = threading.Thread(target=lambda: outcomes.update({name: call()}))
+        thread.start()
+        return thread
+
+    threads = [later("first", lambda: log.append("other", SEED))]
+    assert is_committing.wait(10)
+    for name, call in (
+        ("a", lambda: log.append("t", pa.record_batch({"a": [1, 2]}))),
+        ("drop", lambda: log.drop("t")),
+        ("b", lambda: log.append("t", pa.record_batch({"a": ["x"]}))),
+    ):
+        waiting = log._committer._queue.qsize()
+        threads.append(later(name, call))
+        while log._committer._queue.qsize() == waiting:
+            threading.Event().wait(0.001)
+    going_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert (outcomes["a"].first_offset, outcomes["b"].first_offset) == (0, 2)
+    assert outcomes["a"].table_version == outcomes["drop"].table_version == outcomes["b"].table_version
+    assert query("SELECT _offset, a FROM log.t") == [{"_offset": 2, "a": "x"}]
+    assert log.verify() == []
+    with OpLog.open(log.config.data) as again:
+        assert again.snapshot().topic("t").schema == log.snapshot().topic("t").schema
 
 
 def test_a_view_lives_in_the_log(log: OpLog, engine: Engine, execute: Callable[..., int], query: Query) -> None:

@@ -68,6 +68,7 @@ class Put:
 
     topic: str
     transaction_id: bytes | None = None
+    replaces: bool = False
 
 
 @dataclass(frozen=True)
@@ -477,14 +478,15 @@ class Service:
         if message.catalog not in (None, "", CATALOG) or message.schema not in (None, "", "public"):
             raise RequestError(f"topic {name!r}: entries go to {CATALOG}.public, not to another catalog or schema; nothing was written")
         options = message.table_definition_options or wire.TableDefinitionOptions()
-        exists = name in self._oplog.snapshot().topics
+        snapshot = self._oplog.snapshot()
+        exists = name in snapshot.topics
         if exists and options.if_exists == _IF_EXISTS_FAIL:
             raise RequestError(f"topic {name!r} exists already; nothing was written; append to it instead")
-        if exists and options.if_exists == _IF_EXISTS_REPLACE:
-            raise Unsupported(f"topic {name!r}: the log is append-only, a topic is never replaced; nothing was written")
         if not exists and options.if_not_exist == _IF_NOT_EXIST_FAIL:
             raise NotFound(f"topic {name!r} does not exist; nothing was written; create it with the first append")
-        return Put(name, transaction_id)
+        if name in self._engine.views(snapshot) and not exists:
+            raise RequestError(f"{name!r} is a view; nothing was written; choose another name or drop it first")
+        return Put(name, transaction_id, exists and options.if_exists == _IF_EXISTS_REPLACE)
 
     # Metadata
 
