@@ -112,9 +112,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "pandas": ("pandas==3.1.1", *DRIVER),
     "polars": ("polars==2.1.0", *DRIVER),
     "DuckDB": ("duckdb==2.0.0", *DRIVER),
-    "SQLAlchemy 1.4 and Superset": ("flightsql-dbapi==0.2.2", "sqlalchemy==1.4.54"),
+    "SQLAlchemy 1.4 and Superset": ("flightsql-dbapi==0.2.2", "sqlalchemy==1.4.54", "pandas==3.1.1"),
     "SQLAlchemy 2": ("sqlalchemy-adbc==0.3.0", "sqlalchemy==2.1.9", "pandas==3.1.1", *DRIVER),
-    "Ibis": ("ibis-framework==12.0.0", *DRIVER),
+    "Ibis": ("ibis-framework[datafusion]==12.0.0", *DRIVER),
 }
 
 

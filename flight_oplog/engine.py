@@ -238,7 +238,7 @@ class Engine:
         self._check(text)
         rows = self._bound(sql, snapshot, parameters, db_schema)
         if rows is None and names:
-            raise RequestError(f"the statement has {len(names)} parameters and none is bound; nothing was written")
+            raise RequestError(f"{_count(names)} and none is bound; nothing was written")
         together = sqltext.as_select(text, f'"{_BOUND}"."values"') if rows is not None and len(rows) > 1 else None
         deadline = time.monotonic() + self._config.statement_seconds_max
         if rows is None or together is not None:
@@ -310,7 +310,7 @@ class Engine:
             return None
         text, names = sqltext.numbered(sql)
         if len(names) != parameters.num_columns:
-            raise RequestError(f"the statement has {len(names)} parameters, {parameters.num_columns} are bound; nothing was written")
+            raise RequestError(f"{_count(names)}, {parameters.num_columns} {'is' if parameters.num_columns == 1 else 'are'} bound")
         session, _ = self._session(text, snapshot, db_schema)
         columns = []
         for number, (wanted, column) in enumerate(zip(_parameters(session, text, names), parameters.columns, strict=True), 1):
@@ -320,7 +320,7 @@ class Engine:
                 columns.append(plain if pa.types.is_null(wanted.type) or plain.type == wanted.type else plain.cast(wanted.type))
             except pa.ArrowException as error:
                 why = " ".join(str(error).split())[:200]
-                raise RequestError(f"parameter ${number} of type {column.type} is no {wanted.type}: {why}; nothing was written") from error
+                raise RequestError(f"parameter ${number} of type {column.type} is no {wanted.type}: {why}") from error
         return [{str(n): column[row] for n, column in enumerate(columns, 1)} for row in range(parameters.num_rows)]
 
     def _bound_rows(self, sql: str, rows: list[dict[str, pa.Scalar]] | None) -> pa.RecordBatch:
@@ -778,7 +778,13 @@ def _parameters(session: SessionContext, sql: str, names: Sequence[str]) -> pa.S
     if 0 < len(names) <= PARAMETERS_ASKED_MAX and len(kinds) != len(names):
         kinds = [(inferred(sqltext.alone(sql, number)) or [pa.null()])[0] for number in range(1, len(names) + 1)]
     kinds = kinds if len(kinds) == len(names) else [pa.null()] * len(names)
+    for number in sqltext.limits(sql) if names else ():
+        kinds[number - 1] = pa.int64()
     return pa.schema([pa.field(name, kind) for name, kind in zip(names, kinds, strict=True)])
+
+
+def _count(names: Sequence[str]) -> str:
+    return f"the statement has {len(names)} parameter{'' if len(names) == 1 else 's'}"
 
 
 def _nulls(parameters: pa.Schema) -> Values:
@@ -824,7 +830,7 @@ def _translated(error: Exception, context: ScanContext) -> OplogError:
             return failure
     text = " ".join(str(error).split())
     prefix = found[0] if (found := _PREFIX.match(text)) else ""
-    words = text[len(prefix) :][:1000]
+    words = text[len(prefix) :][:1000].rstrip(".")
     strange = context.failures and not isinstance(context.failures[0], pa.ArrowInvalid | pa.ArrowNotImplementedError)
     if strange or "Traceback" in text:  # a fault of this program; its text would show the server's insides
         log.error("a scan failed: %s", text, exc_info=context.failures[0] if context.failures else None)

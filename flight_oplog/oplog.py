@@ -49,6 +49,7 @@ log = logging.getLogger("flight_oplog.oplog")
 SPILLS_UNDER_WAY = 3
 FLUSH_BYTES = 1 << 20
 SMALL_BYTES = 256 << 10
+ENCODED_BYTES = 4 << 20
 NORMALS_KEPT = 256
 _ANONYMOUS = Origin()
 
@@ -393,7 +394,7 @@ class AppendWriter:
         self._check_owned()
         if self._staged is not None and self._waiting:
             self._spill()
-        if self._waiting and self._waiting_bytes > SMALL_BYTES:
+        if self._waiting and self._waiting_bytes > ENCODED_BYTES:
             # Here, while the committer commits others: everybody waits on it.
             self._record = self._encode(self._waiting, self._waiting_entries, self._unchecked)
             self._waiting, self._unchecked = [], False

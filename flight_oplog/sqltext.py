@@ -104,6 +104,17 @@ def alone(sql: str, number: int) -> str:
     return "".join((*parts, sql[end:]))
 
 
+def limits(sql: str) -> list[int]:
+    """Return which parameters of a numbered text say how many rows: DataFusion does not infer that they are numbers."""
+    found, before = [], ""
+    for token in _TOKEN.finditer(sql):
+        if token[1] is not None and before in ("LIMIT", "OFFSET"):
+            found.append(int(token[1][1:]))
+        if token[1] is not None or token[2] is not None:
+            before = (token[2] or "").upper()
+    return found
+
+
 def as_select(sql: str, table: str) -> str | None:
     """Return `INSERT INTO t VALUES ($1, ...)` as an INSERT of a SELECT from `table`, whose columns are the parameters' values.
 

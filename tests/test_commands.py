@@ -77,7 +77,7 @@ def test_values_are_bound_by_place_number_or_name(cursor: adbc.Cursor) -> None:
     assert run(cursor, "SELECT a FROM t WHERE s = ?", (None,)) == []
     assert run(cursor, "SELECT a FROM t ORDER BY a LIMIT ?", (2,)) == [(1,), (2,)]
     assert run(cursor, "SELECT '?' AS q, a FROM t WHERE a = ? -- ?", (1,)) == [("?", 1)]
-    with pytest.raises(adbc.ProgrammingError, match="the statement has 1 parameters, 2 are bound"):
+    with pytest.raises(adbc.ProgrammingError, match="the statement has 1 parameter, 2 are bound"):
         run(cursor, "SELECT a FROM t WHERE a = ?", (1, 2))
 
 
@@ -147,6 +147,18 @@ def test_a_statement_says_what_its_parameters_and_its_result_are(client: flight.
     assert (query.is_update, update.is_update, update.dataset_schema) == (False, True, b"")
     named = prepare(client, "SELECT * FROM t WHERE a = $low OR a > $low OR s = $word")
     assert pa.ipc.read_schema(pa.py_buffer(named.parameter_schema)) == pa.schema([("low", pa.int64()), ("word", pa.string())])
+
+
+def test_parameters_are_asked_for_in_types_that_jdbc_can_bind(client: flight.FlightClient) -> None:
+    put(client, "t", pa.record_batch({"at": pa.array([0], pa.timestamp("ns", "UTC")), "of": pa.array([0], pa.time64("us"))}))
+    asked = prepare(client, "SELECT ? AS v FROM t WHERE at > ? AND of > ? LIMIT ?")
+    assert pa.ipc.read_schema(pa.py_buffer(asked.parameter_schema)).types == [
+        *(pa.string(), pa.timestamp("ms", "UTC"), pa.time32("ms"), pa.int64()),
+    ]
+    with pytest.raises(pa.ArrowInvalid, match="the statement has parameters and none is bound"):
+        client.get_flight_info(command(wire.CommandStatementQuery("SELECT ? AS v")))
+    with pytest.raises(pa.ArrowInvalid, match="the statement has parameters and none is bound"):
+        client.get_flight_info(command(wire.CommandPreparedStatementQuery(asked.prepared_statement_handle)))
 
 
 @pytest.mark.parametrize("follows", [True, False])

@@ -214,14 +214,14 @@ def test_the_next_group_is_encoded_while_this_one_is_committed(log: OpLog, monke
 
     def encode(batches: list[pa.RecordBatch], *args: Any) -> pa.Buffer:
         content = real_encode(batches, *args)
-        if sum(batch.num_rows for batch in batches) == 100_000:
+        if sum(batch.num_rows for batch in batches) == 400_000:
             encoded.set()
         return content
 
     monkeypatch.setattr(log._store, "commit", commit)
     monkeypatch.setattr(codec, "encode", encode)
     start = datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC)
-    large = pa.record_batch({"at": pa.array([start] * 100_000, pa.timestamp("us", "UTC")), "n": range(100_000)})
+    large = pa.record_batch({"at": pa.array([start] * 400_000, pa.timestamp("us", "UTC")), "n": range(400_000)})
     receipts = []
     for batch in (large.slice(0, 1), large, large.slice(0, 2)):
         writer = log.writer("t", batch.schema)
@@ -231,9 +231,9 @@ def test_the_next_group_is_encoded_while_this_one_is_committed(log: OpLog, monke
     assert encoded.wait(10)
     assert not any(receipt.done() for receipt in receipts)
     going_on.set()
-    assert [receipt.result(10).first_offset for receipt in receipts] == [0, 1, 100_001]
+    assert [receipt.result(10).first_offset for receipt in receipts] == [0, 1, 400_001]
     records = list(log.snapshot().records("t", 0))
-    assert [(record.entries, record.min_time, record.max_time) for record in records] == [(n, start, start) for n in (1, 100_000, 2)]
+    assert [(record.entries, record.min_time, record.max_time) for record in records] == [(n, start, start) for n in (1, 400_000, 2)]
     assert log.verify() == []
 
 

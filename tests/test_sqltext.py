@@ -37,6 +37,11 @@ def test_an_insert_of_one_row_of_values_becomes_a_select_from_the_bound_rows() -
         assert select(other) is None
 
 
+def test_parameters_that_say_how_many_rows_are_told() -> None:
+    assert sqltext.limits("SELECT $1 FROM t WHERE a = $2 LIMIT $3 OFFSET /* rows */ $4") == [3, 4]
+    assert sqltext.alone("SELECT $1, '$2', $2 FROM t LIMIT $12", 2) == "SELECT NULL, '$2', $1 FROM t LIMIT NULL"
+
+
 def test_a_text_is_measured_with_strings_and_comments_aside() -> None:
     assert sqltext.measure("/* UPDATE */ -- x\n(SELECT a FROM t, u WHERE a = 'b, c' AND NOT d)") == sqltext.Measure("SELECT", 3, 2)
     assert sqltext.measure("") == sqltext.Measure("", 0, 0)

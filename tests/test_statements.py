@@ -53,7 +53,7 @@ def test_values_are_bound_and_rows_of_them_are_one_append(log: OpLog, execute: C
     ("sql", "parameters", "message"),
     [
         ("INSERT INTO events VALUES (?, ?)", None, "the statement has 2 parameters and none is bound"),
-        ("INSERT INTO events VALUES (?, ?)", bound(["a"]), "the statement has 2 parameters, 1 are bound"),
+        ("INSERT INTO events VALUES (?, ?)", bound(["a"]), "the statement has 2 parameters, 1 is bound"),
         ("INSERT INTO numbers VALUES (?)", bound(["a"]), r"parameter \$1 of type string is no int64: .*'a'"),
         ("INSERT INTO log.events VALUES (1, 2, 3, 'a', 'b', 'c', 'd')", None, "'log.events' is not in oplog.public"),
         ("INSERT INTO system.topics SELECT * FROM system.topics", None, "'system.topics' is not in oplog.public"),

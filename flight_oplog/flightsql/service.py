@@ -212,6 +212,8 @@ class Service:
             count = self._execute(sql, caller, _loaded(parameters), None if transaction is None else transaction.encode())
             handle = self._sealer.seal("count", {"count": count}, self.config.ticket_seconds_max)
         else:
+            if statement.parameters and parameters is None:
+                raise RequestError("the statement has parameters and none is bound")
             body = {"sql": sql, "table_version": statement.snapshot.table_version}
             if parameters is not None:
                 body["parameters"] = parameters
@@ -398,7 +400,7 @@ class Service:
         if message.transaction_id:
             body["transaction"] = message.transaction_id.decode("utf-8", "replace")
         handle = self._sealer.seal("prepared statement", body, self.config.ticket_seconds_max)
-        schema, parameters = (s.serialize().to_pybytes() for s in (statement.schema, statement.parameters))
+        schema, parameters = (s.serialize().to_pybytes() for s in (statement.schema, _as_asked_for(statement.parameters)))
         # JDBC takes a statement with an empty dataset schema for an update, and others look at is_update alone.
         answer = wire.ActionCreatePreparedStatementResult(handle, b"" if statement.is_update else schema, parameters, statement.is_update)
         return [wire.pack(answer)]
@@ -648,6 +650,22 @@ def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:
         return Result(batch.schema, ((piece, None) for piece in pieces))
 
     return Route(lambda service, message, command, caller: Planned(answer(service, message).schema, command), get)
+
+
+def _as_asked_for(parameters: pa.Schema) -> pa.Schema:
+    """Return the parameters in the types that clients are asked to send them in; they are cast where the statement wants another.
+
+    JDBC writes milliseconds into whatever unit it is asked for, and can bind nothing to a type of null.
+    """
+
+    def kind(wanted: pa.DataType) -> pa.DataType:
+        if pa.types.is_timestamp(wanted):
+            return pa.timestamp("ms", wanted.tz)
+        if pa.types.is_time(wanted):
+            return pa.time32("ms")
+        return pa.string() if pa.types.is_null(wanted) else wanted
+
+    return pa.schema([pa.field(field.name, kind(field.type)) for field in parameters])
 
 
 def _packed(parameters: pa.RecordBatch, config: Config) -> str:
