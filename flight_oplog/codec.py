@@ -75,6 +75,42 @@ def recast(array: pa.Array, target: pa.DataType) -> pa.Array:
     return array.cast(target)
 
 
+def fitted(array: pa.Array, target: pa.DataType) -> pa.Array:
+    """Cast values to what they are to be stored as: the same values, or ArrowInvalid is raised.
+
+    Text becomes whatever it says; else kinds are kept apart, and a value has to come back from its new type as it was. But
+    numbers round to the nearest float.
+    """
+    if array.type == target or pa.types.is_null(array.type):
+        return array.cast(target)
+    if _is_text(array.type) or (_is_text(target) and _kind(array.type) == "number"):
+        return array.cast(target)
+    if _kind(array.type) != _kind(target) and not (pa.types.is_date(array.type) and pa.types.is_timestamp(target)):
+        raise pa.ArrowInvalid(f"{array.type} is not stored as {target}")
+    cast = recast(array, target)
+    if pa.types.is_floating(array.type) and pa.types.is_floating(target):
+        same = pc.all(pc.equal(pc.is_finite(array), pc.is_finite(cast))).as_py() is not False
+    else:
+        same = cast.cast(array.type).equals(array) if not pa.types.is_nested(target) else True
+    if not same:
+        raise pa.ArrowInvalid(f"a value is not the same as {target}")
+    return cast
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _kind(kind: pa.DataType) -> str:
+    types = pa.types
+    if types.is_integer(kind) or types.is_floating(kind) or types.is_decimal(kind):
+        return "number"
+    for name in ("boolean", "date", "timestamp", "time", "duration", "interval", "struct", "map"):
+        if getattr(types, f"is_{name}")(kind):
+            return name
+    return "list" if types.is_nested(kind) else "bytes"
+
+
 def _lacks_cast(kind: pa.DataType) -> bool:
     types = pa.types
     return (

@@ -71,6 +71,17 @@ def read(storage: Storage, table_version: int) -> Changes | None:
     return _entry(table_version, content)
 
 
+def made(storage: Storage, table_version: int) -> float | None:
+    """Return when a table version was made, in seconds since 1970, as its entry says; None when that is gone or does not."""
+    try:
+        actions = _actions(storage.read(entry_path(table_version)).to_pybytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise CorruptLog(f"table_version {table_version}: its commit file is damaged; restore it") from error
+    return next((action["commitInfo"]["timestamp"] / 1000 for action in actions if "timestamp" in action.get("commitInfo", {})), None)
+
+
 def numbers(storage: Storage, table_version: int) -> dict[str, int]:
     """Return the latest number of every application id as of a table version: from a checkpoint, and the entries after it."""
     checkpoints = [int(found[1]) for name in storage.names(FOLDER) if (found := _CHECKPOINT_NAME.fullmatch(name))]

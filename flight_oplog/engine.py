@@ -19,6 +19,7 @@ import queue
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -131,21 +132,21 @@ class Engine:
 
         Raises RequestError for bad SQL, NotFound for an unknown table, Unsupported for what the log does not do.
         """
+        is_update = self._check(sql)
         text, names = sqltext.numbered(sql)
-        is_update = self._check(text)
-        session, context = self._session(text, snapshot, db_schema)
+        session, context = self._session(text, snapshot, PUBLIC if is_update else db_schema)
         parameters = _parameters(session, text, names)
         if is_update:
             self._change(session, context, text, _nulls(parameters))
             return Statement(snapshot, CHANGED, parameters, is_update)
-        rows = self._bound(sql, snapshot, values, db_schema)
+        bound = self._bound(text, names, parameters, values, is_update)
         try:
-            frame = self._frame(session, context, text, rows[0] if rows else None)
+            frame = self._frame(session, context, text, _row(bound, 0) if bound is not None and bound.num_rows else None)
         except OplogError:
             if not names:
                 raise
             frame = self._frame(session, context, text, _nulls(parameters))  # some texts need to know every type
-        return Statement(snapshot, _wire_schema(frame.schema()), parameters)
+        return Statement(snapshot, _schema_of(frame, context), parameters)
 
     def tables(self, snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
         """Yield (SQL schema, table, type) of every table SQL can name, `information_schema` aside; the default schema first."""
@@ -186,24 +187,27 @@ class Engine:
         `stopped` is asked about every 50 ms; once it is true the work ends and the iterator raises Cancelled. Closing
         the iterator, or losing it, ends the work too.
         """
-        rows = self._bound(sql, snapshot, parameters, db_schema)
+        self._check(sql)
         deadline = time.monotonic() + self._config.statement_seconds_max
-        if rows is None:
-            return self._run(sql, snapshot, stopped, offsets, deadline, None, db_schema)
-        text, _ = sqltext.numbered(sql)
-        if not rows:
-            frame, _ = self._plan(text, snapshot, values={}, db_schema=db_schema)
-            return Running(_wire_schema(frame.schema()), iter(()))
-        first = self._run(text, snapshot, stopped, offsets, deadline, rows[0], db_schema)
+        text, names = sqltext.numbered(sql)
+        if parameters is None or not parameters.num_columns:
+            return self._run(text, snapshot, stopped, offsets, deadline, None, db_schema)
+        session, context = self._session(text, snapshot, db_schema)
+        wanted = _parameters(session, text, names)
+        bound = self._bound(text, names, wanted, parameters, is_update=False)
+        assert bound is not None
+        if not bound.num_rows:
+            return Running(_schema_of(self._frame(session, context, text, _nulls(wanted)), context), iter(()))
+        first = self._run(text, snapshot, stopped, offsets, deadline, _row(bound, 0), db_schema)
 
         def each() -> Iterator[pa.RecordBatch]:
             yield from first.batches
-            for values in rows[1:]:
-                running = self._run(text, snapshot, stopped, offsets, deadline, values, db_schema)
+            for row in range(1, bound.num_rows):
+                running = self._run(text, snapshot, stopped, offsets, deadline, _row(bound, row), db_schema)
                 for batch in running.batches:
                     yield _to_wire(batch, first.schema)
 
-        return Running(first.schema, each(), first.counts)
+        return Running(first.schema, each() if bound.num_rows > 1 else first.batches, first.counts)
 
     def _run(
         self,
@@ -216,10 +220,10 @@ class Engine:
         db_schema: str,
     ) -> Running:
         frame, stream, context = self._start(sql, snapshot, offsets, values, db_schema)
-        schema = _wire_schema(frame.schema())
+        schema = _schema_of(frame, context)
         puller = _Puller(self._loop, stream, context)
         del frame, stream  # the frame holds the plan, the plan holds running tasks
-        batches = self._pull(puller, context, schema, deadline, stopped)
+        batches = _Pulled(self._pull(puller, context, schema, deadline, stopped), puller)
         return Running(schema, _paced(batches, self._config.message_bytes_max), context.counts)
 
     def change(
@@ -228,36 +232,36 @@ class Engine:
         snapshot: Snapshot,
         stopped: Stopped = lambda: False,
         parameters: pa.RecordBatch | None = None,
-        db_schema: str = PUBLIC,
     ) -> Change:
-        """Return what `sql`, which is no query, would change; nothing is changed here. Its entries come as they are computed.
+        """Return what `sql`, which is no query, would change; nothing is changed here. Names without a schema are in `public`.
 
-        With `parameters`, an INSERT inserts the entries of all their rows.
+        Its entries are computed as they are asked for. With `parameters`, an INSERT inserts the entries of all their rows.
         """
+        self._check(sql)
         text, names = sqltext.numbered(sql)
-        self._check(text)
-        rows = self._bound(sql, snapshot, parameters, db_schema)
-        if rows is None and names:
-            raise RequestError(f"{_count(names)} and none is bound; nothing was written")
-        together = sqltext.as_select(text, f'"{_BOUND}"."values"') if rows is not None and len(rows) > 1 else None
         deadline = time.monotonic() + self._config.statement_seconds_max
-        if rows is None or together is not None:
-            session, context = self._session(text, snapshot, db_schema, bound=self._bound_rows(text, rows) if together else None)
-            return self._changing(session, context, together or text, None, deadline, stopped)
-        if not rows:
-            session, context = self._session(text, snapshot, db_schema)
-            found = self._change(session, context, text, _nulls(_parameters(session, text, names)))[0]
+        session, context = self._session(text, snapshot, PUBLIC)
+        wanted = _parameters(session, text, names)
+        bound = self._bound(text, names, wanted, parameters, is_update=True)
+        if bound is None:
+            if names:
+                raise RequestError(f"{_count(names)} and none is bound; nothing was written")
+            return self._changing(session, context, text, None, deadline, stopped)
+        if bound.num_rows > 1 and (together := sqltext.as_select(text, f'"{_BOUND}"."values"')) is not None:
+            session, context = self._session(text, snapshot, PUBLIC, bound=bound)
+            return self._changing(session, context, together, None, deadline, stopped)
+        if not bound.num_rows:
+            found = self._change(session, context, text, _nulls(wanted))[0]
             found.batches = iter(())
             return found
-        session, context = self._session(text, snapshot, db_schema)
-        found = self._changing(session, context, text, rows[0], deadline, stopped)
+        found = self._changing(session, context, text, _row(bound, 0), deadline, stopped)
         first = found.batches
 
         def each() -> Iterator[pa.RecordBatch]:
             yield from first or ()
-            for values in rows[1:]:
-                session, context = self._session(text, snapshot, db_schema)
-                yield from self._changing(session, context, text, values, deadline, stopped).batches or ()
+            for row in range(1, bound.num_rows):
+                session, context = self._session(text, snapshot, PUBLIC)
+                yield from self._changing(session, context, text, _row(bound, row), deadline, stopped).batches or ()
 
         if first is not None:
             found.batches = each()
@@ -267,12 +271,21 @@ class Engine:
         self, session: SessionContext, context: ScanContext, sql: str, values: Values, deadline: float, stopped: Stopped
     ) -> Change:
         found, plan = self._change(session, context, sql, values)
-        if plan is not None and found.schema is not None:
+        schema = found.schema
+
+        def entries() -> Iterator[pa.RecordBatch]:
+            """Begin only when somebody wants them: a statement that is refused first must leave no work behind."""
+            assert schema is not None
             try:
                 stream = session.create_dataframe_from_logical_plan(plan).execute_stream()
             except Exception as error:
                 raise _translated(error, context) from error
-            found.batches = self._pull(_Puller(self._loop, stream, context), context, found.schema, deadline, stopped)
+            puller = _Puller(self._loop, stream, context)
+            del stream
+            yield from self._pull(puller, context, schema, deadline, stopped)
+
+        if plan is not None and schema is not None:
+            found.batches = entries()
         return found
 
     def _change(self, session: SessionContext, context: ScanContext, sql: str, values: Values) -> tuple[Change, Any]:
@@ -304,29 +317,32 @@ class Engine:
             return Change("DROP TABLE" if kind == "DropTable" else "DROP VIEW", _public(found.name()), tolerant=found.if_exists()), None
         raise Unsupported(f"{' '.join(sql.split()[:2]).upper()[:40]} is not served: {_SERVED}")
 
-    def _bound(self, sql: str, snapshot: Snapshot, parameters: pa.RecordBatch | None, db_schema: str) -> list[dict[str, pa.Scalar]] | None:
-        """Return what each row of the parameters binds, in the types that the statement wants; None without parameters."""
+    def _bound(
+        self, text: str, names: Sequence[str], wanted: pa.Schema, parameters: pa.RecordBatch | None, is_update: bool
+    ) -> pa.RecordBatch | None:
+        """Return the values bound, in the types that the statement wants, as columns p1, p2, ...; None without parameters.
+
+        A value that would not be the same in that type is refused where it would be written; a query is left to coerce it.
+        """
         if parameters is None or not parameters.num_columns:
             return None
-        text, names = sqltext.numbered(sql)
+        written = "; nothing was written" if is_update else ""
         if len(names) != parameters.num_columns:
-            raise RequestError(f"{_count(names)}, {parameters.num_columns} {'is' if parameters.num_columns == 1 else 'are'} bound")
-        session, _ = self._session(text, snapshot, db_schema)
+            are = "is" if parameters.num_columns == 1 else "are"
+            raise RequestError(f"{_count(names)}, {parameters.num_columns} {are} bound{written}")
         columns = []
-        for number, (wanted, column) in enumerate(zip(_parameters(session, text, names), parameters.columns, strict=True), 1):
-            kind = plain_field(pa.field("", column.type)).type
+        for number, (kind, column) in enumerate(zip(wanted.types, parameters.columns, strict=True), 1):
             try:
-                plain = codec.recast(column, kind)
-                columns.append(plain if pa.types.is_null(wanted.type) or plain.type == wanted.type else plain.cast(wanted.type))
-            except pa.ArrowException as error:
+                plain = codec.recast(column, plain_field(pa.field("", column.type)).type)
+                fitting = plain if pa.types.is_null(kind) else codec.fitted(plain, kind)
+            except (pa.ArrowException, RequestError) as error:
+                if not is_update and isinstance(error, pa.ArrowException):
+                    columns.append(column)
+                    continue
                 why = " ".join(str(error).split())[:200]
-                raise RequestError(f"parameter ${number} of type {column.type} is no {wanted.type}: {why}") from error
-        return [{str(n): column[row] for n, column in enumerate(columns, 1)} for row in range(parameters.num_rows)]
-
-    def _bound_rows(self, sql: str, rows: list[dict[str, pa.Scalar]] | None) -> pa.RecordBatch:
-        assert rows is not None
-        columns = {name: pa.array([row[name].as_py() for row in rows], value.type) for name, value in rows[0].items()}
-        return pa.RecordBatch.from_pydict(columns)
+                raise RequestError(f"parameter ${number} of type {column.type} is no {kind}: {why}{written}") from error
+            columns.append(fitting)
+        return pa.RecordBatch.from_arrays(columns, [f"p{number}" for number in range(1, len(columns) + 1)])
 
     def _start(
         self, sql: str, snapshot: Snapshot, offsets: tuple[int, int] | None, values: Values, db_schema: str
@@ -382,10 +398,17 @@ class Engine:
         runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(self._config.statement_bytes_max)
         catalog = _Catalog(snapshot, context, bound)
         session = _new_session(db_schema, partitions, runtime, catalog)
-        if _TIME_TRAVEL.search(sql):
+        defined = self.views(snapshot)
+        travels = _TIME_TRAVEL.search(sql) or any(_TIME_TRAVEL.search(definition) for definition in defined.values())
+        if travels:
             _register_time_travel(session, snapshot, context)
-        if defined := self.views(snapshot):
-            self._plan_views(sql, defined, catalog, context, session if db_schema == PUBLIC else None, partitions)
+        if defined and sqltext.measure(sql).first != "DROP":
+            of_views = session
+            if db_schema != PUBLIC:
+                of_views = _new_session(PUBLIC, partitions, RuntimeEnvBuilder(), catalog)
+                if travels:
+                    _register_time_travel(of_views, snapshot, context)
+            self._plan_views(sql, defined, catalog, context, of_views)
         return session, context
 
     def views(self, snapshot: Snapshot) -> dict[str, str]:
@@ -405,42 +428,54 @@ class Engine:
             self._views[key] = found
         return self._views[key]
 
-    def _plan_views(
-        self, sql: str, defined: dict[str, str], catalog: _Catalog, context: ScanContext, session: SessionContext | None, partitions: int
-    ) -> None:
+    def _plan_views(self, sql: str, defined: dict[str, str], catalog: _Catalog, context: ScanContext, session: SessionContext) -> None:
         """Plan the views that a statement may name, those first that others are made of; their names are looked up in `public`.
 
         DataFusion cannot plan one while it plans the statement. One that cannot be planned fails the statement that reads it.
+        Each is planned once and copied into whatever names it, so what it reads and its operators add up: they are limited.
         """
-        session = session or _new_session(PUBLIC, partitions, RuntimeEnvBuilder(), catalog)
-        weights: dict[str, int] = {}
+        weights: dict[str, sqltext.Measure] = {}
 
-        def plan(name: str, above: tuple[str, ...]) -> None:
+        def weigh(text: str, above: tuple[str, ...]) -> sqltext.Measure:
+            """Plan the views that a text names, but for itself, and return what it measures with them."""
+            found = sqltext.measure(text)
+            tables, operators = found.tables, found.operators
+            for name, times in (sqltext.names(text) - Counter(above[-1:])).items():
+                if name in defined:
+                    of_view = plan(name, above)
+                    tables, operators = tables + times * of_view.tables, operators + times * of_view.operators
+            return sqltext.Measure(found.first, operators, tables)
+
+        def plan(name: str, above: tuple[str, ...]) -> sqltext.Measure:
             if name in weights:
-                return
+                return weights[name]
+            nothing = sqltext.Measure("", 0, 0)
             if name in above or len(above) >= VIEW_DEPTH_MAX:
-                raise RequestError(f"view {name!r} is made of itself, or of views more than {VIEW_DEPTH_MAX} deep")
-            definition = defined[name]
-            parts = sorted(sqltext.names(definition) & defined.keys() - {name})
-            for part in parts:
-                plan(part, (*above, name))
-            # Each view is planned once and copied into whatever names it: that is what has to stay small.
-            weights[name] = sqltext.measure(definition).tables + sum(weights[part] * definition.count(part) for part in parts)
-            if weights[name] > self._config.sql_tables_max:
-                raise TooLarge(f"view {name!r} reads {weights[name]} tables; sql_tables_max is {self._config.sql_tables_max}")
+                catalog.broken[name] = RequestError(f"view {name!r} is made of itself, or of views more than {VIEW_DEPTH_MAX} deep")
+                return nothing
+            weight = weigh(defined[name], (*above, name))
+            weights[name] = weight
             try:
-                planned = session.sql(f"EXPLAIN {definition}").logical_plan().inputs()[0].inputs()[0]
+                self._check_weight(weight, f"view {name!r}")
+                planned = session.sql(f"EXPLAIN {defined[name]}").logical_plan().inputs()[0].inputs()[0]
                 catalog.views[name] = session.create_dataframe_from_logical_plan(planned).into_view()
             except Exception as error:
                 catalog.broken[name] = RequestError(f"view {name!r}: {_translated(error, context)}")
                 context.failures.clear()
+                weights[name] = nothing
+            return weights[name]
 
-        words = sqltext.names(sql)
-        everything = "information_schema" in words or sqltext.measure(sql).first in ("SHOW", "DESCRIBE", "DESC")
-        for name in defined if everything else words & defined.keys():
-            plan(name, ())
-        if sum(weights.get(name, 0) * sql.count(name) for name in words) > self._config.sql_tables_max:
-            raise TooLarge(f"the SQL text reads more tables through its views than sql_tables_max ({self._config.sql_tables_max})")
+        total = weigh(sql, ())
+        self._check_weight(total, "the SQL text, with its views,")
+        if "INFORMATION_SCHEMA" in sqltext.keywords(sql) or total.first in ("SHOW", "DESCRIBE", "DESC"):
+            for name in defined:
+                plan(name, ())
+
+    def _check_weight(self, found: sqltext.Measure, what: str) -> None:
+        if found.operators > self._config.sql_operators_max:
+            raise TooLarge(f"{what} has {found.operators} operators; sql_operators_max is {self._config.sql_operators_max}")
+        if found.tables > self._config.sql_tables_max:
+            raise TooLarge(f"{what} reads {found.tables} tables; sql_tables_max is {self._config.sql_tables_max}")
 
     def _check(self, sql: str) -> bool:
         """Refuse what must not reach the parser: too long, too deep, or a statement that is not served.
@@ -454,10 +489,7 @@ class Engine:
         if size > self._config.sql_bytes_max:
             raise TooLarge(f"the SQL text has {size} bytes; sql_bytes_max is {self._config.sql_bytes_max}")
         found = sqltext.measure(sql)
-        if found.operators > self._config.sql_operators_max:
-            raise TooLarge(f"the SQL text has {found.operators} operators; sql_operators_max is {self._config.sql_operators_max}")
-        if found.tables > self._config.sql_tables_max:
-            raise TooLarge(f"the SQL text reads {found.tables} tables; sql_tables_max is {self._config.sql_tables_max}")
+        self._check_weight(found, "the SQL text")
         if found.first in _CHANGING:
             raise Unsupported(_APPEND_ONLY)
         if found.first in _REFUSED:
@@ -482,9 +514,29 @@ class Engine:
                 if batch is None:
                     return
                 if batch.num_rows:
-                    yield _to_wire(batch, schema)
+                    try:
+                        yield _to_wire(batch, schema)
+                    except pa.ArrowException as error:
+                        raise RequestError(f"the query's values do not fit its columns: {' '.join(str(error).split())[:200]}") from error
         finally:
             puller.close()
+
+
+class _Pulled:
+    """Batches of a query. Closing them, or losing them before the first was asked for, ends the query as well."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch], puller: _Puller) -> None:
+        self._batches = batches
+        self._puller = puller
+
+    def __iter__(self) -> _Pulled:
+        return self
+
+    def __next__(self) -> pa.RecordBatch:
+        return next(self._batches)
+
+    def __del__(self) -> None:
+        self._puller.close()
 
 
 class _Puller:
@@ -556,6 +608,13 @@ def _paced(batches: Iterator[pa.RecordBatch], bytes_max: int) -> Iterator[pa.Rec
         since = time.monotonic()
     if waiting:
         yield codec.joined(waiting)
+
+
+def _schema_of(frame: Any, context: ScanContext) -> pa.Schema:
+    try:
+        return _wire_schema(frame.schema())
+    except Exception as error:
+        raise _translated(error, context) from error
 
 
 def _wire_schema(schema: pa.Schema) -> pa.Schema:
@@ -706,19 +765,25 @@ def _register_time_travel(session: SessionContext, snapshot: Snapshot, context: 
     def version(value: Any) -> Snapshot:
         if type(value) is not int or value < 0:
             raise RequestError("at_version takes a table_version, a number from 0 up")
+        if value > snapshot.table_version:
+            raise NotFound(f"table_version {value} is not committed yet")
         return snapshot.store.snapshot_at(value)
 
+    def time_of(text: Any) -> Snapshot:
+        found = snapshot.store.snapshot_as_of(moment(text))
+        return found if found.table_version <= snapshot.table_version else snapshot
+
     session.register_udtf(udtf(table(version, "a table_version"), "at_version"))
-    session.register_udtf(udtf(table(lambda text: snapshot.store.snapshot_as_of(moment(text)), "a time"), "at_time"))
+    session.register_udtf(udtf(table(time_of, "a time"), "at_time"))
 
 
 def moment(text: Any) -> datetime.datetime:
     """Return a time written as ISO 8601; without a zone it is in UTC. Raises RequestError for what is none."""
     try:
         found = datetime.datetime.fromisoformat(text)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise RequestError(f"{str(text)[:80]!r} is not a time such as 2026-01-01T00:00:00Z") from None
-    return found if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+    return found.astimezone(datetime.UTC) if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
 
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
@@ -785,6 +850,10 @@ def _parameters(session: SessionContext, sql: str, names: Sequence[str]) -> pa.S
 
 def _count(names: Sequence[str]) -> str:
     return f"the statement has {len(names)} parameter{'' if len(names) == 1 else 's'}"
+
+
+def _row(bound: pa.RecordBatch, row: int) -> Values:
+    return {str(number): column[row] for number, column in enumerate(bound.columns, 1)}
 
 
 def _nulls(parameters: pa.Schema) -> Values:

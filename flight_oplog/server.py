@@ -329,16 +329,21 @@ class Server(fl.FlightServerBase):
             writer.write(answer)
 
     def _parameters(self, context: Any, reader: Any) -> pa.RecordBatch | None:
-        """Return the values a client binds, as one batch; None for a stream without columns, as drivers send for none."""
+        """Return the values a client binds, as one batch; None for a stream without columns or a schema, as drivers send for none."""
         try:
             schema = reader.schema
         except (pa.ArrowException, OSError, StopIteration):
-            raise RequestError("the values do not begin with a readable schema; nothing was written") from None
-        batches, size = [], 0
+            if context.is_cancelled():
+                raise Cancelled("the client broke off; nothing was written") from None
+            return None
+        batches, size, rows = [], 0, 0
         for batch, _ in _received(reader, "parameters"):
             if batch is not None:
                 check_data("parameters", [batch])
                 size += codec.expanded_nbytes_of(batch)
+                rows += batch.num_rows
+                if rows > self._config.batch_entries_max:
+                    raise TooLarge(f"more than batch_entries_max ({self._config.batch_entries_max}) rows are bound; nothing was written")
                 if size > self._config.batch_bytes_max:
                     raise TooLarge(f"the bound values are over batch_bytes_max ({self._config.batch_bytes_max}); nothing was written")
                 batches.append(batch)
@@ -347,7 +352,10 @@ class Server(fl.FlightServerBase):
         self._check_open()
         if not len(schema):
             return None
-        return codec.joined(batches) if batches else pa.RecordBatch.from_pylist([], schema)
+        try:
+            return codec.joined(batches) if batches else pa.RecordBatch.from_arrays([pa.array([], f.type) for f in schema], schema=schema)
+        except (pa.ArrowException, NotImplementedError):
+            raise RequestError("values of these types cannot be bound; send plain ones in one batch; nothing was written") from None
 
     def _fill(self, context: Any, append: AppendWriter, messages: Iterator[_Message], headers: dict[str, str]) -> None:
         """Take the whole stream into one append."""

@@ -1,24 +1,141 @@
 """What can be told of an SQL text without parsing it: its kind, its size, its parameters.
 
 DataFusion parses; this looks at the text before it does. It finds out what must not reach the parser, and gives every
-parameter the one form that DataFusion binds, `$1`, `$2`, ...
+parameter the one form that DataFusion binds, `$1`, `$2`, ... Where a string, a name or a comment ends is decided as
+sqlparser's generic dialect does; where that cannot be told, the text is refused.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from flight_oplog.errors import RequestError
 
-# Strings, quoted names and comments are passed over; what is left is a parameter, or in group 2 a word, an operator or punctuation.
+# One token, each alternative linear in its length. Strings, quoted names and comments are only begun here.
 _TOKEN = re.compile(
-    r"""'(?:[^']|'')*'|"(?:[^"]|"")*"|`[^`]*`|--[^\n]*|/\*.*?\*/|\$\$.*?\$\$|(\?|\$\w+)|([A-Za-z_]\w*|[(),;]|::|[-+*/%<>=!&|^~\[]+)""",
+    r"(?P<space>\s+|--[^\n]*)"
+    r"|(?P<comment>/\*)"
+    r"|(?P<escaped>[eE]')"
+    r"|(?P<string>(?:[nNrRbBxX]|[uU]&)?')"
+    r"|(?P<quoted>[\"`])"
+    r"|(?P<dollars>\$\$)"
+    r"|(?P<parameter>\?|\$(?:[0-9]{1,5}|[A-Za-z_][A-Za-z0-9_]{0,63})(?![\w$]))"
+    r"|(?P<number>[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)"
+    r"|(?P<word>(?:[^\W\d]|[#@])[\w@$#]*)"
+    r"|(?P<point>[(),;.\]}])"
+    r"|(?P<operator>[^\s\w\"'`$(),;.#@?\]}]+?(?=/\*|--|[\s\w\"'`$(),;.#@?\]}]|$))"
+    r"|(?P<other>.)",
     re.DOTALL,
 )
-# A chain of these makes a tree as deep as it is long, and walking a deep tree overflows the stack: the process dies.
-_OPERATORS = frozenset(("AND", "OR", "NOT", "IS", "LIKE", "ILIKE", "SIMILAR", "BETWEEN", "COLLATE", "UNION", "INTERSECT", "EXCEPT", "JOIN"))
-_ENDS_FROM = frozenset(("SELECT", "WHERE", "GROUP", "HAVING", "WINDOW", "ORDER", "LIMIT", "UNION", "INTERSECT", "EXCEPT", "VALUES"))
+_ESCAPED = re.compile(r"(?:[^'\\]|\\.|'')*'", re.DOTALL)
+_COMMENT_END = re.compile(r"/\*|\*/")
+# What a chain of makes a tree as deep as it is long, before its operand; between operands, any word does that is not below.
+_PREFIXES = frozenset(("NOT", "INTERVAL", "JOIN"))
+# Words that neither are operands nor make a tree deeper, each by itself.
+_PLAIN = frozenset(
+    (
+        *("SELECT", "DISTINCT", "ALL", "FROM", "WHERE", "GROUP", "BY", "HAVING", "ORDER", "LIMIT", "OFFSET", "FETCH", "WINDOW", "VALUES"),
+        *(
+            "AS",
+            "ON",
+            "USING",
+            "INNER",
+            "LEFT",
+            "RIGHT",
+            "FULL",
+            "OUTER",
+            "CROSS",
+            "NATURAL",
+            "SEMI",
+            "ANTI",
+            "LATERAL",
+            "WITH",
+            "RECURSIVE",
+        ),
+        *("CASE", "WHEN", "THEN", "ELSE", "END", "ASC", "DESC", "NULLS", "FIRST", "LAST", "OVER", "PARTITION", "ROWS", "RANGE", "INTO"),
+        *(
+            "INSERT",
+            "CREATE",
+            "TABLE",
+            "VIEW",
+            "EXPLAIN",
+            "ANALYZE",
+            "VERBOSE",
+            "FILTER",
+            "WITHIN",
+            "EXISTS",
+            "IF",
+            "REPLACE",
+            "CURRENT",
+            "ROW",
+        ),
+    )
+)
+_ENDS_FROM = frozenset(
+    ("SELECT", "WHERE", "GROUP", "HAVING", "WINDOW", "ORDER", "LIMIT", "UNION", "INTERSECT", "EXCEPT", "MINUS", "VALUES")
+)
+_UNENDED = "the SQL text has a string, a quoted name or a comment that does not end"
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token: its kind (word, quoted, string, number, parameter, operator, point), its text and where it is."""
+
+    kind: str
+    text: str
+    start: int
+    end: int
+
+
+def tokens(sql: str) -> Iterator[Token]:
+    """Yield the tokens of a text, in time linear in its length. Raises RequestError where they cannot be told apart."""
+    place = 0
+    while place < len(sql):
+        found = _TOKEN.match(sql, place)
+        assert found is not None, "the last alternative takes any character"
+        kind, start, place = str(found.lastgroup), place, found.end()
+        if kind == "space":
+            continue
+        if kind == "comment":
+            place = _after_comment(sql, place)
+            continue
+        if kind == "other":
+            raise RequestError(f"the SQL text has {found[0]!r} where nothing begins with it; quote it, or leave out tags of dollar quotes")
+        if kind == "escaped":
+            ended = _ESCAPED.match(sql, place)
+            if ended is None:
+                raise RequestError(_UNENDED)
+            kind, place = "string", ended.end()
+        elif kind in ("string", "quoted"):
+            place = _after_quote(sql, place, found[0][-1])
+        elif kind == "dollars":
+            kind, place = "string", sql.find("$$", place) + 2
+            if place == 1:
+                raise RequestError(_UNENDED)
+        yield Token(kind, sql[start:place], start, place)
+
+
+def _after_quote(sql: str, place: int, quote: str) -> int:
+    """Return where a string or a quoted name ends; its quote is doubled within it."""
+    while (place := sql.find(quote, place) + 1) > 0:
+        if sql[place : place + 1] != quote:
+            return place
+        place += 1
+    raise RequestError(_UNENDED)
+
+
+def _after_comment(sql: str, place: int) -> int:
+    depth = 1
+    while depth:
+        found = _COMMENT_END.search(sql, place)
+        if found is None:
+            raise RequestError(_UNENDED)
+        depth += 1 if found[0] == "/*" else -1
+        place = found.end()
+    return place
 
 
 @dataclass(frozen=True)
@@ -31,35 +148,53 @@ class Measure:
 
 
 def measure(sql: str) -> Measure:
+    """Measure a text. Every word that stands where an operator may counts as one, known or not, but for a few."""
     first, operators, tables = "", 0, 0
+    after_operand = False
     in_from = [False]  # for each open parenthesis: whether a comma there separates tables
-    for found in _TOKEN.finditer(sql):
-        token = (found[2] or "").upper()
-        if token[:1].isalpha():
-            first = first or token
-            operators += token in _OPERATORS
-            tables += token in ("FROM", "JOIN")
-            in_from[-1] = token == "FROM" or (in_from[-1] and token not in _ENDS_FROM)
-        elif token == "(":
-            in_from.append(False)
-        elif token == ")":
-            in_from[-1:] = [] if len(in_from) > 1 else in_from
-        elif token == ",":
-            tables += in_from[-1]
-        elif token and token != ";":
+    for token in tokens(sql):
+        word = token.text.upper() if token.kind == "word" else ""
+        if word:
+            first = first or word
+            tables += word in ("FROM", "JOIN")
+            in_from[-1] = word == "FROM" or (in_from[-1] and word not in _ENDS_FROM)
+            if word in _PLAIN:
+                after_operand = False
+            elif after_operand or word in _PREFIXES:
+                operators += 1
+                after_operand = False
+            else:
+                after_operand = True
+        elif token.kind == "operator":
             operators += 1
+            after_operand = False
+        elif token.kind == "point":
+            if token.text == "(":
+                in_from.append(False)
+            elif token.text == ")":
+                in_from[-1:] = [] if len(in_from) > 1 else in_from
+            elif token.text == ",":
+                tables += in_from[-1]
+            after_operand = token.text in ")]}"
+        else:
+            after_operand = True
     return Measure(first, operators, tables)
 
 
 def keywords(sql: str) -> set[str]:
     """Return the words of a text that are not quoted, in upper case."""
-    return {token[2].upper() for token in _TOKEN.finditer(sql) if token[2] and (token[2][0].isalpha() or token[2][0] == "_")}
+    return {token.text.upper() for token in tokens(sql) if token.kind == "word"}
 
 
-def names(sql: str) -> set[str]:
-    """Return whatever may name a table: words in lower case, and quoted names as they are."""
-    quoted = {token[0][1:-1].replace('""', '"') for token in _TOKEN.finditer(sql) if token[0][0] in '"`'}
-    return quoted | {word.lower() for word in keywords(sql)}
+def names(sql: str) -> Counter[str]:
+    """Return how often each thing stands that may name a table: words in lower case, quoted names as they are."""
+    found: Counter[str] = Counter()
+    for token in tokens(sql):
+        if token.kind == "word":
+            found[token.text.lower()] += 1
+        elif token.kind == "quoted":
+            found[token.text[1:-1].replace(token.text[0] * 2, token.text[0])] += 1
+    return found
 
 
 def numbered(sql: str) -> tuple[str, list[str]]:
@@ -68,76 +203,75 @@ def numbered(sql: str) -> tuple[str, list[str]]:
     `?` is the next one; `$name` stands for the same value wherever it is written. Raises RequestError for `?` beside
     others, and for numbers that leave one out.
     """
-    names: list[str] = []
-    parts, end, marks, named = [], 0, 0, 0
-    for found in _TOKEN.finditer(sql):
-        if (written := found[1]) is None:
+    if "?" not in sql and "$" not in sql:
+        return sql, []
+    places: dict[str, int] = {}
+    parts, end, marks = [], 0, 0
+    for token in tokens(sql):
+        if token.kind != "parameter":
             continue
-        if written == "?":
+        if token.text == "?":
             marks += 1
-            names.append(str(marks))
             number = marks
         else:
-            named += 1
-            name = written[1:]
-            if name not in names:
-                names.append(name)
-            number = int(name) if name.isdigit() else names.index(name) + 1
-        parts += [sql[end : found.start()], f"${number}"]
-        end = found.end()
-    if marks and (named or marks != len(names)):
+            name = token.text[1:]
+            place = places.setdefault(name, len(places) + 1)
+            number = int(name) if name.isdigit() else place
+        parts += [sql[end : token.start], f"${number}"]
+        end = token.end
+    if marks and places:
         raise RequestError("the statement mixes ? with other parameters; use one kind")
-    numbers = [int(name) for name in names if name.isdigit()]
-    if numbers and sorted(numbers) != list(range(1, len(names) + 1)):
+    numbers = sorted(int(name) for name in places if name.isdigit())
+    if numbers and numbers != list(range(1, len(places) + 1)):
         raise RequestError("the statement's parameters are not numbered $1, $2, ... without a gap, or some have names; use one kind")
     parts.append(sql[end:])
-    return "".join(parts), sorted(names, key=int) if numbers else names
+    return "".join(parts), [str(number) for number in range(1, marks + 1)] or [str(number) for number in numbers] or list(places)
 
 
 def alone(sql: str, number: int) -> str:
     """Return a numbered text with one of its parameters, as `$1`, and NULL in place of the others."""
     parts, end = [], 0
-    for found in _TOKEN.finditer(sql):
-        if found[1] is not None:
-            parts += [sql[end : found.start()], "$1" if found[1] == f"${number}" else "NULL"]
-            end = found.end()
+    for token in tokens(sql):
+        if token.kind == "parameter":
+            parts += [sql[end : token.start], "$1" if token.text == f"${number}" else "NULL"]
+            end = token.end
     return "".join((*parts, sql[end:]))
 
 
 def limits(sql: str) -> list[int]:
     """Return which parameters of a numbered text say how many rows: DataFusion does not infer that they are numbers."""
     found, before = [], ""
-    for token in _TOKEN.finditer(sql):
-        if token[1] is not None and before in ("LIMIT", "OFFSET"):
-            found.append(int(token[1][1:]))
-        if token[1] is not None or token[2] is not None:
-            before = (token[2] or "").upper()
+    for token in tokens(sql):
+        if token.kind == "parameter" and before in ("LIMIT", "OFFSET"):
+            found.append(int(token.text[1:]))
+        before = token.text.upper()
     return found
 
 
 def as_select(sql: str, table: str) -> str | None:
-    """Return `INSERT INTO t VALUES ($1, ...)` as an INSERT of a SELECT from `table`, whose columns are the parameters' values.
+    """Return `INSERT INTO t VALUES ($1, 'x', NULL)` as an INSERT of a SELECT from `table`, whose columns p1, p2, ... are the values.
 
-    So one statement inserts any number of rows. None for any other text: it is run once for each row.
+    So one statement inserts any number of rows. None for any other text, whose rows are inserted one by one: what is in a
+    row here is a parameter or a constant, so it means the same for each.
     """
-    head = _VALUES.match(sql)
-    if head is None:
+    found = list(tokens(sql))
+    place = next((n for n, token in enumerate(found) if token.kind == "word" and token.text.upper() == "VALUES"), None)
+    while found and found[-1].text == ";":
+        found.pop()
+    if place is None or found[0].text.upper() != "INSERT" or len(found) < place + 4:
         return None
-    depth, parts, end = 0, [], head.end() - 1
-    for found in _TOKEN.finditer(sql, end):
-        if found[1] is not None:
-            parts += [sql[end : found.start()], f'"{found[1][1:]}"']
-            end = found.end()
-        depth += {"(": 1, ")": -1}.get(found[2] or "", 0)
-        if depth == 0:
-            break
-    else:
+    row = found[place + 1 :]
+    if row[0].text != "(" or row[-1].text != ")" or len(row) % 2 == 0:
         return None
-    row = "".join((*parts, sql[end : found.start()])).strip()[1:]
-    if sql[found.end() :].strip(" \t\r\n;"):
-        return None
-    return f"{head[1].rstrip()} SELECT {row} FROM {table}"
-
-
-_NAME = r'(?:[A-Za-z_]\w*|"[^"]+")'
-_VALUES = re.compile(rf"(\s*INSERT\s+INTO\s+{_NAME}(?:\.{_NAME})*\s*(?:\([^()]*\))?)\s*VALUES\s*\(", re.IGNORECASE)
+    items = []
+    for number, item in enumerate(row[1:-1]):
+        if number % 2:
+            if item.text != ",":
+                return None
+        elif item.kind == "parameter":
+            items.append(f'"p{item.text[1:]}" AS c{number}')
+        elif item.kind in ("string", "number") or item.text.upper() in ("NULL", "TRUE", "FALSE"):
+            items.append(f"{item.text} AS c{number}")
+        else:
+            return None
+    return f"{sql[: found[place].start]}\nSELECT {', '.join(items)} FROM {table}"

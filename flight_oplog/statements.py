@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
+from flight_oplog import sqltext
 from flight_oplog.committer import Origin
 from flight_oplog.config import Config
-from flight_oplog.engine import PUBLIC, Change, Engine, Stopped
+from flight_oplog.engine import Change, Engine, Stopped
 from flight_oplog.errors import NotFound, OutOfOrder, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.oplog import AppendWriter, OpLog
 from flight_oplog.schema import VIEWS_SCHEMA, VIEWS_TOPIC, check_topic
@@ -37,7 +38,6 @@ class Statements:
         sql: str,
         stopped: Stopped = lambda: False,
         parameters: pa.RecordBatch | None = None,
-        db_schema: str = PUBLIC,
         origin: Origin | None = None,
         hold: Hold | None = None,
     ) -> int:
@@ -50,7 +50,7 @@ class Statements:
         nothing was written.
         """
         snapshot = self._oplog.snapshot()
-        change = self._engine.change(sql, snapshot, stopped, parameters, db_schema)
+        change = self._engine.change(sql, snapshot, stopped, parameters)
         if change.what == "INSERT":
             return self._insert(change, origin or Origin(), hold)
         if hold is not None:
@@ -128,8 +128,22 @@ class Statements:
                 raise RequestError(f"view {name!r} exists already; nothing was written; say CREATE OR REPLACE VIEW")
             if not exists and len(views) >= self._config.views_max:
                 raise TooLarge(f"view {name!r} would be one more than views_max ({self._config.views_max}); nothing was written")
+        if not is_dropped and _is_made_of_itself(name, dict(views) | {name: change.definition}):
+            raise RequestError(f"view {name!r} would be made of itself; nothing was written")
         now = datetime.datetime.now(datetime.UTC)
         row = {"view": name, "definition": None if is_dropped else change.definition, "defined": now}
         known = snapshot.topics.get(VIEWS_TOPIC)
         self._oplog.append_own(VIEWS_TOPIC, pa.RecordBatch.from_pylist([row], VIEWS_SCHEMA), known.next_offset if known else 0)
         return 0
+
+
+def _is_made_of_itself(name: str, definitions: dict[str, str]) -> bool:
+    """Whether a view names itself, or a view that does; the first time a definition names it is where it is defined."""
+    if sqltext.names(definitions[name])[name] > 1:
+        return True
+    seen, left = {name}, [name]
+    while left:
+        parts = sqltext.names(definitions[left.pop()]).keys() & definitions.keys() - seen
+        seen |= parts
+        left += parts
+    return any(sqltext.names(definitions[other])[name] for other in seen - {name})

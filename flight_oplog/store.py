@@ -301,8 +301,12 @@ class Store:
         with _reading("the table"):
             try:
                 table = DeltaTable(self._storage.uri, storage_options=self._storage.options)
-                table.load_as_version(moment)
-            except DeltaError as error:
+                table.load_as_version(moment.astimezone(datetime.UTC))
+                # Where the entries of that time are gone, the oldest that can be read would be taken.
+                made = deltalog.made(self._storage, table.version())
+                if made is None or made > moment.timestamp() + 0.001:
+                    raise NotFound(f"the log as of {moment.isoformat()} can no longer be read, or was not yet; ask for a later time")
+            except (DeltaError, ValueError) as error:
                 log.warning("the log as of %s: %s", moment, error)
                 raise NotFound(f"the log as of {moment.isoformat()} can no longer be read; ask for a later time") from error
         return self.snapshot_at(table.version())

@@ -267,11 +267,11 @@ def test_operators_and_tables_one_over_their_limits_are_refused(log: OpLog) -> N
     assert rows(engine, log.snapshot(), "SELECT '+ + + + +' AS \"+ + + +\", a FROM t") == [{"+ + + +": "+ + + + +", "a": 1}]
     with pytest.raises(TooLarge, match="the SQL text has 4 operators; sql_operators_max is 3"):
         engine.prepare("SELECT 1 + 1 + 1 - 1::int AS a", log.snapshot())
-    engine.prepare("SELECT 1, 2, 3 FROM t x, t y", log.snapshot())
+    engine.prepare("SELECT 1, 2, 3 FROM t AS x, t AS y", log.snapshot())
     for sql in (
-        "SELECT 1 FROM t x, t y, t z",
-        "SELECT 1 FROM t x JOIN t y ON abs(x.a, 1) JOIN t z",
-        "SELECT (SELECT a FROM t), 1 FROM t x, (t)",
+        "SELECT 1 FROM t AS x, t AS y, t AS z",
+        "SELECT 1 FROM t JOIN t AS y ON abs(x.a, 1) CROSS JOIN t",
+        "SELECT (SELECT a FROM t), 1 FROM t AS x, (t)",
     ):
         with pytest.raises(TooLarge, match="the SQL text reads 3 tables; sql_tables_max is 2"):
             engine.prepare(sql, log.snapshot())

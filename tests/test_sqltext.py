@@ -1,5 +1,8 @@
 """What is told of an SQL text without parsing it."""
 
+import contextlib
+import time
+
 import pytest
 
 from flight_oplog import sqltext
@@ -29,12 +32,80 @@ def test_an_insert_of_one_row_of_values_becomes_a_select_from_the_bound_rows() -
     def select(sql: str) -> str | None:
         return sqltext.as_select(sql, "bound")
 
-    assert select("INSERT INTO t VALUES ($1, $2)") == 'INSERT INTO t SELECT "1", "2" FROM bound'
-    assert select("insert into public.t (a, b) values (lower($1), ')' || $2) ; ") == (
-        'insert into public.t (a, b) SELECT lower("1"), \')\' || "2" FROM bound'
+    assert select("INSERT INTO t VALUES ($1, $2)") == 'INSERT INTO t \nSELECT "p1" AS c0, "p2" AS c2 FROM bound'
+    assert select("insert into public.t (a, b) values ($1, 'it''s', NULL, 5 -- note\n) ; ") == (
+        "insert into public.t (a, b) \nSELECT \"p1\" AS c0, 'it''s' AS c2, NULL AS c4, 5 AS c6 FROM bound"
     )
-    for other in ("INSERT INTO t VALUES ($1), ($2)", "INSERT INTO t SELECT $1", "INSERT INTO t VALUES ($1", "SELECT ($1)"):
-        assert select(other) is None
+    for other in (
+        *(
+            "INSERT INTO t VALUES ($1), ($2)",
+            "INSERT INTO t SELECT $1",
+            "INSERT INTO t VALUES ($1",
+            "SELECT ($1)",
+            "INSERT INTO t VALUES ()",
+        ),
+        *("INSERT INTO t VALUES (max($1))", "INSERT INTO t VALUES (DISTINCT $1)", "INSERT INTO t VALUES ($1 + 1)", "", "VALUES ($1)"),
+        *("INSERT INTO t VALUES ((SELECT $1))", "INSERT INTO t VALUES ($1, x)", "INSERT INTO t (a) VALUES ($1) RETURNING a"),
+    ):
+        assert select(other) is None, other
+
+
+def test_where_strings_and_comments_end_is_as_the_parser_has_it() -> None:
+    hidden = "1" + " + 1" * 50
+    for text in (
+        f"SELECT E'\\'', {hidden}, 'x'",
+        f"SELECT e'\\\\', {hidden}",
+        f"SELECT /* /* */ ' */ {hidden}, 'x'",
+        f"SELECT R'\\', {hidden}, 'x'",
+        f"SELECT 'a\\', {hidden}, 'x'",
+        f'SELECT "a""b", {hidden}',
+        f"SELECT `a'`, {hidden}, 'x'",
+        f"SELECT $$ ' $$, {hidden}, 'x'",
+        f"SELECT 1 -- '\n, {hidden}",
+        f"SELECT a$b, {hidden}",
+    ):
+        assert sqltext.measure(text).operators >= 50, text
+    assert sqltext.measure("SELECT E'\\' + 1 + 1', 'x'").operators == 0
+    assert sqltext.numbered("SELECT a$1, E'\\'?', b") == ("SELECT a$1, E'\\'?', b", [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SELECT 'a",
+        'SELECT "a',
+        "SELECT `a",
+        "SELECT /* a",
+        "SELECT /* /* */",
+        "SELECT E'\\'",
+        "SELECT $$a",
+        "SELECT $a$ ' $a$",
+        "SELECT $²",
+    ],
+)
+def test_a_text_whose_end_cannot_be_told_is_refused(text: str) -> None:
+    with pytest.raises(RequestError, match=r"that does not end|where nothing begins with it"):
+        list(sqltext.tokens(text))
+
+
+@pytest.mark.parametrize(
+    "word", ["XOR", "RLIKE", "MINUS SELECT", "MEMBER OF", "AT TIME ZONE", "@@", "INTERVAL", ":", "NEVERHEARD", "#", "||"]
+)
+def test_any_word_between_operands_counts(word: str) -> None:
+    chain = f" {word} ".join(["1"] * 100) if word != "INTERVAL" else "INTERVAL " * 100 + "'1'"
+    assert sqltext.measure(f"SELECT {chain}").operators >= 50
+    assert sqltext.measure("SELECT " + ", ".join(f"t.column{n} AS c{n}" for n in range(2000)) + " FROM t").operators < 10
+
+
+@pytest.mark.parametrize(
+    "text", ["/* a " * 100_000, "'" * 99_999, "$a" + ",$b" * 100_000, "INSERT INTO t" + " " * 500_000 + "x", "((" * 200_000]
+)
+def test_no_text_takes_long(text: str) -> None:
+    began = time.monotonic()
+    for look in (sqltext.measure, sqltext.numbered, sqltext.names, lambda sql: sqltext.as_select(sql, "bound")):
+        with contextlib.suppress(RequestError):
+            look(text)
+    assert time.monotonic() - began < 10
 
 
 def test_parameters_that_say_how_many_rows_are_told() -> None:
@@ -46,4 +117,6 @@ def test_a_text_is_measured_with_strings_and_comments_aside() -> None:
     assert sqltext.measure("/* UPDATE */ -- x\n(SELECT a FROM t, u WHERE a = 'b, c' AND NOT d)") == sqltext.Measure("SELECT", 3, 2)
     assert sqltext.measure("") == sqltext.Measure("", 0, 0)
     assert sqltext.keywords('CREATE TABLE "check" (a INT) -- UNIQUE') == {"CREATE", "TABLE", "A", "INT"}
-    assert sqltext.names('SELECT "A""b", c FROM Log.t') == {"select", 'A"b', "c", "from", "log", "t"}
+    assert sqltext.names('SELECT "A""b", c FROM Log.t, LOG.u') == {
+        **{"select": 1, 'A"b': 1, "c": 1, "from": 1, "log": 2, "t": 1, "u": 1},
+    }

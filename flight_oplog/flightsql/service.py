@@ -106,6 +106,8 @@ _CLOSED = 1
 _INVALID_NAME, _INVALID_VALUE = 1, 2
 _DB_SCHEMAS = ("public", "log", "records", "system", "information_schema")
 CANCELLED_KEPT = 10_000
+# A statement whose client has not read for so long gives its turn to one that waits.
+IDLE_SECONDS = 2
 # Values bound by clients that then go on with the handle they had, instead of the new one they were given.
 BOUND_KEPT = 1000
 BOUND_BYTES = 16 << 20
@@ -124,7 +126,7 @@ class Service:
         self._bound: OrderedDict[bytes, str] = OrderedDict()
         self._bound_bytes = 0
         self._lock = threading.Lock()
-        self._running: dict[str, threading.Event] = {}
+        self._running: dict[str, list[threading.Event]] = {}
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._slots = _Slots(config.statements_max, config.statements_waiting_max, config.statement_wait_seconds_max)
@@ -149,7 +151,7 @@ class Service:
             return self._prepare(message.query, caller).schema
         if isinstance(message, wire.CommandPreparedStatementQuery):
             body = self._prepared(message.prepared_statement_handle)
-            return self._prepare(body["sql"], caller, body.get("parameters")).schema
+            return self._prepare(body["sql"], caller, self._kept(message.prepared_statement_handle) or body.get("parameters")).schema
         planned: Planned = self._route(message, "flight_info")(self, message, command, caller)
         return planned.schema
 
@@ -230,7 +232,7 @@ class Service:
         if caller.at is not None or options.keys() & {AT_VERSION, AT_TIMESTAMP}:
             raise RequestError("the past is not changed: leave out oplog-at-version and oplog-at-timestamp; nothing was written")
         with self._slots.slot(caller.stopped):
-            return self._statements.execute(sql, caller.stopped, parameters, options.get("schema", PUBLIC), caller.origin, hold)
+            return self._statements.execute(sql, caller.stopped, parameters, caller.origin, hold)
 
     def _sql_of(self, message: Any) -> str:
         """Return the text of a statement that may be followed."""
@@ -254,7 +256,7 @@ class Service:
     def _plan_prepared(self, message: wire.CommandPreparedStatementQuery, command: bytes, caller: Caller) -> Planned:
         handle = message.prepared_statement_handle
         body = self._prepared(handle)
-        return self._plan_sql(body["sql"], caller, body.get("parameters") or self._kept(handle), body.get("transaction"))
+        return self._plan_sql(body["sql"], caller, self._kept(handle) or body.get("parameters"), body.get("transaction"))
 
     def _get_statement(self, message: wire.TicketStatementQuery, stopped: Stopped) -> Result:
         kind = self._sealer.kind(message.statement_handle)
@@ -268,9 +270,9 @@ class Service:
         snapshot = self._oplog.snapshot_at(body["table_version"])
         cancelled = self._begin_running(body["id"])
         held = contextlib.ExitStack()
-        held.callback(self._end_running, body["id"])
+        held.callback(self._end_running, body["id"], cancelled)
         try:
-            held.enter_context(self._slots.slot(lambda: stopped() or cancelled.is_set()))
+            turn = held.enter_context(self._slots.slot(lambda: stopped() or cancelled.is_set()))
             values, db_schema = _loaded(body.get("parameters")), body.get("schema", PUBLIC)
             running = self._engine.run(
                 body["sql"], snapshot, lambda: stopped() or cancelled.is_set(), parameters=values, db_schema=db_schema
@@ -278,7 +280,7 @@ class Service:
         except BaseException:
             held.close()
             raise
-        return Result(running.schema, _Held(running.batches, held))
+        return Result(running.schema, _Held(running.batches, held, turn))
 
     # Cancelling
 
@@ -286,12 +288,16 @@ class Service:
         with self._lock:
             if name in self._cancelled:
                 raise Cancelled("the query was cancelled")
-            return self._running.setdefault(name, threading.Event())
+            event = threading.Event()
+            self._running.setdefault(name, []).append(event)
+            return event
 
-    def _end_running(self, name: str) -> None:
+    def _end_running(self, name: str, event: threading.Event) -> None:
         with self._lock:
-            self._running.pop(name, None)
-            _remember(self._ended, name)
+            self._running[name].remove(event)
+            if not self._running[name]:
+                del self._running[name]
+                _remember(self._ended, name)
 
     def _cancel(self, tickets: Sequence[bytes]) -> int:
         """Stop what the tickets stand for; return a CancelStatus. One that has not begun here will not begin."""
@@ -302,7 +308,7 @@ class Service:
                 return _NOT_CANCELLABLE
             names.append(self._sealer.open("statement", message.statement_handle)["id"])
         with self._lock:
-            running = [self._running[name] for name in names if name in self._running]
+            running = [event for name in names for event in self._running.get(name, ())]
             for event in running:
                 event.set()
             unknown = [name for name in names if name not in self._running and name not in self._ended]
@@ -445,10 +451,17 @@ class Service:
         return Update(False, lambda parameters: self._changed(message.query, caller, None, transaction_id))
 
     def _update_prepared(self, message: wire.CommandPreparedStatementUpdate, caller: Caller) -> Update:
-        body = self._prepared(message.prepared_statement_handle)
+        handle = message.prepared_statement_handle
+        body = self._prepared(handle)
         transaction = body.get("transaction")
         transaction_id = None if transaction is None else transaction.encode()
-        return Update(True, lambda parameters: self._changed(body["sql"], caller, parameters, transaction_id))
+
+        def perform(parameters: pa.RecordBatch | None) -> bytes:
+            """Values come with the command, or were bound before it, as for a query."""
+            bound = parameters if parameters is not None else _loaded(self._kept(handle) or body.get("parameters"))
+            return self._changed(body["sql"], caller, bound, transaction_id)
+
+        return Update(True, perform)
 
     def _changed(self, sql: str, caller: Caller, parameters: pa.RecordBatch | None, transaction_id: bytes | None) -> bytes:
         if not self._prepare(sql, caller).is_update:
@@ -578,21 +591,29 @@ def _problem(name: str, value: str | None, is_unset: bool) -> int | None:
 
 
 class _Held:
-    """Batches that hold something until they end, or until nobody wants them any more."""
+    """Batches that hold something until they end, or until nobody wants them any more.
 
-    def __init__(self, batches: Iterator[pa.RecordBatch], held: contextlib.ExitStack) -> None:
+    While a client does not read, its statement's turn is over: little is computed ahead of it, and others may go on.
+    """
+
+    def __init__(self, batches: Iterator[pa.RecordBatch], held: contextlib.ExitStack, turn: _Turn) -> None:
         self._batches = batches
         self._held = held
+        self._turn = turn
+        turn.is_awaited()
 
     def __iter__(self) -> _Held:
         return self
 
     def __next__(self) -> tuple[pa.RecordBatch, bytes | None]:
+        self._turn.is_used()
         try:
-            return next(self._batches), None
+            batch = next(self._batches)
         except BaseException:
             self.close()
             raise
+        self._turn.is_awaited()
+        return batch, None
 
     def close(self) -> None:
         self._batches = iter(())
@@ -602,21 +623,50 @@ class _Held:
         self.close()
 
 
+class _Turn:
+    """One statement's slot, given back when it ends, or when its client has not asked for the next batch for a while."""
+
+    def __init__(self, give_back: Callable[[], None]) -> None:
+        self._give_back = give_back
+        self._lock = threading.Lock()
+        self._awaited: float | None = None
+        self._over = False
+
+    def is_awaited(self) -> None:
+        self._awaited = time.monotonic()
+
+    def is_used(self) -> None:
+        self._awaited = None
+
+    def end_if_idle(self, before: float) -> None:
+        awaited = self._awaited
+        if awaited is not None and awaited < before:
+            self.end()
+
+    def end(self) -> None:
+        with self._lock:
+            is_first, self._over = not self._over, True
+        if is_first:
+            self._give_back()
+
+
 class _Slots:
     """How many statements run at once. The next ones wait their turn, so many and so long; whoever comes after is refused."""
 
     def __init__(self, slots: int, waiting_max: int, seconds: float) -> None:
         self._slots, self._waiting_max, self._seconds = slots, waiting_max, seconds
         self._taken = 0
+        self._turns: set[_Turn] = set()
         self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def slot(self, stopped: Stopped) -> Iterator[None]:
+    def slot(self, stopped: Stopped) -> Iterator[_Turn]:
         """Hold a slot. Raises TryAgain when none comes free in time, Cancelled when the caller gives up."""
         ticket = object()
         deadline = time.monotonic() + self._seconds
         with self._changed:
+            self._end_idle()
             if self._taken >= self._slots and len(self._waiting) >= self._waiting_max:
                 raise TryAgain(f"statements_max ({self._slots}) statements run and {len(self._waiting)} wait; nothing was done; try again")
             self._waiting.append(ticket)
@@ -629,16 +679,29 @@ class _Slots:
                             f"statements_max ({self._slots}) statements have run for {self._seconds} seconds; nothing was done; try again"
                         )
                     self._changed.wait(0.1)
+                    self._end_idle()
                 self._taken += 1
+                turn = _Turn(self._free)
+                self._turns.add(turn)
             finally:
                 self._waiting.remove(ticket)
                 self._changed.notify_all()
         try:
-            yield
+            yield turn
         finally:
             with self._changed:
-                self._taken -= 1
-                self._changed.notify_all()
+                self._turns.discard(turn)
+            turn.end()
+
+    def _end_idle(self) -> None:
+        if self._taken >= self._slots:
+            for turn in list(self._turns):
+                turn.end_if_idle(time.monotonic() - IDLE_SECONDS)
+
+    def _free(self) -> None:
+        with self._changed:
+            self._taken -= 1
+            self._changed.notify_all()
 
 
 def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:
