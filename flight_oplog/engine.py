@@ -781,9 +781,9 @@ def moment(text: Any) -> datetime.datetime:
     """Return a time written as ISO 8601; without a zone it is in UTC. Raises RequestError for what is none."""
     try:
         found = datetime.datetime.fromisoformat(text)
+        return found.astimezone(datetime.UTC) if found.tzinfo else found.replace(tzinfo=datetime.UTC)
     except (TypeError, ValueError, OverflowError):
         raise RequestError(f"{str(text)[:80]!r} is not a time such as 2026-01-01T00:00:00Z") from None
-    return found.astimezone(datetime.UTC) if found.tzinfo else found.replace(tzinfo=datetime.UTC)
 
 
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)

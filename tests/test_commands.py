@@ -14,8 +14,11 @@ import adbc_driver_flightsql.dbapi as adbc
 import pyarrow as pa
 import pytest
 from conftest import SEED, ServerProcess, ask, eventually, put
+from deltalake import DeltaTable
 from pyarrow import flight
 
+from flight_oplog import OpLog
+from flight_oplog.errors import NotFound
 from flight_oplog.flightsql import wire
 
 ENDLESS = "SELECT count(*) FROM generate_series(1, 100000000000)"
@@ -463,6 +466,46 @@ def test_statements_take_turns_and_one_too_many_is_refused(start: Callable[..., 
         first.join(5)
         turn = client.get_flight_info(command(wire.CommandStatementQuery("SELECT 1 AS a")))
         assert fetch(client, turn) == [{"a": 1}]
+
+
+def test_who_does_not_read_gives_its_turn_away(start: Callable[..., ServerProcess]) -> None:
+    server = start("--statements-max", "1")
+    with flight.connect(server.uri) as client:
+        put(client, "t", pa.record_batch({"s": ["x" * 1000] * 100_000}))
+        lazy = client.do_get(
+            client.get_flight_info(command(wire.CommandStatementQuery("SELECT * FROM t, generate_series(1, 20)"))).endpoints[0].ticket
+        )
+        lazy.read_chunk()
+        assert fetch(client, client.get_flight_info(command(wire.CommandStatementQuery("SELECT 1 AS a")))) == [{"a": 1}]
+        assert sum(chunk.data.num_rows for chunk in lazy) > 1_000_000  # it goes on where it was
+
+
+def test_cancelling_ends_every_reader_of_a_ticket(server: ServerProcess, client: flight.FlightClient) -> None:
+    info = client.get_flight_info(command(wire.CommandStatementQuery(ENDLESS)))
+    readers = [read_elsewhere(server, info) for _ in range(2)]
+    time.sleep(1)
+    assert cancel(client, info) == 1
+    for thread, outcome in readers:
+        thread.join(5)
+        assert "the query was stopped" in str(outcome[0])
+
+
+def test_a_time_whose_entries_are_gone_is_an_error(start: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    with OpLog.open(str(tmp_path / "log")) as log:
+        log.append("t", pa.record_batch({"a": [1]}))
+        time.sleep(0.01)
+        then = datetime.datetime.now(datetime.UTC)
+        time.sleep(0.01)
+        for _ in range(3):
+            log.append("t", pa.record_batch({"a": [1]}))
+        assert log.snapshot_as_of(then).topic("t").entries == 1
+        DeltaTable(log.config.data).create_checkpoint()
+        for version in range(3):
+            (tmp_path / "log" / "_delta_log" / f"{version:020}.json").unlink()
+        with pytest.raises(NotFound, match="can no longer be read"):
+            log.snapshot_as_of(then)
+        with pytest.raises(NotFound, match="can no longer be read"):
+            log.snapshot_as_of(then - datetime.timedelta(days=400))
 
 
 REFUSED = [

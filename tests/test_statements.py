@@ -1,6 +1,8 @@
 """INSERT, CREATE and DROP in process: what they change, once, and what they refuse."""
 
+import datetime
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +73,53 @@ def test_an_insert_that_cannot_be_says_why_and_writes_nothing(
     with pytest.raises(OplogError, match=message):
         execute(sql, parameters=parameters)
     assert log.snapshot().table_version == before
+
+
+def test_a_value_is_written_as_it_is_or_refused(log: OpLog, execute: Callable[..., int], query: Query) -> None:
+    execute("CREATE TABLE v (i INT, f FLOAT, d DATE, b BOOLEAN, m DECIMAL(10, 2), s VARCHAR, ts TIMESTAMP)")
+    day, noon = datetime.date(2026, 1, 1), datetime.datetime(2026, 1, 1, 12)
+    for column, value in (("i", 5), ("i", "12"), ("f", 0.1), ("d", day), ("b", True), ("m", 9.5), ("s", 7), ("ts", noon), ("ts", day)):
+        assert execute(f"INSERT INTO v ({column}) VALUES (?)", parameters=bound([value])) == 1
+    wrong: list[tuple[str, Any]] = [
+        *(("i", 2.7), ("i", 2**40), ("i", "1.5"), ("f", 1e300), ("f", 2**40 + 1), ("d", noon), ("d", 5), ("b", 2), ("m", 2.718), ("ts", 5)),
+        ("i", day),
+    ]
+    for column, value in wrong:
+        with pytest.raises(RequestError, match=r"parameter \$1 of type .* is no .*; nothing was written"):
+            execute(f"INSERT INTO v ({column}) VALUES (?)", parameters=bound([value]))
+    assert query("SELECT count(*) AS n FROM v") == [{"n": 9}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    ["(?, NULL)", "(?, 'k' -- note\n)", "(upper(?), 'k')", "($1, $1)", "(max(?), 'k')", "(?, (SELECT max(name) FROM events WHERE false))"],
+)
+def test_many_rows_are_inserted_as_each_alone_would_be(log: OpLog, execute: Callable[..., int], query: Query, row: str) -> None:
+    def outcome(topic: str, *batches: pa.RecordBatch) -> list[dict[str, Any]] | str:
+        execute(f"CREATE TABLE {topic} (name VARCHAR, other VARCHAR)")
+        try:
+            for batch in batches:
+                execute(f"INSERT INTO {topic} VALUES {row}", parameters=batch)
+        except OplogError as error:
+            return type(error).__name__
+        return query(f"SELECT name, other FROM log.{topic} ORDER BY _offset")
+
+    log.append("events", SEED)
+    assert outcome("together", bound(["a", "a", None])) == outcome("each", *(bound([value]) for value in ("a", "a", None)))
+
+
+def test_a_statement_that_is_refused_leaves_no_work_behind(log: OpLog, execute: Callable[..., int]) -> None:
+    log.append("events", SEED)
+    heavy = "SELECT count(*) AS n FROM generate_series(1, 100000000000)"
+    execute("CREATE VIEW seen AS SELECT 1 AS n")
+    assert execute(f"CREATE TABLE IF NOT EXISTS events AS {heavy}") == 0
+    for sql in (f"CREATE TABLE events AS {heavy}", f"INSERT INTO seen {heavy}"):
+        with pytest.raises(RequestError):
+            execute(sql)
+    time.sleep(0.3)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.3
 
 
 def test_an_insert_with_a_producer_is_written_once(log: OpLog, execute: Callable[..., int], query: Query) -> None:
@@ -263,13 +312,39 @@ def test_views_cannot_be_made_of_themselves_or_grow_without_bound(execute: Calla
     assert 3 < len(names) < 9
 
 
-def test_views_that_came_to_be_made_of_each_other_are_an_error_not_a_loop(execute: Callable[..., int], query: Query) -> None:
+def test_operators_add_up_through_views(execute: Callable[..., int], query: Query) -> None:
+    execute("CREATE VIEW v0 AS SELECT 1 AS x")
+    with pytest.raises(TooLarge, match=r"has \d+ operators; sql_operators_max is 1000"):
+        for number in range(1, 20):
+            conditions = " AND ".join(["x <> 5"] * 100)
+            execute(f"CREATE VIEW v{number} AS SELECT x FROM V{number - 1} WHERE {conditions}")
+            query(f"SELECT * FROM v{number}")
+
+
+def test_letters_are_no_views_and_views_may_look_back(log: OpLog, execute: Callable[..., int], query: Query) -> None:
+    log.append("events", SEED)
+    execute("CREATE VIEW e AS SELECT * FROM at_version('events', 1)")
+    log.append("events", SEED)
+    assert query("SELECT count(*) AS n FROM e") == [{"n": 2}]
+    assert query(f"SELECT '{'e' * 500}' AS t, count(*) AS n FROM events")[0]["n"] == 4
+
+
+def test_views_that_came_to_be_made_of_each_other_are_an_error_not_a_loop(log: OpLog, execute: Callable[..., int], query: Query) -> None:
     execute("CREATE VIEW a AS SELECT 1 AS x")
     execute("CREATE VIEW b AS SELECT * FROM a")
-    with pytest.raises(OplogError):
+    with pytest.raises(RequestError, match="view 'a' would be made of itself; nothing was written"):
         execute("CREATE OR REPLACE VIEW a AS SELECT * FROM b")
+    # Two servers that define at the same time could still bring it about.
+    rows = [{"view": name, "definition": f"CREATE VIEW {name} AS SELECT * FROM {other}"} for name, other in (("a", "b"), ("b", "a"))]
+    known = log.snapshot().topic("_views")
+    log.append_own("_views", pa.RecordBatch.from_pylist(rows, known.schema), known.next_offset)
+    with pytest.raises(RequestError, match="is made of itself"):
         query("SELECT * FROM a")
-    assert query("SELECT 1 AS one") == [{"one": 1}]
+    assert query("SELECT 1 AS a") == [{"a": 1}]
+    assert query("SHOW TABLES")
+    assert execute("DROP VIEW a") == 0
+    assert execute("CREATE OR REPLACE VIEW b AS SELECT 2 AS x") == 0
+    assert query("SELECT * FROM b") == [{"x": 2}]
 
 
 def test_one_view_too_many_is_refused(tmp_path: Any) -> None:
