@@ -7,6 +7,7 @@ sqlparser's generic dialect does; where that cannot be told, the text is refused
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -77,6 +78,7 @@ _PLAIN = frozenset(
 _ENDS_FROM = frozenset(
     ("SELECT", "WHERE", "GROUP", "HAVING", "WINDOW", "ORDER", "LIMIT", "UNION", "INTERSECT", "EXCEPT", "MINUS", "VALUES")
 )
+REMEMBERED_CHARACTERS = 4096
 _UNENDED = "the SQL text has a string, a quoted name or a comment that does not end"
 
 
@@ -149,6 +151,10 @@ class Measure:
 
 def measure(sql: str) -> Measure:
     """Measure a text. Every word that stands where an operator may counts as one, known or not, but for a few."""
+    return _remembered(sql) if len(sql) <= REMEMBERED_CHARACTERS else _measured(sql)
+
+
+def _measured(sql: str) -> Measure:
     first, operators, tables = "", 0, 0
     after_operand = False
     in_from = [False]  # for each open parenthesis: whether a comma there separates tables
@@ -179,6 +185,10 @@ def measure(sql: str) -> Measure:
         else:
             after_operand = True
     return Measure(first, operators, tables)
+
+
+# A dashboard asks the same over and over.
+_remembered = functools.lru_cache(maxsize=1024)(_measured)
 
 
 def keywords(sql: str) -> set[str]:
