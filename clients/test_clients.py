@@ -128,7 +128,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def environment_with(name: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def environment_with(name: str) -> str:
     """Return the Python of an environment that has what a recipe needs."""
     folder = HERE / ".recipes" / re.sub(r"\W+", "-", name.lower())
     python, ready = str(folder / "bin" / "python"), folder / "ready"
@@ -141,10 +141,10 @@ def environment_with(name: str, tmp_path_factory: pytest.TempPathFactory) -> str
 
 
 @pytest.mark.parametrize("name", NEEDS)
-def test_a_recipe_runs_as_printed(server: Server, name: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_a_recipe_runs_as_printed(server: Server, name: str, tmp_path: Path) -> None:
     with adbc.connect(server.uri, autocommit=True) as connection, connection.cursor() as cursor:
         cursor.adbc_ingest("readings", pa.table({"sensor": ["a", "b"], "celsius": [20.5, 21.0]}), mode="create")
-    python, recipe = environment_with(name, tmp_path_factory), RECIPES[name]
+    python, recipe = environment_with(name), RECIPES[name]
     assert DEFAULT in recipe
     program = recipe.replace(DEFAULT, server.uri.removeprefix("grpc://"))
     done = subprocess.run([python, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)

@@ -196,6 +196,7 @@ def expanded_nbytes(array: pa.Array) -> int:
 
 
 def expanded_nbytes_of(batch: pa.RecordBatch) -> int:
+    """Return how many bytes a batch may take in its normal form, at most."""
     return sum(map(expanded_nbytes, batch.columns))
 
 

@@ -277,7 +277,7 @@ class AppendWriter:
                 "send smaller batches; nothing was written"
             )
         # Encoded columns are written out: it is their size as values that counts.
-        size = batch.nbytes if as_sent else sum(map(codec.expanded_nbytes, batch.columns))
+        size = batch.nbytes if as_sent else codec.expanded_nbytes_of(batch)
         if size > self._config.batch_bytes_max:
             raise TooLarge(
                 f"topic {self.topic!r}: a batch of {size} bytes is over batch_bytes_max ({self._config.batch_bytes_max}); "

@@ -151,7 +151,7 @@ class Service:
             return self._prepare(message.query, caller).schema
         if isinstance(message, wire.CommandPreparedStatementQuery):
             body = self._prepared(message.prepared_statement_handle)
-            return self._prepare(body["sql"], caller, self._kept(message.prepared_statement_handle) or body.get("parameters")).schema
+            return self._prepare(body["sql"], caller, self._values(message.prepared_statement_handle, body)).schema
         planned: Planned = self._route(message, "flight_info")(self, message, command, caller)
         return planned.schema
 
@@ -256,7 +256,7 @@ class Service:
     def _plan_prepared(self, message: wire.CommandPreparedStatementQuery, command: bytes, caller: Caller) -> Planned:
         handle = message.prepared_statement_handle
         body = self._prepared(handle)
-        return self._plan_sql(body["sql"], caller, self._kept(handle) or body.get("parameters"), body.get("transaction"))
+        return self._plan_sql(body["sql"], caller, self._values(handle, body), body.get("transaction"))
 
     def _get_statement(self, message: wire.TicketStatementQuery, stopped: Stopped) -> Result:
         kind = self._sealer.kind(message.statement_handle)
@@ -442,9 +442,10 @@ class Service:
             while len(self._bound) > BOUND_KEPT or self._bound_bytes > BOUND_BYTES:
                 self._bound_bytes -= len(self._bound.popitem(last=False)[1])
 
-    def _kept(self, handle: bytes) -> str | None:
+    def _values(self, handle: bytes, body: dict[str, Any]) -> str | None:
+        """Return what is bound to a prepared statement: what came last for this handle, or what rides in it."""
         with self._lock:
-            return self._bound.get(hashlib.sha256(handle).digest())
+            return self._bound.get(hashlib.sha256(handle).digest()) or body.get("parameters")
 
     def _update(self, message: wire.CommandStatementUpdate, caller: Caller) -> Update:
         transaction_id = message.transaction_id or None
@@ -458,7 +459,7 @@ class Service:
 
         def perform(parameters: pa.RecordBatch | None) -> bytes:
             """Values come with the command, or were bound before it, as for a query."""
-            bound = parameters if parameters is not None else _loaded(self._kept(handle) or body.get("parameters"))
+            bound = parameters if parameters is not None else _loaded(self._values(handle, body))
             return self._changed(body["sql"], caller, bound, transaction_id)
 
         return Update(True, perform)
