@@ -30,10 +30,10 @@ from rich.table import Table
 from flight_oplog import __version__
 from flight_oplog.client import Client
 from flight_oplog.config import SETTINGS, Config, load, parse
-from flight_oplog.engine import Engine
 from flight_oplog.errors import OplogError, RequestError, TryAgain
 from flight_oplog.oplog import OpLog
 from flight_oplog.server import Server, check_listen
+from flight_oplog.sql.engine import Engine
 from flight_oplog.store import Store
 
 DEFAULT_SERVER = "grpc://127.0.0.1:8815"

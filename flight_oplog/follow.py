@@ -19,11 +19,12 @@ import pyarrow as pa
 
 from flight_oplog import codec
 from flight_oplog.config import Config
-from flight_oplog.engine import Engine, Stopped
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TryAgain
 from flight_oplog.oplog import OpLog
 from flight_oplog.provider import ColumnCache, topic_batches
 from flight_oplog.schema import TOPIC_PATTERN
+from flight_oplog.sql.engine import Engine
+from flight_oplog.sql.stream import Stopped
 from flight_oplog.store import Snapshot, Topic
 
 RUN_ENTRIES = 65_536

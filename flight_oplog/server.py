@@ -30,13 +30,14 @@ import pyarrow.flight as fl
 from flight_oplog import codec
 from flight_oplog.committer import Origin, Receipt, check_data
 from flight_oplog.config import Config
-from flight_oplog.engine import Engine, moment
 from flight_oplog.errors import Cancelled, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import wire
 from flight_oplog.flightsql.service import AT_TIMESTAMP, AT_VERSION, Caller, Put, Service, Update
 from flight_oplog.follow import Place, TopicRead, is_place
 from flight_oplog.oplog import AppendWriter, OpLog
 from flight_oplog.schema import TOPIC_PATTERN
+from flight_oplog.sql.catalog import moment
+from flight_oplog.sql.engine import Engine
 from flight_oplog.store import Topic
 
 log = logging.getLogger("flight_oplog.server")

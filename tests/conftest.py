@@ -21,7 +21,7 @@ from pyarrow import flight
 from s3_server import ObjectStore, object_store
 
 from flight_oplog import Config, OpLog, Snapshot
-from flight_oplog.engine import Engine
+from flight_oplog.sql.engine import Engine
 
 SEED = pa.record_batch({"name": ["hello", "world"], "node_id": ["000000000000162e", "00000000000004d2"]})
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from flight_oplog import Config, OpLog, Origin, Receipt, committer, deltalog, store
 from flight_oplog.datafile import Record
-from flight_oplog.engine import Engine
 from flight_oplog.errors import OutOfOrder, RequestError, SchemaMismatch, TryAgain
 from flight_oplog.files import OutputFile
 from flight_oplog.parquet import Writer
+from flight_oplog.sql.engine import Engine
 
 
 def batch(*marks: int) -> pa.RecordBatch:

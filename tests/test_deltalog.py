@@ -18,10 +18,10 @@ from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, CommitProperties, Transaction
 
 from flight_oplog import Config, OpLog, Origin
-from flight_oplog.engine import Engine
 from flight_oplog.errors import CorruptLog, OutcomeUnknown, TryAgain, Unsupported
 from flight_oplog.oplog import make_record
 from flight_oplog.schema import schema_id
+from flight_oplog.sql.engine import Engine
 from flight_oplog.storage import Folder
 
 

@@ -9,8 +9,8 @@ import pytest
 from conftest import SEED, rows
 
 from flight_oplog import Config, OpLog
-from flight_oplog.engine import Engine
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, Unsupported
+from flight_oplog.sql.engine import Engine
 
 Query = Callable[..., list[dict[str, Any]]]
 

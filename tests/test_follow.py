@@ -18,10 +18,10 @@ from pyarrow import flight
 from test_server import message, refused
 
 from flight_oplog import Config, OpLog
-from flight_oplog.engine import Engine
 from flight_oplog.errors import NotFound, RequestError
 from flight_oplog.flightsql import wire
 from flight_oplog.follow import Follower, TopicRead, _check_there
+from flight_oplog.sql.engine import Engine
 from flight_oplog.store import Store, Topic
 
 

@@ -12,10 +12,10 @@ from conftest import put
 from pyarrow import flight
 
 from flight_oplog import OpLog, __version__
-from flight_oplog.engine import Engine
 from flight_oplog.errors import OplogError
 from flight_oplog.flightsql import dialect, metadata, wire
 from flight_oplog.schema import TOPIC_PATTERN
+from flight_oplog.sql.engine import Engine
 
 Query = Callable[[str], list[dict[str, Any]]]
 

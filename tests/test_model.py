@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from flight_oplog import Config, OpLog
-from flight_oplog.engine import Engine
 from flight_oplog.errors import SchemaMismatch
+from flight_oplog.sql.engine import Engine
 
 TOPICS = st.sampled_from(["a", "b"])
 # Each kind of batch: its schema, and whether it can follow the others in one topic. Types widen, columns come and go.

@@ -13,8 +13,8 @@ import pytest
 from conftest import SEED, eventually, rows
 
 from flight_oplog import Config, OpLog, Receipt, codec
-from flight_oplog.engine import Engine
 from flight_oplog.errors import RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog.sql.engine import Engine
 from flight_oplog.store import Store
 
 Query = Callable[..., list[dict[str, Any]]]

@@ -13,7 +13,7 @@ from datafusion import SessionContext
 from test_engine import counts
 
 from flight_oplog import Config, OpLog
-from flight_oplog.engine import Engine
+from flight_oplog.sql.engine import Engine
 
 TIME = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 NARROW = pa.schema(

@@ -12,9 +12,9 @@ from conftest import SEED, rows
 
 from flight_oplog import Config, OpLog
 from flight_oplog.committer import Origin
-from flight_oplog.engine import Engine
 from flight_oplog.errors import NotFound, OplogError, RequestError, TooLarge, Unsupported
-from flight_oplog.statements import Statements
+from flight_oplog.sql.engine import Engine
+from flight_oplog.sql.statements import Statements
 
 Query = Callable[..., list[dict[str, Any]]]
 

@@ -16,9 +16,9 @@ from conftest import SEED, rows
 from deltalake import DeltaTable, write_deltalake
 
 from flight_oplog import Config, OpLog
-from flight_oplog.engine import Engine
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, TryAgain
 from flight_oplog.schema import RECORD_SCHEMA
+from flight_oplog.sql.engine import Engine
 
 
 def only_file(folder: Path, topic: str = "events") -> Path:

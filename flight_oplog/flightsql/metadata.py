@@ -14,10 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from flight_oplog.engine import CATALOG, PUBLIC
 from flight_oplog.flightsql import dialect
 from flight_oplog.flightsql.wire import CommandGetDbSchemas, CommandGetSqlInfo, CommandGetTables, CommandGetXdbcTypeInfo
 from flight_oplog.schema import COLUMN_NAME_BYTES_MAX
+from flight_oplog.sql.refusals import CATALOG, PUBLIC
 
 CATALOGS = pa.schema([pa.field("catalog_name", pa.string(), nullable=False)])
 DB_SCHEMAS = pa.schema([pa.field("catalog_name", pa.string()), pa.field("db_schema_name", pa.string(), nullable=False)])

@@ -15,7 +15,7 @@ import hashlib
 import re
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,14 +25,18 @@ import pyarrow as pa
 from flight_oplog import __version__, codec
 from flight_oplog.committer import Origin
 from flight_oplog.config import Config
-from flight_oplog.engine import CATALOG, CHANGED, PUBLIC, Engine, Statement, Stopped, moment
-from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
+from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, Unsupported
 from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
 from flight_oplog.follow import Follower, Place, TopicRead, words
 from flight_oplog.oplog import OpLog
 from flight_oplog.schema import check_topic
-from flight_oplog.statements import Statements
+from flight_oplog.sql.catalog import moment
+from flight_oplog.sql.engine import CHANGED, Engine, Statement
+from flight_oplog.sql.refusals import CATALOG, PUBLIC
+from flight_oplog.sql.statements import Statements
+from flight_oplog.sql.stream import Stopped
+from flight_oplog.sql.turns import Held, Turns
 from flight_oplog.store import Snapshot, Topic
 from flight_oplog.transactions import Transactions
 
@@ -106,8 +110,6 @@ _CLOSED = 1
 _INVALID_NAME, _INVALID_VALUE = 1, 2
 _DB_SCHEMAS = ("public", "log", "records", "system", "information_schema")
 CANCELLED_KEPT = 10_000
-# A statement whose client has not read for so long gives its turn to one that waits.
-IDLE_SECONDS = 2
 # Values bound by clients that then go on with the handle they had, instead of the new one they were given.
 BOUND_KEPT = 1000
 BOUND_BYTES = 16 << 20
@@ -129,7 +131,7 @@ class Service:
         self._running: dict[str, list[threading.Event]] = {}
         self._cancelled: OrderedDict[str, None] = OrderedDict()
         self._ended: OrderedDict[str, None] = OrderedDict()
-        self._slots = _Slots(config.statements_max, config.statements_waiting_max, config.statement_wait_seconds_max)
+        self._turns = Turns(config.statements_max, config.statements_waiting_max, config.statement_wait_seconds_max)
         self._follower = Follower(oplog, engine, config)
         self.transactions = Transactions(oplog, config)
 
@@ -231,7 +233,7 @@ class Service:
         options = self._options(caller)
         if caller.at is not None or options.keys() & {AT_VERSION, AT_TIMESTAMP}:
             raise RequestError("the past is not changed: leave out oplog-at-version and oplog-at-timestamp; nothing was written")
-        with self._slots.slot(caller.stopped):
+        with self._turns.turn(caller.stopped):
             return self._statements.execute(sql, caller.stopped, parameters, caller.origin, hold)
 
     def _sql_of(self, message: Any) -> str:
@@ -272,7 +274,7 @@ class Service:
         held = contextlib.ExitStack()
         held.callback(self._end_running, body["id"], cancelled)
         try:
-            turn = held.enter_context(self._slots.slot(lambda: stopped() or cancelled.is_set()))
+            turn = held.enter_context(self._turns.turn(lambda: stopped() or cancelled.is_set()))
             values, db_schema = _loaded(body.get("parameters")), body.get("schema", PUBLIC)
             running = self._engine.run(
                 body["sql"], snapshot, lambda: stopped() or cancelled.is_set(), parameters=values, db_schema=db_schema
@@ -280,7 +282,7 @@ class Service:
         except BaseException:
             held.close()
             raise
-        return Result(running.schema, _Held(running.batches, held, turn))
+        return Result(running.schema, Held(running.batches, held, turn))
 
     # Cancelling
 
@@ -589,120 +591,6 @@ def _problem(name: str, value: str | None, is_unset: bool) -> int | None:
         return None if is_unset or (value is not None and allowed(value)) else _INVALID_VALUE
     except RequestError:
         return _INVALID_VALUE
-
-
-class _Held:
-    """Batches that hold something until they end, or until nobody wants them any more.
-
-    While a client does not read, its statement's turn is over: little is computed ahead of it, and others may go on.
-    """
-
-    def __init__(self, batches: Iterator[pa.RecordBatch], held: contextlib.ExitStack, turn: _Turn) -> None:
-        self._batches = batches
-        self._held = held
-        self._turn = turn
-        turn.is_awaited()
-
-    def __iter__(self) -> _Held:
-        return self
-
-    def __next__(self) -> tuple[pa.RecordBatch, bytes | None]:
-        self._turn.is_used()
-        try:
-            batch = next(self._batches)
-        except BaseException:
-            self.close()
-            raise
-        self._turn.is_awaited()
-        return batch, None
-
-    def close(self) -> None:
-        self._batches = iter(())
-        self._held.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class _Turn:
-    """One statement's slot, given back when it ends, or when its client has not asked for the next batch for a while."""
-
-    def __init__(self, give_back: Callable[[], None]) -> None:
-        self._give_back = give_back
-        self._lock = threading.Lock()
-        self._awaited: float | None = None
-        self._over = False
-
-    def is_awaited(self) -> None:
-        self._awaited = time.monotonic()
-
-    def is_used(self) -> None:
-        self._awaited = None
-
-    def end_if_idle(self, before: float) -> None:
-        awaited = self._awaited
-        if awaited is not None and awaited < before:
-            self.end()
-
-    def end(self) -> None:
-        with self._lock:
-            is_first, self._over = not self._over, True
-        if is_first:
-            self._give_back()
-
-
-class _Slots:
-    """How many statements run at once. The next ones wait their turn, so many and so long; whoever comes after is refused."""
-
-    def __init__(self, slots: int, waiting_max: int, seconds: float) -> None:
-        self._slots, self._waiting_max, self._seconds = slots, waiting_max, seconds
-        self._taken = 0
-        self._turns: set[_Turn] = set()
-        self._waiting: deque[object] = deque()
-        self._changed = threading.Condition()
-
-    @contextlib.contextmanager
-    def slot(self, stopped: Stopped) -> Iterator[_Turn]:
-        """Hold a slot. Raises TryAgain when none comes free in time, Cancelled when the caller gives up."""
-        ticket = object()
-        deadline = time.monotonic() + self._seconds
-        with self._changed:
-            self._end_idle()
-            if self._taken >= self._slots and len(self._waiting) >= self._waiting_max:
-                raise TryAgain(f"statements_max ({self._slots}) statements run and {len(self._waiting)} wait; nothing was done; try again")
-            self._waiting.append(ticket)
-            try:
-                while self._taken >= self._slots or self._waiting[0] is not ticket:
-                    if stopped():
-                        raise Cancelled("the statement was stopped before its turn came")
-                    if time.monotonic() > deadline:
-                        raise TryAgain(
-                            f"statements_max ({self._slots}) statements have run for {self._seconds} seconds; nothing was done; try again"
-                        )
-                    self._changed.wait(0.1)
-                    self._end_idle()
-                self._taken += 1
-                turn = _Turn(self._free)
-                self._turns.add(turn)
-            finally:
-                self._waiting.remove(ticket)
-                self._changed.notify_all()
-        try:
-            yield turn
-        finally:
-            with self._changed:
-                self._turns.discard(turn)
-            turn.end()
-
-    def _end_idle(self) -> None:
-        if self._taken >= self._slots:
-            for turn in list(self._turns):
-                turn.end_if_idle(time.monotonic() - IDLE_SECONDS)
-
-    def _free(self) -> None:
-        with self._changed:
-            self._taken -= 1
-            self._changed.notify_all()
 
 
 def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:

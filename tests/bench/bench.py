@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from flight_oplog import Config, OpLog
-from flight_oplog.engine import Engine
 from flight_oplog.flightsql import wire
+from flight_oplog.sql.engine import Engine
 
 ENTRIES = int(os.environ.get("ENTRIES", "10000000"))
 BATCH = 65_536

@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from flight_oplog import sqltext
 from flight_oplog.errors import RequestError
+from flight_oplog.sql import lexer
 
 NUMBERED = {
     "SELECT ?, '?', \"?\" FROM t -- ?\nWHERE a = ? /* ? */": ("SELECT $1, '?', \"?\" FROM t -- ?\nWHERE a = $2 /* ? */", ["1", "2"]),
@@ -19,18 +19,18 @@ NUMBERED = {
 
 @pytest.mark.parametrize("sql", NUMBERED)
 def test_parameters_of_every_kind_become_numbered_ones(sql: str) -> None:
-    assert sqltext.numbered(sql) == NUMBERED[sql]
+    assert lexer.numbered(sql) == NUMBERED[sql]
 
 
 @pytest.mark.parametrize("sql", ["SELECT ?, $1", "SELECT ?, $x", "SELECT $1, $3", "SELECT $1, $x", "SELECT $0"])
 def test_parameters_of_two_kinds_or_with_gaps_are_refused(sql: str) -> None:
     with pytest.raises(RequestError, match="use one kind"):
-        sqltext.numbered(sql)
+        lexer.numbered(sql)
 
 
 def test_an_insert_of_one_row_of_values_becomes_a_select_from_the_bound_rows() -> None:
     def select(sql: str) -> str | None:
-        return sqltext.as_select(sql, "bound")
+        return lexer.as_select(sql, "bound")
 
     assert select("INSERT INTO t VALUES ($1, $2)") == 'INSERT INTO t \nSELECT "p1" AS c0, "p2" AS c2 FROM bound'
     assert select("insert into public.t (a, b) values ($1, 'it''s', NULL, 5 -- note\n) ; ") == (
@@ -64,9 +64,9 @@ def test_where_strings_and_comments_end_is_as_the_parser_has_it() -> None:
         f"SELECT 1 -- '\n, {hidden}",
         f"SELECT a$b, {hidden}",
     ):
-        assert sqltext.measure(text).operators >= 50, text
-    assert sqltext.measure("SELECT E'\\' + 1 + 1', 'x'").operators == 0
-    assert sqltext.numbered("SELECT a$1, E'\\'?', b") == ("SELECT a$1, E'\\'?', b", [])
+        assert lexer.measure(text).operators >= 50, text
+    assert lexer.measure("SELECT E'\\' + 1 + 1', 'x'").operators == 0
+    assert lexer.numbered("SELECT a$1, E'\\'?', b") == ("SELECT a$1, E'\\'?', b", [])
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_where_strings_and_comments_end_is_as_the_parser_has_it() -> None:
 )
 def test_a_text_whose_end_cannot_be_told_is_refused(text: str) -> None:
     with pytest.raises(RequestError, match=r"that does not end|where nothing begins with it"):
-        list(sqltext.tokens(text))
+        list(lexer.tokens(text))
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_a_text_whose_end_cannot_be_told_is_refused(text: str) -> None:
 )
 def test_any_word_between_operands_counts(word: str) -> None:
     chain = f" {word} ".join(["1"] * 100) if word != "INTERVAL" else "INTERVAL " * 100 + "'1'"
-    assert sqltext.measure(f"SELECT {chain}").operators >= 50
-    assert sqltext.measure("SELECT " + ", ".join(f"t.column{n} AS c{n}" for n in range(2000)) + " FROM t").operators < 10
+    assert lexer.measure(f"SELECT {chain}").operators >= 50
+    assert lexer.measure("SELECT " + ", ".join(f"t.column{n} AS c{n}" for n in range(2000)) + " FROM t").operators < 10
 
 
 @pytest.mark.parametrize(
@@ -102,21 +102,21 @@ def test_any_word_between_operands_counts(word: str) -> None:
 )
 def test_no_text_takes_long(text: str) -> None:
     began = time.monotonic()
-    for look in (sqltext.measure, sqltext.numbered, sqltext.names, lambda sql: sqltext.as_select(sql, "bound")):
+    for look in (lexer.measure, lexer.numbered, lexer.names, lambda sql: lexer.as_select(sql, "bound")):
         with contextlib.suppress(RequestError):
             look(text)
     assert time.monotonic() - began < 10
 
 
 def test_parameters_that_say_how_many_rows_are_told() -> None:
-    assert sqltext.limits("SELECT $1 FROM t WHERE a = $2 LIMIT $3 OFFSET /* rows */ $4") == [3, 4]
-    assert sqltext.alone("SELECT $1, '$2', $2 FROM t LIMIT $12", 2) == "SELECT NULL, '$2', $1 FROM t LIMIT NULL"
+    assert lexer.limits("SELECT $1 FROM t WHERE a = $2 LIMIT $3 OFFSET /* rows */ $4") == [3, 4]
+    assert lexer.alone("SELECT $1, '$2', $2 FROM t LIMIT $12", 2) == "SELECT NULL, '$2', $1 FROM t LIMIT NULL"
 
 
 def test_a_text_is_measured_with_strings_and_comments_aside() -> None:
-    assert sqltext.measure("/* UPDATE */ -- x\n(SELECT a FROM t, u WHERE a = 'b, c' AND NOT d)") == sqltext.Measure("SELECT", 3, 2)
-    assert sqltext.measure("") == sqltext.Measure("", 0, 0)
-    assert sqltext.keywords('CREATE TABLE "check" (a INT) -- UNIQUE') == {"CREATE", "TABLE", "A", "INT"}
-    assert sqltext.names('SELECT "A""b", c FROM Log.t, LOG.u') == {
+    assert lexer.measure("/* UPDATE */ -- x\n(SELECT a FROM t, u WHERE a = 'b, c' AND NOT d)") == lexer.Measure("SELECT", 3, 2)
+    assert lexer.measure("") == lexer.Measure("", 0, 0)
+    assert lexer.keywords('CREATE TABLE "check" (a INT) -- UNIQUE') == {"CREATE", "TABLE", "A", "INT"}
+    assert lexer.names('SELECT "A""b", c FROM Log.t, LOG.u') == {
         **{"select": 1, 'A"b': 1, "c": 1, "from": 1, "log": 2, "t": 1, "u": 1},
     }

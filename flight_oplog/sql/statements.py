@@ -12,13 +12,14 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from flight_oplog import sqltext
 from flight_oplog.committer import Origin
 from flight_oplog.config import Config
-from flight_oplog.engine import Change, Engine, Stopped
 from flight_oplog.errors import NotFound, OutOfOrder, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.oplog import AppendWriter, OpLog
 from flight_oplog.schema import VIEWS_SCHEMA, VIEWS_TOPIC, check_topic
+from flight_oplog.sql import lexer
+from flight_oplog.sql.engine import Change, Engine
+from flight_oplog.sql.stream import Stopped
 
 VIEW_TRIES = 20
 
@@ -139,11 +140,11 @@ class Statements:
 
 def _is_made_of_itself(name: str, definitions: dict[str, str]) -> bool:
     """Whether a view names itself, or a view that does; the first time a definition names it is where it is defined."""
-    if sqltext.names(definitions[name])[name] > 1:
+    if lexer.names(definitions[name])[name] > 1:
         return True
     seen, left = {name}, [name]
     while left:
-        parts = sqltext.names(definitions[left.pop()]).keys() & definitions.keys() - seen
+        parts = lexer.names(definitions[left.pop()]).keys() & definitions.keys() - seen
         seen |= parts
         left += parts
-    return any(sqltext.names(definitions[other])[name] for other in seen - {name})
+    return any(lexer.names(definitions[other])[name] for other in seen - {name})

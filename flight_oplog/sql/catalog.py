@@ -1,0 +1,165 @@
+"""The names SQL knows: one catalog, whose schemas are `public`, `log`, `records` and `system`, and topics as they once were."""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+from datafusion import Expr, SessionContext, udtf
+from datafusion import Table as DataTable
+from datafusion.catalog import CatalogProvider, SchemaProvider
+
+from flight_oplog.errors import NotFound, OplogError, RequestError
+from flight_oplog.provider import EntriesTable, RecordsTable, RowsTable, ScanContext, topics_table
+from flight_oplog.sql.refusals import PUBLIC
+from flight_oplog.store import Snapshot
+
+_SYSTEM = {"topics": topics_table}
+
+
+def tables(snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
+    """Yield (SQL schema, table, type) of every table of the log, `information_schema` and views aside; the default schema first."""
+    own = sorted(snapshot.topics)
+    yield from (("public", name, "TABLE") for name in own if not name.startswith("_"))
+    yield from ((db_schema, name, "TABLE") for db_schema in ("log", "records") for name in own)
+    yield from (("system", name, "SYSTEM TABLE") for name in _SYSTEM)
+
+
+def table_of(snapshot: Snapshot, db_schema: str, name: str, context: ScanContext) -> ds.Dataset:
+    if db_schema == "system":
+        return RowsTable(_SYSTEM[name](snapshot), context)
+    topic = snapshot.topic(name)
+    if db_schema == "records":
+        return RecordsTable(snapshot, topic, context)
+    return EntriesTable(snapshot, topic, context, with_log_columns=db_schema == "log")
+
+
+BOUND = "_bound"
+
+
+class Catalog(CatalogProvider):
+    def __init__(self, snapshot: Snapshot, context: ScanContext, bound: pa.RecordBatch | None = None) -> None:
+        names: dict[str, list[str]] = {"public": [], "log": [], "records": [], "system": []}
+        for db_schema, name, _ in tables(snapshot):
+            names[db_schema].append(name)
+        self.views: dict[str, Any] = {}
+        self.broken: dict[str, RequestError] = {}
+        self._schemas: dict[str, Any] = {
+            db_schema: _Schema(snapshot, db_schema, of_schema, context) for db_schema, of_schema in names.items()
+        }
+        self._schemas[PUBLIC] = _PublicSchema(snapshot, PUBLIC, names[PUBLIC], context, self)
+        if bound is not None:
+            self._schemas[BOUND] = _BoundSchema(RowsTable(bound, context))
+
+    def schema_names(self) -> set[str]:
+        return set(self._schemas)
+
+    def schema(self, name: str) -> Any:
+        return self._schemas.get(name)
+
+
+class _Schema(SchemaProvider):
+    """One SQL schema; its tables are made when a statement names them."""
+
+    def __init__(self, snapshot: Snapshot, db_schema: str, names: list[str], context: ScanContext) -> None:
+        self._snapshot = snapshot
+        self._db_schema = db_schema
+        self._names = names
+        self._context = context
+
+    @property
+    def table_names(self) -> list[str]:  # type: ignore[override]
+        # Declared a method upstream, yet information_schema reads it as an attribute that holds a sequence.
+        return self._names
+
+    def table(self, name: str) -> Any:
+        return table_of(self._snapshot, self._db_schema, name, self._context) if name in self._names else None
+
+    def table_exist(self, name: str) -> bool:
+        return name in self._names
+
+
+class _PublicSchema(_Schema):
+    """`public`: topics and views; a topic goes before a view of its name."""
+
+    def __init__(self, snapshot: Snapshot, db_schema: str, names: list[str], context: ScanContext, catalog: Catalog) -> None:
+        super().__init__(snapshot, db_schema, names, context)
+        self._catalog = catalog
+
+    @property
+    def table_names(self) -> list[str]:  # type: ignore[override]
+        return [*self._names, *(name for name in self._catalog.views if name not in self._names)]
+
+    def table(self, name: str) -> Any:
+        found = super().table(name)
+        if found is None and name in self._catalog.broken:
+            self._context.failures.append(self._catalog.broken[name])
+            raise self._catalog.broken[name]
+        return self._catalog.views.get(name) if found is None else found
+
+    def table_exist(self, name: str) -> bool:
+        return super().table_exist(name) or name in self._catalog.views or name in self._catalog.broken
+
+
+class _BoundSchema(SchemaProvider):
+    """The rows bound to an INSERT's parameters, as a table."""
+
+    table_names = ["values"]  # type: ignore[assignment]  # noqa: RUF012
+
+    def __init__(self, rows: ds.Dataset) -> None:
+        self._rows = rows
+
+    def table(self, name: str) -> Any:
+        return self._rows if name == "values" else None
+
+    def table_exist(self, name: str) -> bool:
+        return name == "values"
+
+
+# Time travel
+
+TIME_TRAVEL = re.compile(r"\bat_(?:version|time)\s*\(", re.IGNORECASE)
+
+
+def register_time_travel(session: SessionContext, snapshot: Snapshot, context: ScanContext) -> None:
+    """Let a statement name a topic as of another commit: at_version('events', 12), at_time('events', '2026-01-01T00:00:00Z')."""
+
+    def table(find: Callable[[Any], Snapshot], wanted: str) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            try:
+                values = [Expr(argument).python_value().as_py() for argument in arguments]
+                if len(values) != 2 or not isinstance(values[0], str):
+                    raise RequestError(f"time travel takes a topic's name in quotes and {wanted}")
+                return DataTable(table_of(find(values[1]), PUBLIC, values[0], context))
+            except Exception as error:
+                context.failures.append(error if isinstance(error, OplogError) else RequestError(f"time travel takes a topic and {wanted}"))
+                raise
+
+        return call
+
+    def version(value: Any) -> Snapshot:
+        if type(value) is not int or value < 0:
+            raise RequestError("at_version takes a table_version, a number from 0 up")
+        if value > snapshot.table_version:
+            raise NotFound(f"table_version {value} is not committed yet")
+        return snapshot.store.snapshot_at(value)
+
+    def time_of(text: Any) -> Snapshot:
+        found = snapshot.store.snapshot_as_of(moment(text))
+        return found if found.table_version <= snapshot.table_version else snapshot
+
+    session.register_udtf(udtf(table(version, "a table_version"), "at_version"))
+    session.register_udtf(udtf(table(time_of, "a time"), "at_time"))
+
+
+def moment(text: Any) -> datetime.datetime:
+    """Return a time written as ISO 8601; without a zone it is in UTC. Raises RequestError for what is none."""
+    try:
+        found = datetime.datetime.fromisoformat(text)
+        return found.astimezone(datetime.UTC) if found.tzinfo else found.replace(tzinfo=datetime.UTC)
+    except (TypeError, ValueError, OverflowError):
+        raise RequestError(f"{str(text)[:80]!r} is not a time such as 2026-01-01T00:00:00Z") from None

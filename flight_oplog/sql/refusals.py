@@ -1,0 +1,85 @@
+"""What SQL may not do here, told before planning and after, and DataFusion's errors in this program's words."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pyarrow as pa
+
+from flight_oplog.errors import NotFound, OplogError, RequestError, TryAgain, Unsupported
+from flight_oplog.provider import ScanContext
+from flight_oplog.sql import lexer
+
+log = logging.getLogger("flight_oplog.sql")
+
+CATALOG = "oplog"
+PUBLIC = "public"
+
+CHANGING = frozenset(("DELETE", "UPDATE", "MERGE", "TRUNCATE"))
+CHANGES = frozenset(("INSERT", "CREATE", "DROP"))
+REFUSED = frozenset(
+    (
+        *("ALTER", "ANALYZE", "BEGIN", "CALL", "COMMIT", "COPY", "DEALLOCATE", "EXECUTE", "GRANT", "LOAD", "PREPARE", "RELEASE"),
+        *("RESET", "REVOKE", "ROLLBACK", "SAVEPOINT", "SET", "START", "UNLOAD", "USE", "VACUUM"),
+    )
+)
+SERVED = "statements may read (SELECT, EXPLAIN, SHOW, DESCRIBE), INSERT, and define tables and views (CREATE, DROP)"
+_READING = "it may only read: SELECT, SHOW, DESCRIBE"
+APPEND_ONLY = "the log is append-only: rows are never updated, deleted, merged or truncated"
+
+
+def in_public(name: str) -> str:
+    """Return the topic or view that a statement names. Raises RequestError when it is not in `public`."""
+    *above, topic = name.split(".")
+    if above not in ([], [PUBLIC], [CATALOG, PUBLIC]):
+        raise RequestError(f"{name[:200]!r} is not in {CATALOG}.{PUBLIC}, where topics and views are; nothing was written")
+    return topic
+
+
+def check_declared(sql: str, name: str, schema: pa.Schema) -> None:
+    """Refuse what a CREATE TABLE promises and the log does not keep."""
+    promised = sorted(lexer.keywords(sql) & {"PRIMARY", "UNIQUE", "FOREIGN", "REFERENCES", "CHECK", "DEFAULT"})
+    required = next((field.name for field in schema if not field.nullable), None)
+    if promised or required is not None:
+        what = f"column {required!r} is NOT NULL" if not promised else f"it has {promised[0]}"
+        raise Unsupported(f"table {name!r}: {what}, and a log keeps no constraints or defaults; nothing was written; leave it out")
+
+
+# DataFusion tells its kinds of error apart only by the words they begin with.
+_PREFIX = re.compile(
+    r"^(DataFusion error: |Error during planning: |Execution error: |Schema error: |External error: |Arrow error: |SQL error: |"
+    r"Optimizer rule '\w+' failed\s*|This feature is not implemented: |[Cc]aused by:?\s*)+"
+)
+_NO_TABLE = re.compile(r"table '?([^']*)'? not found", re.IGNORECASE)
+_NOT_READING = re.compile(r"(?:DDL|DML|Statement) not supported: *(\w*)")
+
+
+def translated(error: Exception, context: ScanContext) -> OplogError:
+    if isinstance(error, OplogError):
+        return error
+    for failure in context.failures:
+        if isinstance(failure, OplogError):
+            return failure
+    text = " ".join(str(error).split())
+    prefix = found[0] if (found := _PREFIX.match(text)) else ""
+    words = text[len(prefix) :][:1000].rstrip(".")
+    strange = context.failures and not isinstance(context.failures[0], pa.ArrowInvalid | pa.ArrowNotImplementedError)
+    if strange or "Traceback" in text:  # a fault of this program; its text would show the server's insides
+        log.error("a scan failed: %s", text, exc_info=context.failures[0] if context.failures else None)
+        return OplogError("the query failed while reading; the server's log says why")
+    if (missing := _NO_TABLE.match(words)) is not None:
+        return NotFound(
+            f"table {missing[1]!r} does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters"
+        )
+    if (refused := _NOT_READING.match(words)) is not None:
+        changing = refused[1].upper() in CHANGING
+        return Unsupported(APPEND_ONLY if changing else f"{refused[1] or 'this'} is not served here: {_READING}")
+    if words.startswith("Resources exhausted"):
+        return TryAgain("the query needs more memory than statement_bytes_max and could not spill; ask for less or raise it")
+    if words.startswith("Internal error") or "panicked" in words[:40]:
+        log.error("DataFusion: %s", text)
+        return OplogError(f"the query failed inside the engine: {words}")
+    if "not implemented" in prefix:
+        return Unsupported(f"the query uses something that is not implemented: {words}")
+    return RequestError(f"the query cannot be answered: {words}")

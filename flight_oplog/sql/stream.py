@@ -1,0 +1,161 @@
+"""A query's batches on their way out of DataFusion: pulled so that they can be stopped, joined or cut, in types every client reads.
+
+They are pulled through asyncio rather than through DataFusion's C stream, because that one buffers without bound and cannot
+be stopped; stopping a query takes cancelling the pull and dropping every reference to its stream and its plan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+
+from flight_oplog import codec
+from flight_oplog.errors import Cancelled, RequestError, TooLarge
+from flight_oplog.provider import ScanContext
+from flight_oplog.schema import plain_field
+from flight_oplog.sql.refusals import translated
+
+POLL_SECONDS = 0.05
+BATCHES_AHEAD = 2
+# A batch waits at most this long for company before it goes out.
+PACE_SECONDS = 0.05
+
+Stopped = Callable[[], bool]
+
+
+def pulled(
+    puller: Puller, context: ScanContext, schema: pa.Schema, deadline: float, seconds_max: int, stopped: Stopped
+) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of a stream as `schema` says, until they end, `stopped` is true or the deadline has come."""
+    try:
+        while True:
+            try:
+                batch = puller.next(lambda: stopped() or time.monotonic() > deadline)
+            except Cancelled:
+                if time.monotonic() > deadline:
+                    raise TooLarge(f"the query ran longer than statement_seconds_max ({seconds_max}); ask for less") from None
+                raise
+            except Exception as error:
+                raise translated(error, context) from error
+            if batch is None:
+                return
+            if batch.num_rows:
+                try:
+                    yield to_wire(batch, schema)
+                except pa.ArrowException as error:
+                    raise RequestError(f"the query's values do not fit its columns: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        puller.close()
+
+
+class Pulled:
+    """Batches of a query. Closing them, or losing them before the first was asked for, ends the query as well."""
+
+    def __init__(self, batches: Iterator[pa.RecordBatch], puller: Puller) -> None:
+        self._batches = batches
+        self._puller = puller
+
+    def __iter__(self) -> Pulled:
+        return self
+
+    def __next__(self) -> pa.RecordBatch:
+        return next(self._batches)
+
+    def __del__(self) -> None:
+        self._puller.close()
+
+
+class Puller:
+    """Pulls one DataFusion stream in the event loop, so that waiting for a batch can be given up.
+
+    It runs a little ahead of whoever takes the batches, so computing overlaps sending.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, stream: Any, context: ScanContext) -> None:
+        self._loop = loop
+        self._stream = [stream]
+        self._context = context
+        self._ready: queue.SimpleQueue[pa.RecordBatch | Exception | None] = queue.SimpleQueue()
+        self._room = asyncio.Semaphore(BATCHES_AHEAD)
+        self._pulling = [asyncio.run_coroutine_threadsafe(self._pull(), loop)]
+
+    async def _pull(self) -> None:
+        try:
+            while True:
+                await self._room.acquire()
+                self._ready.put((await self._stream[0].__anext__()).to_pyarrow())
+        except StopAsyncIteration:
+            self._ready.put(None)
+        except Exception as error:
+            self._ready.put(error)
+
+    def next(self, stopped: Stopped) -> pa.RecordBatch | None:
+        while True:
+            if stopped():
+                self.close()
+                raise Cancelled("the query was stopped")
+            with contextlib.suppress(queue.Empty):
+                batch = self._ready.get(timeout=POLL_SECONDS)
+                break
+        if isinstance(batch, Exception):
+            raise batch
+        if batch is not None:
+            self._loop.call_soon_threadsafe(self._room.release)
+        return batch
+
+    def close(self) -> None:
+        """Stop the query: cancel the pull, then drop it and the stream. Whoever holds either keeps the work going."""
+        self._context.stopped.set()
+        for pulling in self._pulling:
+            pulling.cancel()
+        self._pulling.clear()
+        self._stream.clear()
+
+
+def paced(batches: Iterator[pa.RecordBatch], bytes_max: int) -> Iterator[pa.RecordBatch]:
+    """Yield batches of a size that travels well: large ones cut, small ones joined unless that would keep them waiting."""
+    waiting: list[pa.RecordBatch] = []
+    size = 0
+    since = time.monotonic() - PACE_SECONDS  # the first batch goes out at once
+    for batch in batches:
+        if batch.nbytes > bytes_max // 2:
+            if waiting:
+                yield codec.joined(waiting)
+                waiting, size = [], 0
+            yield from codec.cut(batch, bytes_max, batch.num_rows)
+        else:
+            waiting.append(batch)
+            size += batch.nbytes
+            if size > bytes_max // 2 or time.monotonic() - since > PACE_SECONDS:
+                yield codec.joined(waiting)
+                waiting, size = [], 0
+            else:
+                continue
+        since = time.monotonic()
+    if waiting:
+        yield codec.joined(waiting)
+
+
+def schema_of(frame: Any, context: ScanContext) -> pa.Schema:
+    try:
+        return wire_schema(frame.schema())
+    except Exception as error:
+        raise translated(error, context) from error
+
+
+def wire_schema(schema: pa.Schema) -> pa.Schema:
+    """Return the result's schema as every client can read it: no views, no dictionaries, all nullable."""
+    return pa.schema([plain_field(field) for field in schema])
+
+
+def to_wire(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    if batch.schema.equals(schema, check_metadata=True):
+        return batch
+    columns = [codec.recast(column, f.type) for column, f in zip(batch.columns, schema, strict=True)]
+    return codec.with_rows(columns, schema, batch.num_rows)

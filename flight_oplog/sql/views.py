@@ -1,0 +1,92 @@
+"""Views: kept in the log's own topic `_views`, planned before the statement that names them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from flight_oplog.config import Config
+from flight_oplog.errors import RequestError, TooLarge
+from flight_oplog.provider import ScanContext, topic_batches
+from flight_oplog.schema import VIEWS_TOPIC
+from flight_oplog.sql import lexer
+from flight_oplog.sql.catalog import Catalog
+from flight_oplog.sql.refusals import translated
+from flight_oplog.store import Snapshot
+
+VIEW_DEPTH_MAX = 16
+
+
+class Views:
+    """The views of one log. Thread-safe."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._defined: dict[tuple[int, int], dict[str, str]] = {}  # of the newest snapshot that was asked for
+
+    def of(self, snapshot: Snapshot) -> dict[str, str]:
+        """Return the views of a snapshot and their definitions."""
+        topic = snapshot.topics.get(VIEWS_TOPIC)
+        if topic is None:
+            return {}
+        key = (id(snapshot.store), topic.next_offset)
+        if key not in self._defined:
+            found: dict[str, str] = {}
+            for batch in topic_batches(snapshot, topic, 0, self._config.message_bytes_max):
+                for row in batch.to_pylist():
+                    found.pop(row["view"], None)
+                    if row["definition"] is not None:
+                        found[row["view"]] = row["definition"]
+            self._defined.clear()
+            self._defined[key] = found
+        return self._defined[key]
+
+    def plan(self, sql: str, defined: dict[str, str], catalog: Catalog, context: ScanContext, session: Any) -> None:
+        """Plan the views that a statement may name, those first that others are made of; their names are looked up in `public`.
+
+        DataFusion cannot plan one while it plans the statement. One that cannot be planned fails the statement that reads it.
+        Each is planned once and copied into whatever names it, so what it reads and its operators add up: they are limited.
+        """
+        weights: dict[str, lexer.Measure] = {}
+
+        def weigh(text: str, above: tuple[str, ...]) -> lexer.Measure:
+            """Plan the views that a text names, but for itself, and return what it measures with them."""
+            found = lexer.measure(text)
+            tables, operators = found.tables, found.operators
+            for name, times in (lexer.names(text) - Counter(above[-1:])).items():
+                if name in defined:
+                    of_view = plan(name, above)
+                    tables, operators = tables + times * of_view.tables, operators + times * of_view.operators
+            return lexer.Measure(found.first, operators, tables)
+
+        def plan(name: str, above: tuple[str, ...]) -> lexer.Measure:
+            if name in weights:
+                return weights[name]
+            nothing = lexer.Measure("", 0, 0)
+            if name in above or len(above) >= VIEW_DEPTH_MAX:
+                catalog.broken[name] = RequestError(f"view {name!r} is made of itself, or of views more than {VIEW_DEPTH_MAX} deep")
+                return nothing
+            weight = weigh(defined[name], (*above, name))
+            weights[name] = weight
+            try:
+                self.check_weight(weight, f"view {name!r}")
+                planned = session.sql(f"EXPLAIN {defined[name]}").logical_plan().inputs()[0].inputs()[0]
+                catalog.views[name] = session.create_dataframe_from_logical_plan(planned).into_view()
+            except Exception as error:
+                catalog.broken[name] = RequestError(f"view {name!r}: {translated(error, context)}")
+                context.failures.clear()
+                weights[name] = nothing
+            return weights[name]
+
+        total = weigh(sql, ())
+        self.check_weight(total, "the SQL text, with its views,")
+        if "INFORMATION_SCHEMA" in lexer.keywords(sql) or total.first in ("SHOW", "DESCRIBE", "DESC"):
+            for name in defined:
+                plan(name, ())
+
+    def check_weight(self, found: lexer.Measure, what: str) -> None:
+        """Raise TooLarge for a text, or what it measures with its views, that would make too deep or too wide a plan."""
+        if found.operators > self._config.sql_operators_max:
+            raise TooLarge(f"{what} has {found.operators} operators; sql_operators_max is {self._config.sql_operators_max}")
+        if found.tables > self._config.sql_tables_max:
+            raise TooLarge(f"{what} reads {found.tables} tables; sql_tables_max is {self._config.sql_tables_max}")
