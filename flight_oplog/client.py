@@ -68,7 +68,7 @@ class Client:
         return Receipt(**json.loads(ack.to_pybytes()))
 
     def follow(
-        self, topic: str, start: int | str = 0, follow: bool = True, columns: Sequence[str] | None = None, where: str | None = None
+        self, topic: str, start: int | str = "earliest", follow: bool = True, columns: Sequence[str] | None = None, where: str | None = None
     ) -> Iterator[tuple[pa.RecordBatch, int]]:
         """Yield a topic's entries in offset order as (batch, offset to come back to); with `follow`, for ever.
 

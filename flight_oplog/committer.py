@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import enum
 import itertools
 import logging
 import queue
@@ -73,12 +74,21 @@ class Origin:
             raise RequestError(f"topic {topic!r}: producer {self.producer!r} sends no sequence; nothing was written")
 
 
+class Role(enum.Enum):
+    """What an append is to its topic."""
+
+    APPENDS = "goes on, or begins it"
+    BEGINS = "begins it: there must be none yet"
+    REPLACES = "ends it as it is, if there is one, and begins it again"
+    ENDS = "is no append, but its end"
+
+
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What an append returns once it is durable and visible: its run is [first_offset, first_offset + entries).
 
     A duplicate has the original's run, or none where that is no longer remembered. Its entries are visible at
-    `table_version` in any case.
+    `table_version` in any case: a duplicate of what was dropped since is refused.
     """
 
     topic: str
@@ -122,8 +132,7 @@ class Append:
     entries: int
     nbytes: int
     origin: Origin
-    ends: bool = False  # it is no append, but the end of its topic,
-    tolerant: bool = False  # or of none, when there is none
+    role: Role = Role.APPENDS
     unchecked: bool = False  # its batches came from a client, and nobody has looked at what is in them
     receipt: Future[Receipt] = field(default_factory=Future)
 
@@ -156,10 +165,10 @@ class Append:
         return [codec.bounds(self.batches, self.schema) if self.record is None else self.record.bounds]
 
 
-def end_of(topic: str, tolerant: bool = False) -> Append:
+def end_of(topic: str) -> Append:
     """Return the end of a topic, to be committed as appends are."""
     now = datetime.datetime.now(datetime.UTC)
-    return Append(topic, pa.schema([]), "", None, now, [], None, None, 0, 0, Origin(), ends=True, tolerant=tolerant)
+    return Append(topic, pa.schema([]), "", None, now, [], None, None, 0, 0, Origin(), Role.ENDS)
 
 
 def _schema_id(append: Append) -> str:
@@ -356,6 +365,10 @@ class _Producers:
         if len(self._receipts) > RECEIPTS_KEPT:
             self._receipts.popitem(last=False)
 
+    def first_offset(self, append: Append, snapshot: Snapshot) -> int | None:
+        """Return where the run begins that this append repeats, None where that cannot be told any more."""
+        return self.original(append, snapshot, snapshot.table_version).first_offset
+
     def original(self, append: Append, snapshot: Snapshot, table_version: int) -> Receipt:
         """Return the receipt of the append that this one repeats, as far as it can still be told."""
         assert append.key is not None
@@ -407,6 +420,7 @@ class _Group:
         self._fitting: dict[str, set[str]] = {}
         self._new_schemas: dict[tuple[str, str, int], pa.Schema | None] = {}
         self._ended: Counter[str] = Counter()
+        self._begun: dict[str, int] = {}  # how many were placed before the topic ended in this group
         self._gathering: dict[str, list[Append]] = {}
         self._files: list[tuple[StagedFile, int]] = []
         self._ours: list[StagedFile] = []
@@ -414,25 +428,32 @@ class _Group:
     def check(self, append: Append) -> bool:
         """Whether the append is to be placed; a duplicate is not. Raises what is wrong with it: then it is not in the group."""
         topic = append.topic
-        if append.ends:
-            exists = topic in self._schemas or self._known(topic) is not None
-            if not exists and not append.tolerant:
+        exists = topic in self._schemas or self._known(topic) is not None
+        if append.role is Role.ENDS:
+            if not exists:
                 raise NotFound(f"topic {topic!r} does not exist; nothing was written")
             return True
         if self._is_duplicate(append):
+            self._check_kept(append)
             self.duplicates.append(append)
             return False
+        if append.role is Role.BEGINS and exists:
+            raise OutOfOrder(f"topic {topic!r} exists already; nothing was written")
         expected = append.origin.expected_offset
         if expected is not None and expected != self._next(topic):
             raise OutOfOrder(f"topic {topic!r} ends at offset {self._next(topic)}, not at {expected}; nothing was written")
         if append.staged is not None and append.event_time != self._event_time(append):
             raise TryAgain(f"topic {topic!r}: its event-time column was settled meanwhile; nothing was written; try again")
+        if append.role is Role.REPLACES:
+            self._end(topic)  # nothing is left that it could be refused for, unless there was nothing to end
         if append.schema_id not in self._fitting.get(topic, ()):
             self._fit(append)
         return True
 
     def _event_time(self, append: Append) -> str | None:
         """Return the topic's event-time column, which this append may be the first to settle."""
+        if append.role is Role.REPLACES:
+            return first_time(append.schema)
         known = self._known(append.topic)
         return self._event_times.get(append.topic) or (known.event_time if known else None) or first_time(append.schema)
 
@@ -441,7 +462,7 @@ class _Group:
         topic = append.topic
         first_offset = self._next(topic)
         self.placed.append((append, first_offset))
-        if append.ends:
+        if append.role is Role.ENDS:
             self._end(topic)
             return
         if append.staged is not None:
@@ -464,6 +485,7 @@ class _Group:
             return
         self._flush(topic)
         self._ended[topic] += 1
+        self._begun[topic] = len(self.placed)
         self.numbers[f"start/{topic}"] = self._next(topic)
         self._new_schemas[topic, "", self._ended[topic]] = None
         for settled in (self._schemas, self._event_times, self._fitting):
@@ -475,7 +497,8 @@ class _Group:
         known = self._known(topic)
         current = self._schemas.get(topic) or (known.schema if known else None)
         if current is None:
-            check_room(topic, sum(not name.startswith("_") for name in {*self.base.topics, *self._schemas}), self._config)
+            others = (self.base.topics.keys() - self._ended.keys()) | self._schemas.keys()
+            check_room(topic, sum(not name.startswith("_") for name in others), self._config)
         merged = merge(topic, known, self._schemas.get(topic), append.schema, append.schema_id, self._config)
         self._check_widening(topic, current, append, merged)
         self._schemas[topic], self._event_times[topic] = merged, self._event_time(append)
@@ -506,6 +529,23 @@ class _Group:
             )
         return origin.sequence <= last
 
+    def _check_kept(self, append: Append) -> None:
+        """Raise OutOfOrder when what a duplicate repeats was dropped since: whoever counts anew from 0 must not lose entries.
+
+        A producer's numbers go on when its topic is dropped or replaced.
+        """
+        topic, origin = append.topic, append.origin
+        known = self.base.topics.get(topic) or self.base.ended.get(topic)
+        start = self.numbers.get(f"start/{topic}", known.start if known else 0)
+        if start == 0 or (topic, origin.producer) in self._last:
+            return
+        first_offset = self._producers.first_offset(append, self.base)
+        if first_offset is None or first_offset < start:
+            raise OutOfOrder(
+                f"topic {topic!r} was dropped or replaced after producer {origin.producer!r} had sent sequence {origin.sequence}; "
+                "nothing was written; go on counting, or count from 0 in a higher epoch"
+            )
+
     def _count(self, topic: str, producer: str, epoch: int, sequence: int) -> None:
         before, _ = self._last.get((topic, producer)) or self._producers.last(self.base, topic, producer)
         self._last[topic, producer] = epoch, sequence
@@ -527,7 +567,8 @@ class _Group:
                 _check_rescale(topic, name, found, append.schema, merged)
         if current is None or not (rescaled := _rescaled(current, merged)):
             return
-        earlier = [(other.schema, found) for other, _ in self.placed if other.topic == topic for found in other.bounds()]
+        placed = self.placed[self._begun.get(topic, 0) :]
+        earlier = [(other.schema, found) for other, _ in placed if other.topic == topic for found in other.bounds()]
         for name in rescaled:
             for schema, found in earlier:
                 _check_rescale(topic, name, found, schema, merged)

@@ -44,7 +44,7 @@ class TopicRead:
     """What a plain Flight ticket asks for: `{"topic", "from", "follow", "columns", "where"}`, all but the first optional."""
 
     topic: str
-    start: Place = 0
+    start: Place = "earliest"
     follow: bool = False
     columns: tuple[str, ...] | None = None
     where: str | None = None
@@ -54,7 +54,7 @@ class TopicRead:
         """Raises RequestError when the bytes are no such ticket, NotFound for a topic of the log's own."""
         try:
             body = json.loads(ticket)
-            name, start, follow = body.pop("topic"), body.pop("from", 0), body.pop("follow", False)
+            name, start, follow = body.pop("topic"), body.pop("from", "earliest"), body.pop("follow", False)
             columns, where = body.pop("columns", None), body.pop("where", None)
         except (ValueError, KeyError, AttributeError, RecursionError):
             raise RequestError(_FORM) from None
@@ -119,6 +119,13 @@ class Follower:
         topic, sql = snapshot.topic(request.topic), sql or request.sql
         return _selected(topic, request.columns) if sql is None else self._engine.prepare_run(sql, snapshot)[0].schema
 
+    def _schema_now(self, request: TopicRead, snapshot: Snapshot, sql: str | None) -> pa.Schema | None:
+        """Return what the batches look like by now, None when they cannot be made any more: the topic has begun anew."""
+        try:
+            return self.schema(request, snapshot, sql)
+        except RequestError:
+            return None
+
     def read(self, request: TopicRead, stopped: Stopped, sql: str | None = None) -> tuple[pa.Schema, Iterator[Run]]:
         """Return the schema and the runs of a topic.
 
@@ -142,7 +149,12 @@ class Follower:
         self, snapshot: Snapshot, request: TopicRead, sql: str | None, schema: pa.Schema, place: int, stopped: Stopped
     ) -> Iterator[Run]:
         quiet_since, told = time.monotonic(), place
+        topic, shown = request.topic, snapshot.topic(request.topic).schema
         while True:
+            if snapshot.topic(topic).schema is not shown:
+                shown = snapshot.topic(topic).schema
+                if self._schema_now(request, snapshot, sql) != schema:
+                    raise TryAgain(f"topic {topic!r}: its schema has changed; come back from offset {place}")
             for run in self._present(snapshot, request, sql, schema, place, stopped):
                 place = place if run.next_offset is None else run.next_offset
                 if run.batch.num_rows or run.next_offset is None or time.monotonic() - quiet_since > self._config.keep_alive_seconds:
@@ -155,7 +167,7 @@ class Follower:
             if time.monotonic() - quiet_since >= self._config.keep_alive_seconds:
                 yield Run(_empty(schema), place)
                 quiet_since = time.monotonic()
-            snapshot = self._newer(snapshot, request.topic, stopped)
+            snapshot = self._newer(snapshot, topic, stopped)
 
     def _present(
         self, snapshot: Snapshot, request: TopicRead, sql: str | None, schema: pa.Schema, place: int, stopped: Stopped
@@ -167,7 +179,6 @@ class Follower:
         if place == found.next_offset:
             return
         if sql is None:
-            _check_schema(topic, _selected(found, request.columns), schema, place)
             # Who follows the end shares what is decoded there; who reads all of a topic must not drive that out.
             cache = self._tail if found.next_offset - place <= RUN_ENTRIES else None
             for batch in topic_batches(snapshot, found, place, self._config.message_bytes_max, stopped, schema.names, cache):
@@ -178,7 +189,6 @@ class Follower:
         while place < found.next_offset:
             end = min(found.next_offset, place + step)
             running = self._engine.run(sql, snapshot, stopped, (place, end))
-            _check_schema(topic, running.schema, schema, place)
             batches = list(codec.gather(running.batches, self._config.message_bytes_max)) or [_empty(schema)]
             for batch in batches[:-1]:
                 yield Run(batch, None)
@@ -234,11 +244,6 @@ def _selected(topic: Topic, columns: Sequence[str] | None) -> pa.Schema:
 def _check_there(topic: Topic, place: int) -> None:
     if place < topic.first_offset:
         raise NotFound(f"topic {topic.name!r}: offset {place} has been removed; the first one left is {topic.first_offset}")
-
-
-def _check_schema(topic: str, now: pa.Schema, before: pa.Schema, place: int) -> None:
-    if now != before:
-        raise TryAgain(f"topic {topic!r}: its schema has changed; come back from offset {place}")
 
 
 def _empty(schema: pa.Schema) -> pa.RecordBatch:

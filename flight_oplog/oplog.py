@@ -30,6 +30,7 @@ from flight_oplog.committer import (
     Committer,
     Origin,
     Receipt,
+    Role,
     check_data,
     check_room,
     end_of,
@@ -103,13 +104,13 @@ class OpLog:
         finally:
             writer.abandon()
 
-    def writer(self, topic: str, schema: pa.Schema, origin: Origin = _ANONYMOUS, replaces: bool = False) -> AppendWriter:
+    def writer(self, topic: str, schema: pa.Schema, origin: Origin = _ANONYMOUS, role: Role = Role.APPENDS) -> AppendWriter:
         """Begin an append whose batches come one by one. Raises before anything is sent when the schema cannot be.
 
-        One that `replaces` ends the topic as it is, in the same commit, and begins it again.
+        One that replaces ends the topic as it is, in the same commit; a duplicate of it ends nothing.
         """
         check_topic(topic)
-        return self._writer(topic, schema, origin, replaces)
+        return self._writer(topic, schema, origin, role)
 
     def append_own(self, topic: str, entries: pa.RecordBatch, expected_offset: int) -> Receipt:
         """Append to a topic of the log's own, which clients cannot; raises OutOfOrder when it does not end at `expected_offset`."""
@@ -120,16 +121,23 @@ class OpLog:
         finally:
             writer.abandon()
 
-    def _writer(self, topic: str, schema: pa.Schema, origin: Origin, replaces: bool = False) -> AppendWriter:
+    def _writer(self, topic: str, schema: pa.Schema, origin: Origin, role: Role = Role.APPENDS) -> AppendWriter:
         origin.check(topic)
         normal, fingerprint = self._normal(schema)
         snapshot = self._store.latest  # the committer looks again, at the newest
-        current = None if replaces else snapshot.topics.get(topic)
-        if topic not in snapshot.topics:
-            check_room(topic, sum(not name.startswith("_") for name in snapshot.topics), self.config)
-        merge(topic, current, None, normal, fingerprint, self.config)
+        while True:
+            current = None if role is Role.REPLACES else snapshot.topics.get(topic)
+            try:
+                if topic not in snapshot.topics:
+                    check_room(topic, sum(not name.startswith("_") for name in snapshot.topics), self.config)
+                merge(topic, current, None, normal, fingerprint, self.config)
+                break
+            except RequestError:  # another server may have dropped since what stands in its way
+                before, snapshot = snapshot, self._store.refresh()
+                if snapshot is before:
+                    raise
         event_time = current.event_time if current else None
-        return AppendWriter(self, topic, normal, fingerprint, event_time or first_time(normal), origin, replaces)
+        return AppendWriter(self, topic, normal, fingerprint, event_time or first_time(normal), origin, role)
 
     def _normal(self, schema: pa.Schema) -> tuple[pa.Schema, str]:
         """Return the normal form of a schema and its schema_id. Producers send the same few over and over."""
@@ -196,7 +204,10 @@ class OpLog:
         return sorted(self.snapshot().topics.values(), key=lambda topic: topic.name)
 
     def verify(self) -> list[Problem]:
-        """Read everything and return what is wrong; an empty list means every byte is as it was acknowledged."""
+        """Read everything and return what is wrong; an empty list means every byte is as it was acknowledged.
+
+        What was dropped is not looked at, though it can still be read as of an earlier snapshot.
+        """
         snapshot = self._store.refresh()
         problems = [problem for topic in snapshot.topics.values() for problem in _verify_topic(snapshot, topic)]
         for version in self._store.damaged_commits():
@@ -238,10 +249,10 @@ class AppendWriter:
     """One append under way: `write` its batches, then `commit` or `abandon` it. For one thread."""
 
     def __init__(
-        self, oplog: OpLog, topic: str, schema: pa.Schema, fingerprint: str, event_time: str | None, origin: Origin, replaces: bool
+        self, oplog: OpLog, topic: str, schema: pa.Schema, fingerprint: str, event_time: str | None, origin: Origin, role: Role
     ) -> None:
         self.topic = topic
-        self._replaces = replaces
+        self._role = role
         self._event_time = event_time
         self._origin = origin
         self._oplog = oplog
@@ -384,7 +395,7 @@ class AppendWriter:
     def submit(self) -> Future[Receipt]:
         """Hand the append to the committer and return its receipt to come. Appends are committed in this order."""
         self.complete()
-        return self._oplog._committer.submit(self.hand_over())[-1]
+        return self._oplog._committer.submit([self.hand_over()])[0]
 
     def complete(self) -> int:
         """Wait until everything is stored that goes to the disk before the commit; return the append's entries.
@@ -411,8 +422,8 @@ class AppendWriter:
             check_data(self.topic, self._waiting)
             self._unchecked = False
 
-    def hand_over(self) -> list[Append]:
-        """Return the complete append, after the end of what it replaces: theirs to commit together, or to refuse, is the caller's."""
+    def hand_over(self) -> Append:
+        """Return the complete append: to commit it, or to refuse it, is the caller's."""
         append = Append(
             self.topic,
             self._schema,
@@ -425,11 +436,12 @@ class AppendWriter:
             self._entries + self._waiting_entries,
             self._waiting_bytes,
             self._origin,
+            self._role,
             unchecked=self._unchecked and self._staged is None,
         )
         self._owned = False
         append.receipt.add_done_callback(lambda receipt: self._release())
-        return [end_of(self.topic, tolerant=True), append] if self._replaces else [append]
+        return append
 
     def abandon(self) -> None:
         """Drop the append if it was not handed to the committer. Safe to call at any time, any number of times."""

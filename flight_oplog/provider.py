@@ -172,7 +172,7 @@ class _Run:
 
     @property
     def key(self) -> str:
-        return f"{self.records[0].key}+{len(self.records)}"
+        return "+".join(record.key for record in self.records)
 
 
 class _Scanner:
@@ -533,7 +533,11 @@ def topics_table(snapshot: Snapshot) -> pa.RecordBatch:
     """`system.topics`: one row a topic, from the Delta log alone."""
     rows = []
     for topic in sorted(snapshot.topics.values(), key=lambda topic: topic.name):
-        times = [(f.min_time, f.max_time) for f in topic.files]
+        # Another program may have put records that were dropped beside those that count: such files are looked into.
+        whole = [file for file in topic.files if file.first_offset >= topic.start]
+        mixed = [file for file in topic.files if file.first_offset < topic.start]
+        parts = [record for file in mixed for record in snapshot.records_of(topic, file)]
+        times = [(f.min_time, f.max_time) for f in whole] + [(r.min_time, r.max_time) for r in parts]
         known = bool(times) and all(low is not None and high is not None for low, high in times)
         rows.append(
             {
@@ -544,7 +548,7 @@ def topics_table(snapshot: Snapshot) -> pa.RecordBatch:
                 "columns": len(topic.schema),
                 "schemas": len(topic.schemas),
                 "files": len(topic.files),
-                "records": sum(f.records for f in topic.files),
+                "records": sum(file.records for file in whole) + len(parts),
                 "file_bytes": sum(f.size for f in topic.files),
                 "min_time": min(low for low, _ in times if low is not None) if known else None,
                 "max_time": max(high for _, high in times if high is not None) if known else None,

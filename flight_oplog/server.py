@@ -312,7 +312,7 @@ class Server(fl.FlightServerBase):
         if "sequence" in first[1] and not is_command:
             self._append_each(context, topic, schema, origin, itertools.chain([first], messages), writer)
             return
-        append = self._oplog.writer(topic, schema, origin, put.replaces)
+        append = self._oplog.writer(topic, schema, origin, put.role)
         try:
             self._fill(context, append, itertools.chain([first], messages), headers)
             answer: bytes | None = None

@@ -361,7 +361,9 @@ class Store:
             )
             for add in (adds.to_pylist() if adds.num_rows else ())
         ]
-        names = [f"{what}/{topic}" for topic in {file.topic for file in files} for what in ("topic", "start")]
+        registries = [file for file in files if file.topic == SCHEMAS_TOPIC]
+        known = {file.topic for file in files} | {row["topic"] for file in registries for row in self._registry_rows(file)}
+        names = [f"{what}/{topic}" for topic in known for what in ("topic", "start")]
         numbers = {name: table.transaction_version(name) or 0 for name in names}
         return self._after(Snapshot(0, {}, self), table.version(), Changes(files, numbers=numbers))
 
@@ -593,6 +595,7 @@ def _number(row: dict[str, Any]) -> int:
 def _registered(topic: Topic, rows: Sequence[dict[str, Any]]) -> Topic:
     """Return a topic with what its rows in the registry, in order, make of its schema; one without a schema ends it."""
     merged, event_time, schemas = topic.schema if topic.schemas else None, topic.event_time, dict(topic.schemas)
+    rows = [row for row in rows if row["number"] > topic.registered]  # another program's compaction shows them again
     for row in rows:
         if row["schema"] is None:
             merged, event_time, schemas = None, None, {}

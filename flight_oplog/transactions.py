@@ -164,7 +164,7 @@ class Transactions:
                 if not self._watching:
                     threading.Thread(target=self._watch, name="transactions", daemon=True).start()
                     self._watching = True
-            self._open[name].appends += append.hand_over()
+            self._open[name].appends.append(append.hand_over())
         return entries
 
     def commit(self, transaction_id: bytes, sessions: Sequence[str] = ()) -> list[Receipt]:

@@ -370,7 +370,7 @@ def test_small_appends_are_looked_at_together_and_refused_alone(log: OpLog, monk
     for topic, batch in (("x", good), ("y", bad), ("z", good)):
         writer = log.writer(topic, batch.schema)
         writer.write(batch)
-        together += writer.hand_over()
+        together.append(writer.hand_over())
     bundle = log._committer.submit(together)
     going_on.set()
     for receipt in (receipts[2], *bundle):

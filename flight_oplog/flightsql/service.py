@@ -23,14 +23,14 @@ from typing import Any
 import pyarrow as pa
 
 from flight_oplog import __version__, codec
-from flight_oplog.committer import Origin
+from flight_oplog.committer import Origin, Role
 from flight_oplog.config import Config
-from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, Unsupported
+from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
 from flight_oplog.follow import Follower, Place, TopicRead, words
 from flight_oplog.oplog import OpLog
-from flight_oplog.schema import check_topic
+from flight_oplog.schema import check_topic, schema_id
 from flight_oplog.sql.catalog import moment
 from flight_oplog.sql.engine import CHANGED, Engine, Statement
 from flight_oplog.sql.refusals import CATALOG, PUBLIC
@@ -72,7 +72,7 @@ class Put:
 
     topic: str
     transaction_id: bytes | None = None
-    replaces: bool = False
+    role: Role = Role.APPENDS
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ class Service:
 
     def _follow_sql(self, sql: str, start: Place) -> Planned:
         statement, topic = self._engine.prepare_run(sql, self._oplog.snapshot())
-        body = {"sql": sql, "topic": topic, "from": start}
+        body = {"sql": sql, "topic": topic, "from": start, "schema_id": schema_id(statement.schema)}
         handle = self._sealer.seal("follow", body, self.config.ticket_seconds_max)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
@@ -264,7 +264,10 @@ class Service:
         kind = self._sealer.kind(message.statement_handle)
         if kind == "follow":
             body = self._sealer.open("follow", message.statement_handle)
-            return self.read(TopicRead(body["topic"], body["from"], follow=True), stopped, body["sql"])
+            followed = self.read(TopicRead(body["topic"], body["from"], follow=True), stopped, body["sql"])
+            if schema_id(followed.schema) != body["schema_id"]:
+                raise TryAgain(f"topic {body['topic']!r}: its schema has changed since the statement was planned; plan it again")
+            return followed
         if kind == "count":
             count = self._sealer.open("count", message.statement_handle)["count"]
             return Result(CHANGED, iter([(pa.RecordBatch.from_pydict({"count": [count]}, CHANGED), None)]))
@@ -504,7 +507,7 @@ class Service:
             raise NotFound(f"topic {name!r} does not exist; nothing was written; create it with the first append")
         if name in self._engine.views(snapshot) and not exists:
             raise RequestError(f"{name!r} is a view; nothing was written; choose another name or drop it first")
-        return Put(name, transaction_id, exists and options.if_exists == _IF_EXISTS_REPLACE)
+        return Put(name, transaction_id, Role.REPLACES if options.if_exists == _IF_EXISTS_REPLACE else Role.APPENDS)
 
     # Metadata
 

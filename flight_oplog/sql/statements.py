@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from flight_oplog.committer import Origin
+from flight_oplog.committer import Origin, Role
 from flight_oplog.config import Config
 from flight_oplog.errors import NotFound, OutOfOrder, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.oplog import AppendWriter, OpLog
-from flight_oplog.schema import VIEWS_SCHEMA, VIEWS_TOPIC, check_topic
+from flight_oplog.schema import TOPIC_PATTERN, VIEWS_SCHEMA, VIEWS_TOPIC, check_topic
 from flight_oplog.sql import lexer
 from flight_oplog.sql.engine import Change, Engine
 from flight_oplog.sql.stream import Stopped
@@ -52,6 +52,8 @@ class Statements:
         """
         snapshot = self._oplog.snapshot()
         change = self._engine.change(sql, snapshot, stopped, parameters)
+        if change.tolerant and change.what.startswith("DROP") and not TOPIC_PATTERN.fullmatch(change.name):
+            return 0  # nothing can have such a name
         if change.what == "INSERT":
             return self._insert(change, origin or Origin(), hold)
         if hold is not None:
@@ -73,9 +75,9 @@ class Statements:
             raise RequestError(f"{change.name!r} is no topic; entries are inserted into topics; nothing was written")
         return self._append(change, origin, hold)
 
-    def _append(self, change: Change, origin: Origin, hold: Hold | None = None, replaces: bool = False) -> int:
+    def _append(self, change: Change, origin: Origin, hold: Hold | None = None, role: Role = Role.APPENDS) -> int:
         assert change.schema is not None
-        writer = self._oplog.writer(change.name, change.schema, origin, replaces)
+        writer = self._oplog.writer(change.name, change.schema, origin, role)
         try:
             for batch in change.batches or ():
                 writer.write(batch)
@@ -91,11 +93,12 @@ class Statements:
         if name in snapshot.topics:
             if change.tolerant:
                 return 0
-            if change.replaces:
-                return self._append(change, Origin(), replaces=True)
-            raise RequestError(f"table {name!r} exists already; nothing was written; INSERT into it, or say IF NOT EXISTS")
+            if not change.replaces:
+                raise RequestError(f"table {name!r} exists already; nothing was written; INSERT into it, or say IF NOT EXISTS")
+        if change.replaces:
+            return self._append(change, Origin(), role=Role.REPLACES)
         try:
-            return self._append(change, Origin(expected_offset=0))
+            return self._append(change, Origin(), role=Role.BEGINS)
         except OutOfOrder:
             if change.tolerant:
                 return 0

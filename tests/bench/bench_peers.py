@@ -1,0 +1,242 @@
+"""Our server and its peers, asked the same questions by the same client: `make bench-peers` (ENTRIES=n, ROUNDS=n).
+
+The same event log lies in our log and as a plain Delta table. Every round asks each server in turn; points and slices
+are others in every round, the same for all. A ratio is a peer's time over ours in one round, and the middle one counts.
+Servers that are not asked stand still.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+from bench import ENTRIES, START, events, put
+from deltalake import write_deltalake
+from peers import Peer, Query, all_peers, ours
+from rich.console import Console
+from rich.table import Table
+
+ROUNDS = int(os.environ.get("ROUNDS", "7"))
+COLD_ROUNDS = 3
+CLIENTS = 8
+MIXED_SECONDS = 10.0
+CACHE = 4 << 30
+SLICE = ENTRIES // 100
+
+
+@dataclass
+class Question:
+    """One of the mix. `sql` makes its text from a node and the place of a slice's first entry."""
+
+    name: str
+    sql: Callable[[str, int], str]
+    rounds: int = ROUNDS
+    is_ordered: bool = True
+
+
+def at(place: int) -> str:
+    """A time that every peer reads as the same instant."""
+    micros = START + 1000 * place
+    seconds, rest = divmod(micros, 1_000_000)
+    text = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(seconds))
+    return f"CAST('{text}.{rest:06}+00:00' AS TIMESTAMP WITH TIME ZONE)"
+
+
+FEW = "timestamp, node_id, sequence, value"
+QUESTIONS = [
+    Question("SELECT 1", lambda node, place: "SELECT 1 AS one", 200),
+    Question("COUNT(*)", lambda node, place: "SELECT count(*) AS n FROM events", 50),
+    Question("point lookup", lambda node, place: f"SELECT {FEW} FROM events WHERE node_id = '{node}' ORDER BY sequence"),
+    Question(
+        "1 % time slice",
+        lambda node, place: (
+            f"SELECT count(*) AS n, sum(value) AS total FROM events WHERE timestamp >= {at(place)} AND timestamp < {at(place + SLICE)}"
+        ),
+    ),
+    Question("group by kind", lambda node, place: "SELECT kind, count(*) AS n, avg(value) AS mean FROM events GROUP BY kind ORDER BY kind"),
+    Question(
+        "group by node_id",
+        lambda node, place: (
+            "SELECT node_id, count(*) AS n, sum(value) AS total FROM events GROUP BY node_id ORDER BY n DESC, node_id LIMIT 10"
+        ),
+    ),
+    Question("distinct", lambda node, place: "SELECT count(DISTINCT node_id) AS n FROM events"),
+    Question("top 10", lambda node, place: f"SELECT {FEW} FROM events ORDER BY value DESC LIMIT 10"),
+    Question("SELECT *", lambda node, place: "SELECT * FROM events", 3, is_ordered=False),
+]
+
+
+@dataclass
+class Found:
+    """Seconds of one question at each server, round by round."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def ratio(self, peer: str) -> float:
+        ratios = sorted(theirs / mine for mine, theirs in zip(self.seconds["flight_oplog"], self.seconds[peer], strict=True))
+        return ratios[len(ratios) // 2]
+
+    def middle(self, name: str) -> float:
+        return sorted(self.seconds[name])[len(self.seconds[name]) // 2]
+
+
+def same(left: pa.Table, right: pa.Table, is_ordered: bool) -> bool:
+    """Whether two answers are equal, but for types of the same values and the last digits of sums."""
+    if left.num_rows != right.num_rows or left.column_names != right.column_names:
+        return False
+    if not is_ordered:
+        return left.num_rows == right.num_rows  # which of them are first is nobody's promise; the sums tell
+    for name in left.column_names:
+        for one, other in zip(left[name].to_pylist(), right[name].to_pylist(), strict=True):
+            if one != other and not (isinstance(one, float) and math.isclose(one, other, rel_tol=1e-9)):
+                return False
+    return True
+
+
+def evict(*folders: Path) -> None:
+    """Have the system forget what it knows of the files."""
+    for folder in folders:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def ask_all(servers: Sequence[Peer], nodes: Sequence[str]) -> dict[str, Found]:
+    """Ask every server every question, warm; check each first answer against ours."""
+    found: dict[str, Found] = {}
+    with contextlib.ExitStack() as stack:
+        asks: dict[str, Query] = {server.name: stack.enter_context(server.connect()) for server in servers}
+        for question in QUESTIONS:
+            here = found[question.name] = Found({name: [] for name in asks})
+            wanted = None
+            for turn in range(-1, question.rounds):
+                chance = random.Random(turn)
+                sql = question.sql(chance.choice(nodes), chance.randrange(ENTRIES - SLICE))
+                for name, ask in asks.items():
+                    began = time.perf_counter()
+                    answer = ask(sql)
+                    seconds = time.perf_counter() - began
+                    if turn >= 0:
+                        here.seconds[name].append(seconds)
+                    elif wanted is None:
+                        wanted = answer
+                    else:
+                        assert same(wanted, answer, question.is_ordered), (question.name, name)
+                    del answer
+    return found
+
+
+def cold(
+    starts: dict[str, Callable[[], contextlib.AbstractContextManager[Peer]]], folders: list[Path], nodes: Sequence[str]
+) -> dict[str, Found]:
+    """Each question as the first one after a start, with nothing of the files in the system's memory."""
+    found = {question.name: Found({name: [] for name in starts}) for question in QUESTIONS[2:]}
+    for turn in range(COLD_ROUNDS):
+        for question in QUESTIONS[2:]:
+            chance = random.Random(turn)
+            sql = question.sql(chance.choice(nodes), chance.randrange(ENTRIES - SLICE))
+            for name, start in starts.items():
+                with start() as server, server.connect() as ask:
+                    evict(*folders)
+                    began = time.perf_counter()
+                    ask(sql)
+                    found[question.name].seconds[name].append(time.perf_counter() - began)
+    return found
+
+
+def mixed(server: Peer, nodes: Sequence[str]) -> float:
+    """Queries a second of CLIENTS clients at once, each asking the mix but for the whole table in an order of its own."""
+    done = [0] * CLIENTS
+    ready, end = threading.Barrier(CLIENTS + 1), [0.0]
+
+    def client(number: int) -> None:
+        chance = random.Random(number)
+        with server.connect() as ask:
+            ready.wait()
+            while time.perf_counter() < end[0]:
+                question = chance.choice(QUESTIONS[:-1])
+                ask(question.sql(chance.choice(nodes), chance.randrange(ENTRIES - SLICE)))
+                done[number] += 1
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    end[0] = time.perf_counter() + MIXED_SECONDS
+    began = time.perf_counter()
+    ready.wait()
+    for thread in threads:
+        thread.join()
+    return sum(done) / (time.perf_counter() - began)
+
+
+def geometric(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def show(title: str, found: dict[str, Found], names: list[str]) -> None:
+    table = Table(title=title, header_style="bold")
+    table.add_column("question")
+    table.add_column("ours, ms", justify="right")
+    for name in (*names, "fastest"):
+        table.add_column(name, justify="right")
+    best = []
+    for question, here in found.items():
+        ratios = [here.ratio(name) for name in names]
+        best.append(min(ratios))
+        cells = [f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]" for ratio in (*ratios, best[-1])]
+        table.add_row(question, f"{here.middle('flight_oplog') * 1000:,.1f}", *cells)
+    means = [geometric([here.ratio(name) for here in found.values()]) for name in names]
+    table.add_row("geometric mean", "", *(f"{mean:.2f}" for mean in (*means, geometric(best))), style="bold")
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def main() -> None:
+    only = sys.argv[1:] or ["warm", "mixed", "cold"]
+    folder = Path(tempfile.mkdtemp(prefix="oplog-peers-"))
+    plain, data = folder / "plain", folder / "log"
+    try:
+        batches = list(events(ENTRIES))
+        nodes = sorted(set(batches[0]["node_id"].to_pylist()))
+        write_deltalake(str(plain), pa.RecordBatchReader.from_batches(batches[0].schema, iter(batches)))
+        with ours(data, folder / "ours") as server:
+            put(server.uri, "events", batches)
+        del batches
+        flags = ("--cache-bytes-max", str(CACHE))
+        with contextlib.ExitStack() as stack:
+            servers = [stack.enter_context(ours(data, folder / "ours", *flags))]
+            servers += [stack.enter_context(start()) for start in all_peers(plain, folder)]
+            names = [server.name for server in servers[1:]]
+            if "warm" in only:
+                show(f"{ENTRIES:,} entries, warm: a peer's time over ours, above 1 we are faster", ask_all(servers, nodes), names)
+            if "mixed" in only:
+                rates = {server.name: mixed(server, nodes) for server in servers}
+                for name, rate in rates.items():
+                    mine_over = rates["flight_oplog"] / rate
+                    print(f"{CLIENTS} clients, mixed: {name} {rate:,.0f} queries a second; ours over it {mine_over:.2f}")
+            for server in servers:
+                print(f"peak memory: {server.name} {server.peak_mib():,.0f} MiB")
+        if "cold" in only:
+            starts = dict(
+                zip(["flight_oplog", *names], [lambda: ours(data, folder / "ours", *flags), *all_peers(plain, folder)], strict=True)
+            )
+            starts.pop("ROAPI in memory", None)  # it has read everything before it answers
+            show("cold: the first question after a start, files not in memory", cold(starts, [plain, data], nodes), [*starts][1:])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
