@@ -8,12 +8,14 @@ its own: 0.2 ms, and nothing a client says can outlive its statement.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -22,6 +24,7 @@ from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOpti
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import OplogError, RequestError, TooLarge, Unsupported
 from flight_oplog.provider import CannotFilter, ColumnCache, ScanContext, ScanCounts
+from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
 from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, Catalog, register_time_travel, table_of, tables
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
@@ -56,6 +59,10 @@ _SETTINGS = {
 }
 
 NO_PARAMETERS = pa.schema([])
+# Statements whose result's schema is remembered, and how long their text may be.
+PREPARED_KEPT = 1000
+PREPARED_CHARACTERS = 4096
+_DECIDING = (SCHEMAS_TOPIC, VIEWS_TOPIC)
 # What a statement that changes something returns: how many entries it appended.
 CHANGED = pa.schema([pa.field("count", pa.int64())])
 
@@ -105,6 +112,7 @@ class Engine:
         self._cache = ColumnCache(config.cache_bytes_max)
         self._partitions = os.cpu_count() or 1
         self._views = Views(config)
+        self._prepared: OrderedDict[tuple[Any, ...], Statement] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
 
@@ -115,6 +123,20 @@ class Engine:
 
         Raises RequestError for bad SQL, NotFound for an unknown table, Unsupported for what the log does not do.
         """
+        if values is not None or len(sql) > PREPARED_CHARACTERS or TIME_TRAVEL.search(sql):
+            return self._prepare(sql, snapshot, values, db_schema)
+        # Drivers ask up to three times for one statement, dashboards for ever. What comes of it depends on nothing but these.
+        key = (sql, db_schema, id(snapshot.store), *(topic and topic.next_offset for topic in map(snapshot.topics.get, _DECIDING)))
+        found = self._prepared.pop(key, None)
+        if found is None:
+            found = self._prepare(sql, snapshot, None, db_schema)
+        self._prepared[key] = found
+        while len(self._prepared) > PREPARED_KEPT:
+            with contextlib.suppress(KeyError):  # another thread may have been here
+                self._prepared.popitem(last=False)
+        return replace(found, snapshot=snapshot)
+
+    def _prepare(self, sql: str, snapshot: Snapshot, values: pa.RecordBatch | None, db_schema: str) -> Statement:
         is_update = self._check(sql)
         text, names = lexer.numbered(sql)
         session, context = self._session(text, snapshot, PUBLIC if is_update else db_schema)
