@@ -272,6 +272,11 @@ def gather(batches: Iterable[pa.RecordBatch], bytes_max: int = BATCH_BYTES, entr
         yield joined(waiting)
 
 
+def empty(schema: pa.Schema) -> pa.RecordBatch:
+    """Return a batch of no rows."""
+    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
+
+
 def joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
     """Return batches of one schema as one; a single one is not copied."""
     return batches[0] if len(batches) == 1 else pa.concat_batches(batches)

@@ -142,7 +142,7 @@ class Follower:
         _check_there(found, place)
         runs = self._runs(snapshot, request, sql or request.sql, schema, place, stopped)
         if request.follow and start == "latest":  # the place, before anything else: whoever is cut off now can come back to it
-            runs = itertools.chain([Run(_empty(schema), place)], runs)
+            runs = itertools.chain([Run(codec.empty(schema), place)], runs)
         return schema, runs
 
     def _runs(
@@ -162,10 +162,10 @@ class Follower:
                     quiet_since, told = time.monotonic(), place
             if not request.follow:
                 if told != place:  # what came last was not for this reader: it need not be read again
-                    yield Run(_empty(schema), place)
+                    yield Run(codec.empty(schema), place)
                 return
             if time.monotonic() - quiet_since >= self._config.keep_alive_seconds:
-                yield Run(_empty(schema), place)
+                yield Run(codec.empty(schema), place)
                 quiet_since = time.monotonic()
             snapshot = self._newer(snapshot, topic, stopped)
 
@@ -189,7 +189,7 @@ class Follower:
         while place < found.next_offset:
             end = min(found.next_offset, place + step)
             running = self._engine.run(sql, snapshot, stopped, (place, end))
-            batches = list(codec.gather(running.batches, self._config.message_bytes_max)) or [_empty(schema)]
+            batches = list(codec.gather(running.batches, self._config.message_bytes_max)) or [codec.empty(schema)]
             for batch in batches[:-1]:
                 yield Run(batch, None)
             place = end
@@ -244,10 +244,6 @@ def _selected(topic: Topic, columns: Sequence[str] | None) -> pa.Schema:
 def _check_there(topic: Topic, place: int) -> None:
     if place < topic.first_offset:
         raise NotFound(f"topic {topic.name!r}: offset {place} has been removed; the first one left is {topic.first_offset}")
-
-
-def _empty(schema: pa.Schema) -> pa.RecordBatch:
-    return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in schema], schema=schema)
 
 
 def words(run: Run) -> bytes:

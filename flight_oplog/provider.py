@@ -529,6 +529,40 @@ def topic_batches(
             skip = max(0, skip - batch.num_rows)
 
 
+def whole_of(snapshot: Snapshot, topic: Topic, function: str, column: str | None) -> pa.Scalar | None:
+    """Return the count, min or max of a column of all of a topic, going by its records alone; None when they do not tell.
+
+    Without a column, the count of its entries. Bounds of numbers and times are values that occur; those of texts are cut.
+    """
+    if column is None:
+        return pa.scalar(topic.entries)
+    if column not in topic.schema.names:
+        return None
+    kind = topic.schema.field(column).type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return None
+    limits, present = [], 0
+    for file in topic.files:
+        for record in snapshot.records_of(topic, file):
+            stored = topic.schemas.get(record.schema_id)
+            if stored is None:
+                return None
+            found = record.bounds.get(column, {"nulls": record.entries} if column not in stored.names else {})
+            if "nulls" not in found:
+                return None
+            present += record.entries - found["nulls"]
+            if found["nulls"] < record.entries:
+                if function != "count" and "min" not in found:
+                    return None
+                limits.append((stored.field(column).type, found))
+    if function == "count":
+        return pa.scalar(present)
+    values = [codec.bound_scalar(found[function], stored).cast(kind) for stored, found in limits]
+    if not values:
+        return pa.scalar(None, kind)
+    return pc.min_max(pa.array(values, kind))[function]
+
+
 def topics_table(snapshot: Snapshot) -> pa.RecordBatch:
     """`system.topics`: one row a topic, from the Delta log alone."""
     rows = []

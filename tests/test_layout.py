@@ -28,6 +28,7 @@ ORDER = [
     "sql.views",
     "sql.parameters",
     "sql.plans",
+    "sql.aggregates",
     "sql.engine",
     "sql.statements",
     "follow",
@@ -46,7 +47,7 @@ ORDER = [
 OWNERS = {
     "deltalake": {"store"},
     "obstore": {"storage"},
-    "datafusion": {"sql.catalog", "sql.engine"},
+    "datafusion": {"sql.aggregates", "sql.catalog", "sql.engine"},
     "google": {"flightsql.wire"},
     "pyarrow.flight": {"server", "client"},
     "adbc_driver_flightsql": {"cli"},

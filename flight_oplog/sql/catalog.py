@@ -120,6 +120,32 @@ class _BoundSchema(SchemaProvider):
         return name == "values"
 
 
+class Shelf(CatalogProvider):
+    """A few tables, known by their name alone in whatever schema they are asked for."""
+
+    def __init__(self) -> None:
+        self.tables: dict[str, Any] = {}
+
+    def schema_names(self) -> set[str]:
+        return {PUBLIC}
+
+    def schema(self, name: str) -> Any:
+        return _ShelfSchema(self.tables)
+
+
+class _ShelfSchema(SchemaProvider):
+    table_names: list[str] = []  # type: ignore[assignment]  # noqa: RUF012
+
+    def __init__(self, tables: dict[str, Any]) -> None:
+        self._tables = tables
+
+    def table(self, name: str) -> Any:
+        return self._tables.get(name)
+
+    def table_exist(self, name: str) -> bool:
+        return name in self._tables
+
+
 # Time travel
 
 TIME_TRAVEL = re.compile(r"\bat_(?:version|time)\s*\(", re.IGNORECASE)

@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
 from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions
 
+from flight_oplog import codec
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import OplogError, RequestError, TooLarge, Unsupported
-from flight_oplog.provider import CannotFilter, ColumnCache, ScanContext, ScanCounts
+from flight_oplog.provider import CannotFilter, ColumnCache, RowsTable, ScanContext, ScanCounts, whole_of
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
 from flight_oplog.sql import lexer
-from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, Catalog, register_time_travel, table_of, tables
+from flight_oplog.sql.aggregates import STATE_ROWS_MAX, Aggregation, State, States, taken_apart
+from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, Catalog, Shelf, register_time_travel, table_of, tables
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
-from flight_oplog.sql.plans import followed
+from flight_oplog.sql.plans import followed, is_constant
 from flight_oplog.sql.refusals import (
     APPEND_ONLY,
     CATALOG,
@@ -41,9 +44,11 @@ from flight_oplog.sql.refusals import (
     in_public,
     translated,
 )
-from flight_oplog.sql.stream import Pulled, Puller, Stopped, paced, pulled, schema_of, to_wire, wire_schema
+from flight_oplog.sql.stream import Pulled, Puller, Stopped, at_once, paced, pulled, schema_of, to_wire, wire_schema
 from flight_oplog.sql.views import Views
-from flight_oplog.store import Snapshot
+from flight_oplog.store import Snapshot, Topic
+
+log = logging.getLogger("flight_oplog.sql")
 
 _READ_ONLY = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)
 _SETTINGS = {
@@ -63,6 +68,8 @@ NO_PARAMETERS = pa.schema([])
 PREPARED_KEPT = 1000
 PREPARED_CHARACTERS = 4096
 _DECIDING = (SCHEMAS_TOPIC, VIEWS_TOPIC)
+# An aggregate that took so long is worth a state.
+STATE_SECONDS = 0.01
 # What a statement that changes something returns: how many entries it appended.
 CHANGED = pa.schema([pa.field("count", pa.int64())])
 
@@ -112,6 +119,7 @@ class Engine:
         self._cache = ColumnCache(config.cache_bytes_max)
         self._partitions = os.cpu_count() or 1
         self._views = Views(config)
+        self._states = States(config.state_bytes_max)
         self._prepared: OrderedDict[tuple[Any, ...], Statement] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
@@ -126,7 +134,7 @@ class Engine:
         if values is not None or len(sql) > PREPARED_CHARACTERS or TIME_TRAVEL.search(sql):
             return self._prepare(sql, snapshot, values, db_schema)
         # Drivers ask up to three times for one statement, dashboards for ever. What comes of it depends on nothing but these.
-        key = (sql, db_schema, id(snapshot.store), *(topic and topic.next_offset for topic in map(snapshot.topics.get, _DECIDING)))
+        key = (sql, db_schema, *_registry(snapshot))
         found = self._prepared.pop(key, None)
         if found is None:
             found = self._prepare(sql, snapshot, None, db_schema)
@@ -175,7 +183,7 @@ class Engine:
         Such a statement makes something of each entry by itself: it reads one topic, and has projections and filters.
         Raises RequestError that says why another one cannot be followed, and what `prepare` raises.
         """
-        frame, _ = self._plan(sql, snapshot)
+        _, frame, _ = self._plan(sql, snapshot)
         topic = followed(sql, frame.logical_plan())
         return Statement(snapshot, wire_schema(frame.schema())), topic
 
@@ -228,12 +236,126 @@ class Engine:
         values: Values,
         db_schema: str,
     ) -> Running:
+        key = None
+        if offsets is None and _AGGREGATES.search(sql) and len(sql) <= PREPARED_CHARACTERS and not TIME_TRAVEL.search(sql):
+            key = (sql, db_schema, _packed(values), *_registry(snapshot))
+            if (answered := self._from_state(key, sql, snapshot, stopped, deadline, values, db_schema)) is not None:
+                return answered
+        began = time.monotonic()
         frame, stream, context = self._start(sql, snapshot, offsets, values, db_schema)
         schema = schema_of(frame, context)
+        if not _READS.search(sql) and is_constant(frame.logical_plan()):
+            return Running(schema, paced(at_once(stream, context, schema), self._config.message_bytes_max))
         puller = Puller(self._loop, stream, context)
         del frame, stream  # the frame holds the plan, the plan holds running tasks
         batches = Pulled(pulled(puller, context, schema, deadline, self._config.statement_seconds_max, stopped), puller)
-        return Running(schema, paced(batches, self._config.message_bytes_max), context.counts)
+
+        def noted() -> Iterator[pa.RecordBatch]:
+            first = next(batches, None)
+            if key is not None and time.monotonic() - began > STATE_SECONDS:
+                self._states.note(key)
+            if first is not None:
+                yield first
+                yield from batches
+
+        return Running(schema, paced(noted(), self._config.message_bytes_max), context.counts)
+
+    def _from_state(
+        self, key: Any, sql: str, snapshot: Snapshot, stopped: Stopped, deadline: float, values: Values, db_schema: str
+    ) -> Running | None:
+        """Answer a statement from its records' bounds, or from the state of its aggregate and the entries since.
+
+        None when there is none, or it is not worth one: then it is run as it is. See `aggregates`.
+        """
+        known = self._states.asked(key)
+        if known.is_unfit or not (known.was_slow or _OF_ALL.search(sql)):
+            return None
+        session, frame, context = self._plan(sql, snapshot, values=values, db_schema=db_schema)
+        try:
+            apart = _taken_apart(session, frame)
+            topic = None if apart is None else snapshot.topics.get(apart.topic)
+            if apart is None or topic is None:
+                self._states.dismiss(key)
+                return None
+            rows = self._whole(apart, snapshot, topic)
+            if rows is None and known.was_slow:
+                rows = self._brought_up(key, apart, known.state, topic, (sql, snapshot, values, db_schema), stopped, deadline, context)
+            if rows is None:
+                return None
+            once, shelf = self._small_session(rows)
+            made = apart.values(once.table("rows"))
+            if apart.relation is not None:
+                *_, name = parts = apart.relation.split(".")
+                shelf.tables[name] = made.into_view()
+                made = once.table(".".join(f'"{part}"' for part in parts))
+            stream = apart.rest(made).execute_stream()
+        except OplogError:
+            raise
+        except Exception as error:
+            log.info("a statement's aggregate is not kept: %s", error)
+            self._states.dismiss(key)
+            return None
+        schema = schema_of(frame, context)
+        return Running(schema, paced(at_once(stream, context, schema), self._config.message_bytes_max), context.counts)
+
+    def _whole(self, apart: Aggregation, snapshot: Snapshot, topic: Topic) -> pa.Table | None:
+        """Return the state of aggregates of all of a topic, when its records' bounds tell it."""
+        if apart.groups or not apart.is_whole or not all(measure.function for measure in apart.measures):
+            return None
+        found = [whole_of(snapshot, topic, measure.function, measure.column) for measure in apart.measures]
+        if any(value is None for value in found):
+            return None
+        return pa.table({f"k{n}": pa.array([value]) for n, value in enumerate(found)})
+
+    def _brought_up(
+        self,
+        key: Any,
+        apart: Aggregation,
+        state: State | None,
+        topic: Topic,
+        statement: tuple[str, Snapshot, Values, str],
+        stopped: Stopped,
+        deadline: float,
+        context: ScanContext,
+    ) -> pa.Table | None:
+        """Return a statement's state as of its snapshot: the entries since are aggregated. None when it grows too large."""
+        first, last = topic.first_offset, topic.next_offset
+        if state is not None and (state.first != first or state.last > last):
+            state = None  # some have been removed; or the snapshot is an older one
+        rows = None if state is None else state.rows
+        if state is None or state.last < last:
+            sql, snapshot, values, db_schema = statement
+            offsets = None if state is None else (state.last, last)
+            frame, stream, scanned = self._start(sql, snapshot, offsets, values, db_schema, _state_of)
+            context.counts.update(scanned.counts)
+            schema = wire_schema(frame.schema())
+            puller = Puller(self._loop, stream, scanned)
+            del frame, stream
+            new: list[pa.RecordBatch] = []
+            size = 0
+            for batch in pulled(puller, scanned, schema, deadline, self._config.statement_seconds_max, stopped):
+                new.append(batch)
+                size += batch.num_rows
+                if size > STATE_ROWS_MAX:
+                    self._states.dismiss(key)
+                    return None
+            made = pa.Table.from_batches(new, schema)
+            rows = made if rows is None else self._merged(apart, pa.concat_tables([rows, made]))
+            self._states.keep(key, State(first, last, rows))
+        return rows
+
+    def _merged(self, apart: Aggregation, states: pa.Table) -> pa.Table:
+        once, _ = self._small_session(states)
+        frame = apart.merged(once.table("rows"))
+        schema = wire_schema(frame.schema())
+        return pa.Table.from_batches(at_once(frame.execute_stream(), ScanContext(self._cache, 1), schema), schema)
+
+    def _small_session(self, rows: pa.Table) -> tuple[SessionContext, Shelf]:
+        """Return a session whose only table, `rows`, is these, and the shelf it is on."""
+        shelf = Shelf()
+        batches = rows.combine_chunks().to_batches()
+        shelf.tables["rows"] = RowsTable(batches[0] if batches else codec.empty(rows.schema), ScanContext(self._cache, 1))
+        return _new_session(PUBLIC, 1, RuntimeEnvBuilder(), shelf), shelf
 
     def change(
         self,
@@ -327,15 +449,22 @@ class Engine:
         raise Unsupported(f"{' '.join(sql.split()[:2]).upper()[:40]} is not served: {SERVED}")
 
     def _start(
-        self, sql: str, snapshot: Snapshot, offsets: tuple[int, int] | None, values: Values, db_schema: str
+        self,
+        sql: str,
+        snapshot: Snapshot,
+        offsets: tuple[int, int] | None,
+        values: Values,
+        db_schema: str,
+        shaped: Callable[[SessionContext, Any], Any] = lambda session, frame: frame,
     ) -> tuple[Any, Any, ScanContext]:
-        """Start a statement in the fastest way its filters allow; the last way allows any."""
+        """Start a statement, or what `shaped` makes of it, in the fastest way its filters allow; the last way allows any."""
         ways = [(False, True), (False, False)]
         if _GROUPS.search(sql):
             ways.insert(0, (True, True))
         for views, push_filters in ways:
-            frame, context = self._plan(sql, snapshot, views, push_filters, offsets, values, db_schema)
+            session, frame, context = self._plan(sql, snapshot, views, push_filters, offsets, values, db_schema)
             try:
+                frame = shaped(session, frame)
                 return frame, frame.execute_stream(), context
             except Exception as error:
                 if not any(isinstance(failure, CannotFilter) for failure in context.failures):
@@ -351,13 +480,13 @@ class Engine:
         offsets: tuple[int, int] | None = None,
         values: Values = None,
         db_schema: str = PUBLIC,
-    ) -> tuple[Any, ScanContext]:
+    ) -> tuple[SessionContext, Any, ScanContext]:
         if self._check(sql):
             raise RequestError("the statement is no query; nothing was written")
         session, context = self._session(sql, snapshot, db_schema, views, offsets)
         if not push_filters:
             session.remove_optimizer_rule("push_down_filter")
-        return self._frame(session, context, sql, values), context
+        return session, self._frame(session, context, sql, values), context
 
     def _frame(self, session: SessionContext, context: ScanContext, sql: str, values: Values = None) -> Any:
         try:
@@ -413,10 +542,34 @@ class Engine:
         return found.first in CHANGES
 
 
+def _registry(snapshot: Snapshot) -> tuple[Any, ...]:
+    """Return what changes when the schema of some topic or view does."""
+    return (id(snapshot.store), *(topic and topic.next_offset for topic in map(snapshot.topics.get, _DECIDING)))
+
+
+def _packed(values: Values) -> bytes | None:
+    return None if values is None else pa.table({name: pa.array([value]) for name, value in values.items()}).to_batches()[0].serialize()
+
+
+def _taken_apart(session: SessionContext, frame: Any) -> Aggregation | None:
+    return taken_apart(
+        frame.logical_plan(), frame.optimized_logical_plan(), lambda plan: session.create_dataframe_from_logical_plan(plan).schema()
+    )
+
+
+def _state_of(session: SessionContext, frame: Any) -> Any:
+    apart = _taken_apart(session, frame)
+    assert apart is not None
+    return apart.state(session)
+
+
+_READS = re.compile(r"\b(?:FROM|SHOW|DESCRIBE|DESC|EXPLAIN)\b", re.IGNORECASE)
+_AGGREGATES = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|(?:count|sum|min|max|avg)\s*\()", re.IGNORECASE)
+_OF_ALL = re.compile(r"\b(?:count|min|max)\s*\(", re.IGNORECASE)
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
 
 
-def _new_session(db_schema: str, partitions: int, runtime: RuntimeEnvBuilder, catalog: Catalog) -> SessionContext:
+def _new_session(db_schema: str, partitions: int, runtime: RuntimeEnvBuilder, catalog: Catalog | Shelf) -> SessionContext:
     settings = _SETTINGS | {"datafusion.catalog.default_schema": db_schema}
     session = SessionContext(SessionConfig(settings).with_target_partitions(partitions), runtime)
     session.register_catalog_provider(CATALOG, catalog)

@@ -7,6 +7,13 @@ from typing import Any
 from flight_oplog.errors import RequestError
 from flight_oplog.sql import lexer
 
+
+def is_constant(plan: Any) -> bool:
+    """Whether a plan is one row of expressions, as drivers ask for to see whether the server is there."""
+    kinds = [type(plan.to_variant()).__name__, *(type(each.to_variant()).__name__ for each in plan.inputs())]
+    return kinds == ["Projection", "EmptyRelation"]
+
+
 _EACH_BY_ITSELF = frozenset(("Projection", "Filter", "SubqueryAlias", "TableScan"))
 
 

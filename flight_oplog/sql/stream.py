@@ -54,6 +54,16 @@ def pulled(
         puller.close()
 
 
+def at_once(stream: Any, context: ScanContext, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of a stream that takes no time worth stopping, without the detour that stopping takes."""
+    try:
+        for batch in stream:
+            if len(found := batch.to_pyarrow()):
+                yield to_wire(found, schema)
+    except Exception as error:
+        raise translated(error, context) from error
+
+
 class Pulled:
     """Batches of a query. Closing them, or losing them before the first was asked for, ends the query as well."""
 

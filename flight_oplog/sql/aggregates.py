@@ -1,0 +1,242 @@
+"""Aggregates that are asked again read only what is new.
+
+Entries never change, so neither does what GROUP BY makes of the run of offsets [first, last) of a topic. Kept as a state
+that can be merged with another (counts, sums, least and greatest values by group), it need not be made again: the next
+time the same statement comes, the entries since are aggregated, the two states are merged, and the rest of the statement
+follows. DataFusion does all of it, with the statement's own expressions; here its plan is taken apart and put together.
+
+Taken are plans with one scan of one topic and a GROUP BY above it, or aggregates of all of it, whatever comes after that.
+A statement with anything else, or with a function whose value changes from call to call, runs as it is.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from datafusion import Expr, col, lit
+from datafusion import functions as f
+from datafusion.expr import SortExpr
+
+# To merge a state of more rows would cost about as much as to aggregate the entries.
+STATE_ROWS_MAX = 200_000
+STATEMENTS_MAX = 1000
+_VOLATILE = re.compile(r"\b(?:now|random|uuid|current_\w+|today)\s*\(", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One aggregate of a statement: its column, what a state keeps for it, how two states' are merged, and its value."""
+
+    name: str
+    kept: tuple[Expr, ...]
+    merge: Callable[[Expr], Expr]
+    value: Callable[..., Expr]
+    function: str = ""  # where records' bounds may tell it: of which column, or of none
+    column: str | None = None
+
+
+@dataclass(frozen=True)
+class Aggregation:
+    """A plan taken apart at its lowest aggregate."""
+
+    topic: str
+    relation: str | None  # the name that the nodes above know the groups' columns by, where they are columns
+    scan: Any
+    groups: tuple[Expr, ...]
+    names: tuple[str, ...]
+    measures: tuple[Measure, ...]
+    above: tuple[Any, ...]  # the nodes above, lowest first
+    is_whole: bool  # all entries are aggregated, none is filtered out
+
+    def state(self, session: Any) -> Any:
+        """Return the frame that makes a state of what the scan shows: columns g0, g1, ... and k0, k1, ..."""
+        kept = [part for measure in self.measures for part in measure.kept]
+        frame = session.create_dataframe_from_logical_plan(self.scan)
+        return frame.aggregate(_numbered("g", self.groups), _numbered("k", kept))
+
+    def merged(self, states: Any) -> Any:
+        """Return the frame that makes one state of a frame of several."""
+        merges = [measure.merge for measure in self.measures for _ in measure.kept]
+        groups = [col(f"g{n}") for n in range(len(self.groups))]
+        return states.aggregate(groups, [merge(col(f"k{n}")).alias(f"k{n}") for n, merge in enumerate(merges)])
+
+    def values(self, state: Any) -> Any:
+        """Return the frame of what the aggregate gives, under the names it had, of the frame of one state."""
+        columns, place = [col(f"g{n}").alias(name) for n, name in enumerate(self.names)], 0
+        for measure in self.measures:
+            end = place + len(measure.kept)
+            columns.append(measure.value(*(col(f"k{n}") for n in range(place, end))).alias(measure.name))
+            place = end
+        return state.select(*columns)
+
+    def rest(self, frame: Any) -> Any:
+        """Return the frame of the whole statement, of the one of the aggregate's values."""
+        for node in self.above:
+            frame = _AGAIN[type(node).__name__](frame, node)
+        return frame
+
+
+@dataclass(frozen=True)
+class State:
+    """What a statement's aggregate makes of the entries [first, last) of its topic."""
+
+    first: int
+    last: int
+    rows: pa.Table
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a statement: whether it was slow enough for a state, or cannot have one; and its state."""
+
+    was_slow: bool = False
+    state: State | None = None
+    is_unfit: bool = False
+
+
+class States:
+    """States of statements asked before, least recently asked out first, never more than `bytes_max`. Thread-safe."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._lock = threading.Lock()
+        self._known: OrderedDict[Any, Known] = OrderedDict()
+
+    def asked(self, key: Any) -> Known:
+        """Return what is known of a statement."""
+        with self._lock:
+            known = self._known.get(key)
+            if known is None:
+                return Known()
+            self._known.move_to_end(key)
+            return known
+
+    def note(self, key: Any) -> None:
+        """Remember that a statement was asked, and that it was worth a state."""
+        with self._lock:
+            self._known.setdefault(key, Known(was_slow=True))
+            self._trim()
+
+    def dismiss(self, key: Any) -> None:
+        """Remember that a statement has no state, or too large a one."""
+        with self._lock:
+            self._forget(key)
+            self._known[key] = Known(is_unfit=True)
+
+    def keep(self, key: Any, state: State) -> None:
+        with self._lock:
+            self._forget(key)
+            self._known[key] = Known(was_slow=True, state=state)
+            self._bytes += state.rows.nbytes
+            self._trim()
+
+    def _forget(self, key: Any) -> None:
+        known = self._known.pop(key, None)
+        if known is not None and known.state is not None:
+            self._bytes -= known.state.rows.nbytes
+
+    def _trim(self) -> None:
+        while self._known and (self._bytes > self._bytes_max or len(self._known) > STATEMENTS_MAX):
+            self._forget(next(iter(self._known)))
+
+
+# Taking a plan apart
+
+
+def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema]) -> Aggregation | None:
+    """Take a plan apart at its lowest aggregate; None for one that cannot be. `schema_of` tells a plan's schema."""
+    nodes = [optimized]
+    while len(inputs := nodes[-1].inputs()) == 1:
+        nodes.append(inputs[0])
+    kinds = [type(node.to_variant()).__name__ for node in nodes]
+    if inputs or kinds[-1] != "TableScan" or "Aggregate" not in kinds or _VOLATILE.search(plan.display_indent()):
+        return None
+    depth = len(kinds) - 1 - kinds[::-1].index("Aggregate")
+    if not {*kinds[:depth]} <= _AGAIN.keys() or not {*kinds[depth + 1 : -1]} <= _BELOW:
+        return None
+    scan, aggregate = nodes[-1].to_variant(), nodes[depth].to_variant()
+    _, db_schema, topic = scan.fqn()
+    if db_schema not in (None, "public", "log") or scan.fetch() is not None:
+        return None
+    groups = tuple(map(Expr, aggregate.group_by_exprs()))
+    if any(group.variant_name() == "GroupingSet" for group in groups):
+        return None
+    relations = {group.to_variant().relation() for group in groups if group.variant_name() == "Column"}
+    schema, names = schema_of(nodes[depth]), aggregate.schema().field_names()
+    measures = [
+        _measure(Expr(each), name, field.type)
+        for each, name, field in zip(aggregate.aggregate_exprs(), names[len(groups) :], list(schema)[len(groups) :], strict=True)
+    ]
+    if len(relations) > 1 or None in measures:
+        return None
+    return Aggregation(
+        topic=topic,
+        relation=next(iter(relations), None),
+        scan=nodes[depth + 1],
+        groups=groups,
+        names=tuple(schema.names[: len(groups)]),
+        measures=tuple(measure for measure in measures if measure is not None),
+        above=tuple(node.to_variant() for node in reversed(nodes[:depth])),
+        is_whole=not scan.filters() and {*kinds[depth + 1 : -1]} <= {"SubqueryAlias"},
+    )
+
+
+def _measure(aggregate: Expr, name: str, kind: pa.DataType) -> Measure | None:
+    function = aggregate.to_variant()
+    arguments = tuple(map(Expr, function.args()))
+    what = function.aggregate_type()
+    if function.is_distinct() or "ORDER BY" in aggregate.canonical_name():
+        return None
+    if what == "count":
+        return Measure(name, (aggregate,), f.sum, lambda kept: f.coalesce(kept, lit(0)), *_from_bounds(what, arguments))
+    if what in ("min", "max"):
+        return Measure(name, (aggregate,), f.min if what == "min" else f.max, lambda kept: kept, *_from_bounds(what, arguments))
+    if what == "sum" and (pa.types.is_int64(kind) or pa.types.is_uint64(kind) or pa.types.is_float64(kind)):
+        return Measure(name, (aggregate,), f.sum, lambda kept: kept)
+    if what == "avg" and pa.types.is_float64(kind) and aggregate.canonical_name() == f"avg({arguments[0].canonical_name()})":
+        kept = (f.sum(arguments[0].cast(pa.float64())), f.count(arguments[0]))
+        return Measure(name, kept, f.sum, lambda total, count: total / count.cast(pa.float64()))
+    return None
+
+
+def _from_bounds(what: str, arguments: tuple[Expr, ...]) -> tuple[str, str | None] | tuple[()]:
+    """Return (function, column) for an aggregate that the bounds of a topic's records may tell; no column is COUNT(*)."""
+    if len(arguments) != 1:
+        return ()
+    if arguments[0].variant_name() == "Literal" and what == "count" and arguments[0].python_value() is not None:
+        return "count", None
+    return (what, arguments[0].to_variant().name()) if arguments[0].variant_name() == "Column" else ()
+
+
+# Putting it together again
+
+
+def _numbered(prefix: str, expressions: Sequence[Expr]) -> list[Expr]:
+    return [expression.alias(f"{prefix}{n}") for n, expression in enumerate(expressions)]
+
+
+def _limited(frame: Any, fetch: Expr | None, skip: Expr | None) -> Any:
+    count = None if fetch is None else fetch.python_value().as_py()
+    return frame.limit((1 << 62) if count is None else count, 0 if skip is None else skip.python_value().as_py())
+
+
+def _sorted(frame: Any, node: Any) -> Any:
+    frame = frame.sort(*(SortExpr(Expr(by.expr()), by.ascending(), by.nulls_first()) for by in node.sort_exprs()))
+    return frame if node.get_fetch_val() is None else frame.limit(node.get_fetch_val())
+
+
+_BELOW = frozenset(("Projection", "Filter", "SubqueryAlias"))
+_AGAIN: dict[str, Callable[[Any, Any], Any]] = {
+    "Projection": lambda frame, node: frame.select(*map(Expr, node.projections())),
+    "Filter": lambda frame, node: frame.filter(Expr(node.predicate())),
+    "Sort": _sorted,
+    "Limit": lambda frame, node: _limited(frame, *(None if each is None else Expr(each) for each in (node.fetch(), node.skip()))),
+    "Aggregate": lambda frame, node: frame.aggregate([*map(Expr, node.group_by_exprs())], [*map(Expr, node.aggregate_exprs())]),
+}
