@@ -365,10 +365,6 @@ class _Producers:
         if len(self._receipts) > RECEIPTS_KEPT:
             self._receipts.popitem(last=False)
 
-    def first_offset(self, append: Append, snapshot: Snapshot) -> int | None:
-        """Return where the run begins that this append repeats, None where that cannot be told any more."""
-        return self.original(append, snapshot, snapshot.table_version).first_offset
-
     def original(self, append: Append, snapshot: Snapshot, table_version: int) -> Receipt:
         """Return the receipt of the append that this one repeats, as far as it can still be told."""
         assert append.key is not None
@@ -487,6 +483,7 @@ class _Group:
         self._ended[topic] += 1
         self._begun[topic] = len(self.placed)
         self.numbers[f"start/{topic}"] = self._next(topic)
+        self.numbers[f"drops/{topic}"] = self._drops(topic) + 1
         self._new_schemas[topic, "", self._ended[topic]] = None
         for settled in (self._schemas, self._event_times, self._fitting):
             settled.pop(topic, None)
@@ -530,21 +527,24 @@ class _Group:
         return origin.sequence <= last
 
     def _check_kept(self, append: Append) -> None:
-        """Raise OutOfOrder when what a duplicate repeats was dropped since: whoever counts anew from 0 must not lose entries.
+        """Raise OutOfOrder for a duplicate of a producer that has not appended since its topic was dropped.
 
-        A producer's numbers go on when its topic is dropped or replaced.
+        A producer's numbers go on when its topic ends; one that counts anew from 0 must not lose what it sends.
         """
         topic, origin = append.topic, append.origin
-        known = self.base.topics.get(topic) or self.base.ended.get(topic)
-        start = self.numbers.get(f"start/{topic}", known.start if known else 0)
-        if start == 0 or (topic, origin.producer) in self._last:
-            return
-        first_offset = self._producers.first_offset(append, self.base)
-        if first_offset is None or first_offset < start:
+        if self._drops(topic) > self._number(f"era/{topic}/{origin.producer}"):
             raise OutOfOrder(
                 f"topic {topic!r} was dropped or replaced after producer {origin.producer!r} had sent sequence {origin.sequence}; "
                 "nothing was written; go on counting, or count from 0 in a higher epoch"
             )
+
+    def _drops(self, topic: str) -> int:
+        """Return how often a topic has ended so far."""
+        return self._number(f"drops/{topic}")
+
+    def _number(self, name: str) -> int:
+        found = self.numbers.get(name)
+        return (self._store.numbers(self.base, name)[0] or 0) if found is None else found
 
     def _count(self, topic: str, producer: str, epoch: int, sequence: int) -> None:
         before, _ = self._last.get((topic, producer)) or self._producers.last(self.base, topic, producer)
@@ -552,6 +552,8 @@ class _Group:
         self.numbers[f"producer/{topic}/{producer}"] = sequence
         if epoch != before:
             self.numbers[f"epoch/{topic}/{producer}"] = epoch
+        if drops := self._drops(topic):
+            self.numbers[f"era/{topic}/{producer}"] = drops
 
     def _next(self, topic: str) -> int:
         known = self.base.topics.get(topic) or self.base.ended.get(topic)

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from flight_oplog import codec
+from flight_oplog.cache import ColumnCache
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TryAgain
 from flight_oplog.oplog import OpLog
-from flight_oplog.provider import ColumnCache, topic_batches
+from flight_oplog.provider import topic_batches
 from flight_oplog.schema import TOPIC_PATTERN
 from flight_oplog.sql.engine import Engine
 from flight_oplog.sql.stream import Stopped

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import operator
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,14 +23,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-from pyarrow import acero
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
+from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
 from flight_oplog.datafile import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.errors import Cancelled, CorruptLog
+from flight_oplog.filters import Filter
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.store import Snapshot, Topic
+from flight_oplog.top import Top
 
 _TIME = pa.timestamp("us", "UTC")
 LOG_FIELDS = (
@@ -46,28 +47,11 @@ _ROWS_PER_RECORDS_BATCH = 1024
 # What a filter leaves of a record is joined up to this: a batch has its price, however small; copying has one too.
 _JOINED_ROWS = 32_768
 _JOINED_BYTES = 1 << 18
-FRAGMENTS_MAX = 100_000
 _RUNS_FROM = 16
 VIEW_BYTES = 12
 
 _FORMAT = ds.IpcFileFormat()
 _FILESYSTEM = LocalFileSystem()
-
-
-class CannotFilter(Exception):
-    """DataFusion pushed a filter that Arrow has no kernel for; plan again and let DataFusion apply it itself."""
-
-
-@dataclass
-class ScanCounts:
-    """What one scan looked at. Filled while it runs; exact once it has ended."""
-
-    files: int = 0
-    files_pruned: int = 0
-    records: int = 0
-    records_pruned: int = 0
-    records_read: int = 0
-    content_bytes: int = 0
 
 
 @dataclass
@@ -78,90 +62,10 @@ class ScanContext:
     partitions: int
     views: bool = False  # show short texts as string views, which DataFusion groups twice as fast
     offsets: tuple[int, int] | None = None  # show only entries within [first, last)
+    top: Top | None = None  # the statement wants no more than these, of its only table
     stopped: threading.Event = field(default_factory=threading.Event)
     failures: list[Exception] = field(default_factory=list)
     counts: dict[str, ScanCounts] = field(default_factory=dict)
-
-
-class ColumnCache:
-    """Decoded columns of records, least recently used out first, never more than `bytes_max`. Thread-safe."""
-
-    def __init__(self, bytes_max: int) -> None:
-        self.hits = self.misses = 0
-        self._bytes_max = bytes_max
-        self._bytes = 0
-        self._lock = threading.Lock()
-        self._fragments: dict[tuple[tuple[str, ...], str], ds.Fragment] = {}
-        self._records: OrderedDict[tuple[str, int], _Decoded] = OrderedDict()
-
-    def columns(self, snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts) -> _Decoded:
-        """Return at least `names` of the record's stored columns, from memory or freshly decoded."""
-        key = (record.file.path, record.row)
-        with self._lock:
-            known = self._records.get(key)
-            if known is not None and all(name in known.columns for name in names):
-                self._records.move_to_end(key)
-                self.hits += 1
-                return known
-            self.misses += 1
-        decoded = _decode(snapshot, record, names if known is None else [n for n in names if n not in known.columns], counts)
-        if known is not None:
-            decoded = _Decoded(known.lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes)
-        self._keep(key, decoded)
-        return decoded
-
-    def fragment(self, shape: tuple[str, ...], key: str, guarantee: Callable[[], pc.Expression | None]) -> ds.Fragment:
-        """Return a fragment that stands for a file or record in pruning; made once, since a guarantee never changes."""
-        found = self._fragments.get((shape, key))
-        if found is None:
-            expression = guarantee()
-            found = _FORMAT.make_fragment(key, _FILESYSTEM, pc.scalar(True) if expression is None else expression)
-            if len(self._fragments) >= FRAGMENTS_MAX:
-                self._fragments.clear()
-            self._fragments[shape, key] = found
-        return found
-
-    def _keep(self, key: tuple[str, int], decoded: _Decoded) -> None:
-        with self._lock:
-            if (before := self._records.pop(key, None)) is not None:
-                self._bytes -= before.nbytes
-            if decoded.nbytes > self._bytes_max:
-                return
-            self._records[key] = decoded
-            self._bytes += decoded.nbytes
-            while self._bytes > self._bytes_max:
-                self._bytes -= self._records.popitem(last=False)[1].nbytes
-
-
-@dataclass(frozen=True, slots=True)
-class _Decoded:
-    """Stored columns of one record, each as a list of arrays of `lengths` rows."""
-
-    lengths: list[int]
-    columns: dict[str, list[pa.Array]]
-    nbytes: int
-
-
-def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts) -> _Decoded:
-    content = snapshot.store.content(record)
-    counts.content_bytes += content.size
-    batches = codec.decode(content, record.entries, record.where, names)
-    if all(_inside(content, array) for batch in batches for array in batch.columns):
-        # Uncompressed content: every column is a view into the same bytes, so all of them cost no more than one.
-        batches = codec.decode(content, record.entries, record.where)
-        nbytes = content.size
-    else:
-        nbytes = sum(batch.nbytes for batch in batches)
-    columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names} if batches else {}
-    return _Decoded([batch.num_rows for batch in batches], columns, nbytes)
-
-
-def _inside(content: pa.Buffer, array: pa.Array) -> bool:
-    return all(
-        content.address <= buffer.address < content.address + content.size
-        for buffer in array.buffers()
-        if buffer is not None and buffer.size
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +93,15 @@ class _Scanner:
 class _Fragment:
     """One partition of a scan."""
 
-    def __init__(self, table: _Table | RowsTable, records: Sequence[RecordMeta], keys: Sequence[str] = ()) -> None:
+    def __init__(self, table: _Table | RowsTable, records: Sequence[RecordMeta], filter: Filter | None = None) -> None:
         self._table = table
         self._records = records
-        self._keys = keys  # the columns that the filter reads
+        self._filter = filter
 
     def scanner(self, schema: Any = None, columns: Any = None, filter: Any = None, batch_size: Any = None, **_: Any) -> _Scanner:
         def batches(projected: pa.Schema) -> Iterator[pa.RecordBatch]:
             try:
-                yield from self._table.scan(self._records, projected, filter, self._keys)
+                yield from self._table.scan(self._records, projected, self._filter)
             except Exception as error:
                 self._table.context.failures.append(error)
                 raise
@@ -220,12 +124,10 @@ class RowsTable(ds.Dataset):
         return _Scanner(self.schema, columns, lambda projected: iter(()))
 
     def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
-        return iter([_Fragment(self, [])])
+        return iter([_Fragment(self, [], None if filter is None else Filter(filter, ()))])
 
-    def scan(
-        self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None, keys: Sequence[str]
-    ) -> Iterator[pa.RecordBatch]:
-        rows = self._rows if filter is None else self._rows.filter(filter)
+    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
+        rows = self._rows if filter is None else self._rows.filter(filter.expression)
         yield codec.with_rows([rows.column(name) for name in projected.names], projected, rows.num_rows)
 
 
@@ -250,66 +152,49 @@ class _Table(ds.Dataset):
     def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
         try:
             # A filter on a text shown as a view does not bind to the plain text: the statement is planned without views.
-            keys = [] if filter is None else _keys(filter, self._plain)
-            records = self._surviving(filter, keys)
-            if filter is not None:
-                self._check_filter(filter, keys, records)
+            wanted = None if filter is None else Filter.of(filter, self._plain)
+            records = self._surviving(wanted)
+            if wanted is not None:
+                wanted.check(self._plain, records)
         except Exception as error:
             self.context.failures.append(error)
             raise
-        return iter([_Fragment(self, dealt, keys) for dealt in _deal(records, self.context.partitions)])
+        return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, self.context.partitions)])
 
-    def _check_filter(self, filter: pc.Expression, keys: Sequence[str], records: Sequence[RecordMeta]) -> None:
-        """Raise CannotFilter where Arrow would answer otherwise than SQL does.
-
-        Arrow's IN says false for null, so its negation keeps nulls; and Arrow's NaN is unequal to and unordered with
-        everything, while DataFusion's is the largest value. Columns with a NaN have no bounds, so bounds tell.
-        """
-        text = str(filter)
-        if "is_in(" in text and "invert(" in text:
-            raise CannotFilter(text)
-        floats = [name for name in keys if pa.types.is_floating(self._plain.field(name).type)]
-        if floats and "nan" in text.lower():
-            raise CannotFilter(text)
-        for record in records:
-            for name in floats:
-                limits = record.bounds.get(name)
-                if limits is not None and "min" not in limits and limits["nulls"] < record.entries:
-                    raise CannotFilter(text)
-
-    def _surviving(self, filter: pc.Expression | None, keys: Sequence[str]) -> list[RecordMeta]:
+    def _surviving(self, filter: Filter | None) -> list[RecordMeta]:
         offsets = self.context.offsets
         files = self._topic.files if offsets is None else self._topic.files_within(*offsets)
-        kept = files if filter is None or len(files) == 1 else self._prune(filter, files, keys, self._file_guarantee)
+        kept = files if filter is None or len(files) == 1 else self._prune(filter, files, self._file_guarantee)
         records = [record for file in kept for record in self._snapshot.records_of(self._topic, file)]
         if offsets is not None:
             first, last = offsets
             records = sorted((r for r in records if r.first_offset < last and r.first_offset + r.entries > first), key=_by_offset)
-        survivors = records if filter is None else self._prune_records(filter, records, keys)
+        survivors = records if filter is None else self._prune_records(filter, records)
         self.counts.files += len(self._topic.files)
         self.counts.files_pruned += len(self._topic.files) - len(kept)
         self.counts.records += len(records)
         self.counts.records_pruned += len(records) - len(survivors)
         return survivors
 
-    def _prune(self, filter: pc.Expression, items: Sequence[Any], names: Sequence[str], guarantee: Callable[..., Any]) -> list[Any]:
+    def _prune(self, filter: Filter, items: Sequence[Any], guarantee: Callable[..., Any]) -> list[Any]:
         """Return the items whose guarantee does not rule out `filter`, by Arrow's own simplification of expressions.
 
         Arrow offers it only through the fragments of a file system dataset; these fragments name no real files.
         """
+        names = filter.keys
         shape = (*names, *(str(self._plain.field(name).type) for name in names))
         by_key = {item.key: item for item in items}
         fragments = [self.context.cache.fragment(shape, key, functools.partial(guarantee, item, names)) for key, item in by_key.items()]
         dataset = ds.FileSystemDataset(fragments, self._plain, _FORMAT, _FILESYSTEM)
-        return [by_key[fragment.path] for fragment in dataset.get_fragments(filter)]
+        return [by_key[fragment.path] for fragment in dataset.get_fragments(filter.expression)]
 
-    def _prune_records(self, filter: pc.Expression, records: Sequence[RecordMeta], names: Sequence[str]) -> list[RecordMeta]:
+    def _prune_records(self, filter: Filter, records: Sequence[RecordMeta]) -> list[RecordMeta]:
         """Prune runs of neighbours by what holds for all of them, then the records of those that are left."""
         if len(records) >= _RUNS_FROM:
             size = 1 << len(records).bit_length() // 2  # about as many runs as records in one
             runs = [_Run(tuple(records[start : start + size])) for start in range(0, len(records), size)]
-            records = [record for run in self._prune(filter, runs, names, self._run_guarantee) for record in run.records]
-        return self._prune(filter, records, names, self._record_guarantee)
+            records = [record for run in self._prune(filter, runs, self._run_guarantee) for record in run.records]
+        return self._prune(filter, records, self._record_guarantee)
 
     def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
         """What holds for every entry of a file, said of the columns `names`; None when nothing is known."""
@@ -321,9 +206,7 @@ class _Table(ds.Dataset):
     def _record_guarantee(self, record: RecordMeta, names: Sequence[str]) -> pc.Expression | None:
         return None
 
-    def scan(
-        self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None, keys: Sequence[str]
-    ) -> Iterator[pa.RecordBatch]:
+    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
         """Yield filtered batches of exactly the projected columns."""
         raise NotImplementedError
 
@@ -381,14 +264,18 @@ class EntriesTable(_Table):
             parts.append((offset >= records[0].first_offset) & (offset < records[-1].first_offset + records[-1].entries))
         return functools.reduce(operator.and_, parts) if parts else None
 
-    def scan(
-        self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None, keys: Sequence[str]
-    ) -> Iterator[pa.RecordBatch]:
+    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
         if filter is None and not projected.names and self.context.offsets is None:  # COUNT(*): the records' numbers are enough
             yield codec.with_rows([], projected, sum(record.entries for record in records))
             return
-        for record in records:
-            rows = self._within(record, None if filter is None else self._matching(record, keys, filter))
+        top = self.context.top if self.context.top is not None and self.context.top.takes(self._plain) else None
+        for record, best in ((r, None) for r in records) if top is None else top.in_order(records, self._plain, self._stored):
+            if top is not None and top.is_behind(best):
+                continue
+            rows = self._within(record, None if filter is None else self._matching(record, filter))
+            if top is not None:
+                column = pa.chunked_array([batch.column(0) for batch in self.batches(record, [top.column])])
+                rows = top.narrowed(column, rows)
             if rows is not None and not len(rows):
                 continue
             for batch in self._chosen(record, projected, rows):
@@ -396,14 +283,9 @@ class EntriesTable(_Table):
                     return
                 yield _shown(batch, projected)
 
-    def _matching(self, record: RecordMeta, keys: Sequence[str], filter: pc.Expression) -> np.ndarray | None:
+    def _matching(self, record: RecordMeta, filter: Filter) -> np.ndarray | None:
         """Return the places of the record's entries that pass, or None for all; decodes only the filter's columns."""
-        entries = pa.Table.from_batches(list(self.batches(record, keys)))
-        plan = [acero.Declaration("table_source", acero.TableSourceNodeOptions(entries))]
-        plan.append(acero.Declaration("project", acero.ProjectNodeOptions([filter], ["passes"])))
-        passes = acero.Declaration.from_sequence(plan).to_table(use_threads=False).column("passes")
-        parts = [_truths(chunk) for chunk in pc.fill_null(passes, False).chunks]
-        found = np.flatnonzero(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+        found = filter.places(self.batches(record, filter.keys))
         return None if len(found) == record.entries else found
 
     def _within(self, record: RecordMeta, rows: np.ndarray | None) -> np.ndarray | None:
@@ -453,7 +335,7 @@ class EntriesTable(_Table):
             self.counts.records_read = len(self._read)
             decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts)
         else:
-            decoded = _Decoded([record.entries], {}, 0)
+            decoded = Decoded([record.entries], {}, 0)
         own = _log_columns(record, [name for name in names if name in _LOG_NAMES])
         start = 0
         for place, rows in enumerate(decoded.lengths):
@@ -475,11 +357,9 @@ class RecordsTable(_Table):
     def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext) -> None:
         super().__init__(snapshot, topic, RECORD_SCHEMA, context, "records")
 
-    def scan(
-        self, records: Sequence[RecordMeta], projected: pa.Schema, filter: pc.Expression | None, keys: Sequence[str]
-    ) -> Iterator[pa.RecordBatch]:
+    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
         names = list(projected.names)
-        wanted = names + [name for name in keys if name not in names]
+        wanted = names + [name for name in (filter.keys if filter else ()) if name not in names]
         step = 1 if "content" in wanted else _ROWS_PER_RECORDS_BATCH
         schema = pa.schema([self._schema.field(name) for name in wanted])
         for start in range(0, len(records), step):
@@ -492,7 +372,7 @@ class RecordsTable(_Table):
             ]
             batch = codec.with_rows(arrays, schema, len(rows))
             if filter is not None:
-                batch = batch.filter(filter)
+                batch = batch.filter(filter.expression)
             if batch.num_rows:
                 yield codec.with_rows([batch.column(name) for name in names], projected, batch.num_rows)
 
@@ -624,12 +504,6 @@ def _log_columns(record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array
     return found
 
 
-def _truths(mask: pa.BooleanArray) -> np.ndarray:
-    """Return a mask without nulls as one byte a row; pyarrow's own way takes six times as long."""
-    bits = np.unpackbits(np.frombuffer(mask.buffers()[1], np.uint8), count=mask.offset + len(mask), bitorder="little")
-    return bits[mask.offset :].view(bool)
-
-
 def _taken(batch: pa.RecordBatch, places: np.ndarray) -> pa.RecordBatch:
     """Return the rows at `places`, which rise; neighbours are not copied."""
     first, last = int(places[0]), int(places[-1])
@@ -652,35 +526,6 @@ def _between(name: str, low: pa.Scalar, high: pa.Scalar) -> pc.Expression:
     """A column's guarantee: within [low, high] or null, in the form that Arrow's simplification understands."""
     column = pc.field(name)
     return ((column >= low) | column.is_null()) & ((column <= high) | column.is_null())
-
-
-def _keys(filter: pc.Expression, schema: pa.Schema) -> list[str]:
-    """Return the columns a filter reads; raise CannotFilter when Arrow cannot apply it.
-
-    An expression cannot be walked from Python; it can only fail to bind, to all columns or to all but one.
-    """
-    if not isinstance(filter, pc.Expression):  # DataFusion hands a filter that folded to a constant over as a scalar
-        raise CannotFilter(str(filter))
-    text = str(filter)
-    named = [column for column in schema if column.name in text]
-    try:
-        _bind(filter, pa.schema(named))
-    except (pa.ArrowNotImplementedError, pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise CannotFilter(text) from error
-    if len(named) == 1:
-        return [named[0].name]
-    found = []
-    for left_out in named:
-        try:
-            _bind(filter, pa.schema([column for column in named if column != left_out]))
-        except pa.ArrowInvalid:
-            found.append(left_out.name)
-    return found
-
-
-def _bind(filter: pc.Expression, schema: pa.Schema) -> None:
-    """Raise when the filter does not bind to the schema; Arrow offers binding only as part of something else."""
-    next(ds.FileSystemDataset([], schema, _FORMAT, _FILESYSTEM).get_fragments(filter), None)
 
 
 def _deal(records: Sequence[RecordMeta], partitions: int) -> list[Sequence[RecordMeta]]:

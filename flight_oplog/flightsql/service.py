@@ -44,6 +44,7 @@ AT_VERSION, AT_TIMESTAMP = "oplog-at-version", "oplog-at-timestamp"
 # TableDefinitionOptions of FlightSql.proto
 _IF_NOT_EXIST_FAIL = 2
 _IF_EXISTS_FAIL, _IF_EXISTS_REPLACE = 1, 3
+_ROLES = {_IF_EXISTS_FAIL: Role.BEGINS, _IF_EXISTS_REPLACE: Role.REPLACES}
 # EndTransaction of FlightSql.proto
 _COMMIT, _ROLLBACK = 1, 2
 _TRANSACTION_SUPPORT = 8
@@ -501,13 +502,14 @@ class Service:
         options = message.table_definition_options or wire.TableDefinitionOptions()
         snapshot = self._oplog.snapshot()
         exists = name in snapshot.topics
-        if exists and options.if_exists == _IF_EXISTS_FAIL:
+        creates = options.if_exists == _IF_EXISTS_FAIL
+        if exists and creates and caller.origin.producer is None:  # else it may have created it itself
             raise RequestError(f"topic {name!r} exists already; nothing was written; append to it instead")
         if not exists and options.if_not_exist == _IF_NOT_EXIST_FAIL:
             raise NotFound(f"topic {name!r} does not exist; nothing was written; create it with the first append")
         if name in self._engine.views(snapshot) and not exists:
             raise RequestError(f"{name!r} is a view; nothing was written; choose another name or drop it first")
-        return Put(name, transaction_id, Role.REPLACES if options.if_exists == _IF_EXISTS_REPLACE else Role.APPENDS)
+        return Put(name, transaction_id, _ROLES.get(options.if_exists, Role.APPENDS))
 
     # Metadata
 

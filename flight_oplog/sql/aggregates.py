@@ -23,6 +23,8 @@ from datafusion import Expr, col, lit
 from datafusion import functions as f
 from datafusion.expr import SortExpr
 
+from flight_oplog.sql.plans import chain
+
 # To merge a state of more rows would cost about as much as to aggregate the entries.
 STATE_ROWS_MAX = 200_000
 STATEMENTS_MAX = 1000
@@ -45,6 +47,7 @@ class Measure:
 class Aggregation:
     """A plan taken apart at its lowest aggregate."""
 
+    db_schema: str
     topic: str
     relation: str | None  # the name that the nodes above know the groups' columns by, where they are columns
     scan: Any
@@ -152,11 +155,8 @@ class States:
 
 def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema]) -> Aggregation | None:
     """Take a plan apart at its lowest aggregate; None for one that cannot be. `schema_of` tells a plan's schema."""
-    nodes = [optimized]
-    while len(inputs := nodes[-1].inputs()) == 1:
-        nodes.append(inputs[0])
-    kinds = [type(node.to_variant()).__name__ for node in nodes]
-    if inputs or kinds[-1] != "TableScan" or "Aggregate" not in kinds or _VOLATILE.search(plan.display_indent()):
+    nodes, kinds = chain(optimized)
+    if "Aggregate" not in kinds or _VOLATILE.search(plan.display_indent()):
         return None
     depth = len(kinds) - 1 - kinds[::-1].index("Aggregate")
     if not {*kinds[:depth]} <= _AGAIN.keys() or not {*kinds[depth + 1 : -1]} <= _BELOW:
@@ -177,6 +177,7 @@ def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema]
     if len(relations) > 1 or None in measures:
         return None
     return Aggregation(
+        db_schema=db_schema or "public",
         topic=topic,
         relation=next(iter(relations), None),
         scan=nodes[depth + 1],

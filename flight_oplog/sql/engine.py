@@ -23,15 +23,17 @@ import pyarrow as pa
 from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOptions
 
 from flight_oplog import codec
+from flight_oplog.cache import ColumnCache, ScanCounts
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import OplogError, RequestError, TooLarge, Unsupported
-from flight_oplog.provider import CannotFilter, ColumnCache, RowsTable, ScanContext, ScanCounts, whole_of
+from flight_oplog.filters import CannotFilter
+from flight_oplog.provider import RowsTable, ScanContext, whole_of
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
 from flight_oplog.sql import lexer
 from flight_oplog.sql.aggregates import STATE_ROWS_MAX, Aggregation, State, States, taken_apart
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, Catalog, Shelf, register_time_travel, table_of, tables
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
-from flight_oplog.sql.plans import followed, is_constant
+from flight_oplog.sql.plans import followed, is_constant, top_of
 from flight_oplog.sql.refusals import (
     APPEND_ONLY,
     CATALOG,
@@ -277,7 +279,7 @@ class Engine:
             if apart is None or topic is None:
                 self._states.dismiss(key)
                 return None
-            rows = self._whole(apart, snapshot, topic)
+            rows = self._whole(apart, snapshot, topic, context)
             if rows is None and known.was_slow:
                 rows = self._brought_up(key, apart, known.state, topic, (sql, snapshot, values, db_schema), stopped, deadline, context)
             if rows is None:
@@ -298,13 +300,15 @@ class Engine:
         schema = schema_of(frame, context)
         return Running(schema, paced(at_once(stream, context, schema), self._config.message_bytes_max), context.counts)
 
-    def _whole(self, apart: Aggregation, snapshot: Snapshot, topic: Topic) -> pa.Table | None:
+    def _whole(self, apart: Aggregation, snapshot: Snapshot, topic: Topic, context: ScanContext) -> pa.Table | None:
         """Return the state of aggregates of all of a topic, when its records' bounds tell it."""
         if apart.groups or not apart.is_whole or not all(measure.function for measure in apart.measures):
             return None
         found = [whole_of(snapshot, topic, measure.function, measure.column) for measure in apart.measures]
         if any(value is None for value in found):
             return None
+        records = sum(file.records for file in topic.files)
+        context.counts[f"{apart.db_schema}.{topic.name}"] = ScanCounts(files=len(topic.files), records=records)
         return pa.table({f"k{n}": pa.array([value]) for n, value in enumerate(found)})
 
     def _brought_up(
@@ -465,6 +469,8 @@ class Engine:
             session, frame, context = self._plan(sql, snapshot, views, push_filters, offsets, values, db_schema)
             try:
                 frame = shaped(session, frame)
+                if offsets is None and _SORTS.search(sql):
+                    context.top = top_of(frame.optimized_logical_plan())
                 return frame, frame.execute_stream(), context
             except Exception as error:
                 if not any(isinstance(failure, CannotFilter) for failure in context.failures):
@@ -563,6 +569,7 @@ def _state_of(session: SessionContext, frame: Any) -> Any:
     return apart.state(session)
 
 
+_SORTS = re.compile(r"\bORDER\s+BY\b.*\bLIMIT\b", re.IGNORECASE | re.DOTALL)
 _READS = re.compile(r"\b(?:FROM|SHOW|DESCRIBE|DESC|EXPLAIN)\b", re.IGNORECASE)
 _AGGREGATES = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|(?:count|sum|min|max|avg)\s*\()", re.IGNORECASE)
 _OF_ALL = re.compile(r"\b(?:count|min|max)\s*\(", re.IGNORECASE)

@@ -6,6 +6,45 @@ from typing import Any
 
 from flight_oplog.errors import RequestError
 from flight_oplog.sql import lexer
+from flight_oplog.top import LIMIT_MAX, Top
+
+
+def chain(plan: Any) -> tuple[list[Any], list[str]]:
+    """Return the nodes of a plan that reads one table once, from the top to its TableScan, and their kinds; else nothing."""
+    nodes = [plan]
+    while len(inputs := nodes[-1].inputs()) == 1:
+        nodes.append(inputs[0])
+    kinds = [type(node.to_variant()).__name__ for node in nodes]
+    shown = plan.display_indent()  # a subquery may stand within an expression
+    is_chain = not inputs and kinds[-1] == "TableScan" and shown.count("TableScan") == 1 and "Subquery:" not in shown
+    return (nodes, kinds) if is_chain else ([], [])
+
+
+def top_of(plan: Any) -> Top | None:
+    """Return what the ORDER BY ... LIMIT asks for that an optimized plan begins its only scan with, None where there is none.
+
+    Between the two there may be nothing that changes which rows there are, or the column that comes first.
+    """
+    nodes, kinds = chain(plan)
+    if "Sort" not in kinds:
+        return None
+    depth = len(kinds) - 1 - kinds[::-1].index("Sort")
+    sort, between = nodes[depth].to_variant(), nodes[depth + 1 : -1]
+    first = sort.sort_exprs()[0]
+    limit, column = sort.get_fetch_val(), first.expr()
+    if (
+        limit is None
+        or limit > LIMIT_MAX
+        or column.variant_name() != "Column"
+        or not {*kinds[depth + 1 : -1]} <= {"Projection", "SubqueryAlias"}
+    ):
+        return None
+    name = column.to_variant().name()
+    for node in between:
+        for shown in node.to_variant().projections() if type(node.to_variant()).__name__ == "Projection" else ():
+            if shown.variant_name() != "Column" and shown.schema_name() == name:
+                return None
+    return Top(name, limit, not first.ascending(), first.nulls_first())
 
 
 def is_constant(plan: Any) -> bool:
