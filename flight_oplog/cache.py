@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +15,7 @@ from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
 from flight_oplog.datafile import RecordMeta
+from flight_oplog.filters import TextIndex
 from flight_oplog.store import Snapshot
 
 FRAGMENTS_MAX = 100_000
@@ -43,23 +45,46 @@ class ColumnCache:
         self._bytes = 0
         self._lock = threading.Lock()
         self._fragments: dict[tuple[tuple[str, ...], str], ds.Fragment] = {}
-        self._records: OrderedDict[tuple[str, int], Decoded] = OrderedDict()
+        self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex] = OrderedDict()
+        self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what an index was wanted of, and whether it has none
 
     def columns(self, snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts) -> Decoded:
         """Return at least `names` of the record's stored columns, from memory or freshly decoded."""
         key = (record.file.path, record.row)
         with self._lock:
-            known = self._records.get(key)
+            known: Any = self._records.get(key)
             if known is not None and all(name in known.columns for name in names):
                 self._records.move_to_end(key)
                 self.hits += 1
-                return known
+                return known  # type: ignore[no-any-return]
             self.misses += 1
         decoded = _decode(snapshot, record, names if known is None else [n for n in names if n not in known.columns], counts)
         if known is not None:
             decoded = Decoded(known.lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes)
         self._keep(key, decoded)
         return decoded
+
+    def index(self, record: RecordMeta, name: str, texts: Sequence[pa.Array], may_make: bool) -> TextIndex | None:
+        """Return the index of a record's texts; it is made when it is wanted for the second time, and `may_make`."""
+        key = (record.file.path, record.row, name)
+        with self._lock:
+            found: Any = self._records.get(key)
+            if found is not None:
+                self._records.move_to_end(key)
+                return found  # type: ignore[no-any-return]
+            was_asked, has_none = key in self._asked, self._asked.get(key, False)
+            if not was_asked:
+                self._asked[key] = False
+                if len(self._asked) > FRAGMENTS_MAX:
+                    self._asked.popitem(last=False)
+        if not was_asked or has_none or not may_make or not self._bytes_max:
+            return None
+        made = TextIndex.of(texts)
+        if made is None:
+            self._asked[key] = True
+        else:
+            self._keep(key, made)
+        return made
 
     def fragment(self, shape: tuple[str, ...], key: str, guarantee: Callable[[], pc.Expression | None]) -> ds.Fragment:
         """Return a fragment that stands for a file or record in pruning; made once, since a guarantee never changes."""
@@ -72,7 +97,7 @@ class ColumnCache:
             self._fragments[shape, key] = found
         return found
 
-    def _keep(self, key: tuple[str, int], decoded: Decoded) -> None:
+    def _keep(self, key: tuple[Any, ...], decoded: Decoded | TextIndex) -> None:
         with self._lock:
             if (before := self._records.pop(key, None)) is not None:
                 self._bytes -= before.nbytes

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import operator
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,10 +27,10 @@ import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
-from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
+from flight_oplog.cache import ColumnCache, ScanCounts
 from flight_oplog.datafile import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.errors import Cancelled, CorruptLog
-from flight_oplog.filters import Filter
+from flight_oplog.filters import Filter, candidates
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.store import Snapshot, Topic
 from flight_oplog.top import Top
@@ -47,6 +48,11 @@ _ROWS_PER_RECORDS_BATCH = 1024
 # What a filter leaves of a record is joined up to this: a batch has its price, however small; copying has one too.
 _JOINED_ROWS = 32_768
 _JOINED_BYTES = 1 << 18
+# So few rows of a record are cut out one by one; and few rows wait this long for company.
+_SINGLE_ROWS = 64
+_GATHERING_SECONDS = 0.005
+# How long one statement may spend on making indexes of texts that are looked for again and again.
+INDEXING_SECONDS = 0.03
 _RUNS_FROM = 16
 VIEW_BYTES = 12
 
@@ -63,6 +69,7 @@ class ScanContext:
     views: bool = False  # show short texts as string views, which DataFusion groups twice as fast
     offsets: tuple[int, int] | None = None  # show only entries within [first, last)
     top: Top | None = None  # the statement wants no more than these, of its only table
+    indexing_seconds: float = 0.0
     stopped: threading.Event = field(default_factory=threading.Event)
     failures: list[Exception] = field(default_factory=list)
     counts: dict[str, ScanCounts] = field(default_factory=dict)
@@ -77,6 +84,96 @@ class _Run:
     @property
     def key(self) -> str:
         return "+".join(record.key for record in self.records)
+
+
+class _Columns:
+    """Columns of one record as a query sees them, in the pieces of `lengths` rows that they are stored in."""
+
+    def __init__(self, schema: pa.Schema, lengths: Sequence[int], stored: dict[str, list[pa.Array]], own: dict[str, pa.Array]) -> None:
+        self.lengths = lengths
+        self._schema, self._stored, self._own = schema, stored, own
+
+    def array(self, name: str, place: int) -> pa.Array:
+        return codec.recast(self._piece(name, place), self._schema.field(name).type)
+
+    def arrays(self, name: str) -> list[pa.Array]:
+        return [self.array(name, place) for place in range(len(self.lengths))]
+
+    def some(self, name: str, place: int, rows: np.ndarray) -> pa.Array:
+        """Return some values of a piece, whose places in it rise; neighbours are not copied."""
+        piece, first = self._piece(name, place), int(rows[0])
+        found = piece.slice(first, len(rows)) if rows[-1] - first == len(rows) - 1 else piece.take(pa.array(rows))
+        return codec.recast(found, self._schema.field(name).type)
+
+    def singly(self, name: str, places: list[int], rows: list[int]) -> list[pa.Array]:
+        """Return single values, each by its piece and its place in that."""
+        pieces = {place: self._piece(name, place) for place in {*places}}
+        found = [pieces[place].slice(row, 1) for place, row in zip(places, rows, strict=True)]
+        kind = self._schema.field(name).type
+        return found if found[0].type == kind else [codec.recast(value, kind) for value in found]
+
+    def _piece(self, name: str, place: int) -> pa.Array:
+        if name in self._own:
+            return self._own[name].slice(sum(self.lengths[:place]), self.lengths[place])
+        found = self._stored.get(name)
+        return pa.nulls(self.lengths[place], self._schema.field(name).type) if found is None else found[place]
+
+
+class _Few:
+    """Gathers rows from here and there into batches: a batch has its price, however small; copying has one too.
+
+    With a filter, only those of them that pass it come out.
+    """
+
+    def __init__(self, projected: pa.Schema, schema: pa.Schema, filter: Filter | None) -> None:
+        self.names = [*projected.names, *(key for key in (filter.keys if filter else ()) if key not in projected.names)]
+        self._projected, self._filter = projected, filter
+        self._gathered_schema = pa.schema([schema.field(name) for name in self.names])
+        self._since = time.monotonic()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._gathered: dict[str, list[pa.Array]] = {name: [] for name in self.names}
+        self._rows = self._bytes = 0
+
+    def add(self, columns: _Columns, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
+        """Take rows of a record, whose places rise; yield what is enough for a batch."""
+        ends = np.cumsum(columns.lengths)
+        if len(rows) <= _SINGLE_ROWS:
+            places = np.searchsorted(ends, rows, "right")
+            local = (rows - (ends - columns.lengths)[places]).tolist()
+            for name, gathered in self._gathered.items():
+                gathered.extend(columns.singly(name, places.tolist(), local))
+            self._rows += len(rows)
+        else:
+            yield from self._add_many(columns, rows, ends)
+        if self._rows >= _JOINED_ROWS or time.monotonic() - self._since > _GATHERING_SECONDS:
+            yield from self.taken()
+
+    def _add_many(self, columns: _Columns, rows: np.ndarray, ends: np.ndarray) -> Iterator[pa.RecordBatch]:
+        cuts = [0, *np.searchsorted(rows, ends).tolist()]
+        for place, end in enumerate(ends.tolist()):
+            if cuts[place + 1] > cuts[place]:
+                local = rows[cuts[place] : cuts[place + 1]] - (end - columns.lengths[place])
+                for name, gathered in self._gathered.items():
+                    gathered.append(columns.some(name, place, local))
+                    self._bytes += gathered[-1].nbytes
+                self._rows += len(local)
+                if self._rows >= _JOINED_ROWS or self._bytes >= _JOINED_BYTES:
+                    yield from self.taken()
+
+    def taken(self) -> Iterator[pa.RecordBatch]:
+        """Yield what was gathered."""
+        if self._rows:
+            arrays = [pa.concat_arrays(gathered) for gathered in self._gathered.values()]
+            batch = codec.with_rows(arrays, self._gathered_schema, self._rows)
+            if self._filter is not None:
+                batch = batch.take(pa.array(self._filter.passing([batch])))
+            if batch.num_rows:
+                shown = [_as(batch.column(f.name), f.type) for f in self._projected]
+                yield codec.with_rows(shown, self._projected, batch.num_rows)
+            self._clear()
+        self._since = time.monotonic()
 
 
 class _Scanner:
@@ -268,25 +365,42 @@ class EntriesTable(_Table):
         if filter is None and not projected.names and self.context.offsets is None:  # COUNT(*): the records' numbers are enough
             yield codec.with_rows([], projected, sum(record.entries for record in records))
             return
-        top = self.context.top if self.context.top is not None and self.context.top.takes(self._plain) else None
+        top = self.context.top
+        if top is not None and (not top.takes(self._plain) or (filter is not None and filter.wanted is not None)):
+            top = None
+        few = _Few(projected, self._plain, filter if filter is not None and filter.wanted is not None else None)
         for record, best in ((r, None) for r in records) if top is None else top.in_order(records, self._plain, self._stored):
+            if self.context.stopped.is_set():
+                return
             if top is not None and top.is_behind(best):
                 continue
             rows = self._within(record, None if filter is None else self._matching(record, filter))
-            if top is not None:
-                column = pa.chunked_array([batch.column(0) for batch in self.batches(record, [top.column])])
-                rows = top.narrowed(column, rows)
-            if rows is not None and not len(rows):
-                continue
-            for batch in self._chosen(record, projected, rows):
-                if self.context.stopped.is_set():
-                    return
-                yield _shown(batch, projected)
+            if top is not None and (rows is None or len(rows)):
+                rows = top.narrowed(self.columns(record, [top.column]).arrays(top.column), rows, may_be_nan=best is None)
+            if rows is None:
+                yield from few.taken()
+                for batch in self.batches(record, projected.names):
+                    if self.context.stopped.is_set():
+                        return
+                    yield _shown(batch, projected)
+            elif len(rows):
+                yield from few.add(self.columns(record, few.names), rows)
+        yield from few.taken()
 
     def _matching(self, record: RecordMeta, filter: Filter) -> np.ndarray | None:
-        """Return the places of the record's entries that pass, or None for all; decodes only the filter's columns."""
-        found = filter.places(self.batches(record, filter.keys))
-        return None if len(found) == record.entries else found
+        """Return the places of the record's entries that pass, or None for all; decodes only the filter's columns.
+
+        Where the filter wants a text, of those that begin like it: few are left then, and looked at later, together.
+        """
+        if filter.wanted is None:
+            found = filter.passing(self.batches(record, filter.keys))
+            return None if len(found) == record.entries else found
+        name, text = filter.wanted
+        texts = self.columns(record, [name]).arrays(name)
+        began = time.monotonic()
+        index = self.context.cache.index(record, name, texts, may_make=self.context.indexing_seconds < INDEXING_SECONDS)
+        self.context.indexing_seconds += time.monotonic() - began
+        return candidates(texts, text) if index is None else index.candidates(text)
 
     def _within(self, record: RecordMeta, rows: np.ndarray | None) -> np.ndarray | None:
         """Return those of the record's places (None: all of them) that lie within the offsets asked for."""
@@ -296,26 +410,6 @@ class EntriesTable(_Table):
         if rows is None:
             return None if first <= 0 and last >= record.entries else np.arange(max(0, first), min(record.entries, last))
         return rows[(rows >= first) & (rows < last)]
-
-    def _chosen(self, record: RecordMeta, projected: pa.Schema, rows: np.ndarray | None) -> Iterator[pa.RecordBatch]:
-        if rows is None:
-            yield from self.batches(record, projected.names)
-            return
-        if not projected.names:
-            yield codec.with_rows([], projected, len(rows))
-            return
-        start, few = 0, []
-        for batch in self.batches(record, projected.names):
-            end = start + batch.num_rows
-            first, last = np.searchsorted(rows, (start, end))
-            if last > first:
-                few.append(_taken(batch, rows[first:last] - start))
-                if sum(part.num_rows for part in few) >= _JOINED_ROWS or few[-1].nbytes >= _JOINED_BYTES:
-                    yield codec.joined(few)
-                    few = []
-            start = end
-        if few:
-            yield codec.joined(few)
 
     def _stored(self, record: RecordMeta) -> pa.Schema:
         try:
@@ -328,27 +422,20 @@ class EntriesTable(_Table):
         if not names:
             yield codec.with_rows([], schema, record.entries)
             return
+        columns = self.columns(record, names)
+        for place in range(len(columns.lengths)):
+            yield pa.RecordBatch.from_arrays([columns.array(name, place) for name in names], schema=schema)
+
+    def columns(self, record: RecordMeta, names: Sequence[str]) -> _Columns:
+        """Return columns of a record, from memory or decoded now."""
         stored = self._stored(record)
         of_entries = [name for name in names if name in stored.names and name not in _LOG_NAMES]
-        if of_entries:
-            self._read.add(record.key)
-            self.counts.records_read = len(self._read)
-            decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts)
-        else:
-            decoded = Decoded([record.entries], {}, 0)
-        own = _log_columns(record, [name for name in names if name in _LOG_NAMES])
-        start = 0
-        for place, rows in enumerate(decoded.lengths):
-            columns = []
-            for out in schema:
-                if out.name in own:
-                    columns.append(own[out.name].slice(start, rows))
-                elif out.name in of_entries:
-                    columns.append(codec.recast(decoded.columns[out.name][place], out.type))
-                else:
-                    columns.append(pa.nulls(rows, out.type))
-            start += rows
-            yield pa.RecordBatch.from_arrays(columns, schema=schema)
+        if not of_entries:
+            return _Columns(self._plain, [record.entries], {}, _log_columns(record, names))
+        self._read.add(record.key)
+        self.counts.records_read = len(self._read)
+        decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts)
+        return _Columns(self._plain, decoded.lengths, decoded.columns, _log_columns(record, names))
 
 
 class RecordsTable(_Table):
@@ -492,7 +579,7 @@ def _log_columns(record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array
     """Return the log's own columns for all entries of a record."""
     counts = [owner["entries"] for owner in record.appends]
     found: dict[str, pa.Array] = {}
-    for name in names:
+    for name in (name for name in names if name in _LOG_NAMES):
         if name == "_offset":
             found[name] = pa.array(np.arange(record.first_offset, record.first_offset + record.entries))
         elif name == "_schema_id":
@@ -504,18 +591,15 @@ def _log_columns(record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array
     return found
 
 
-def _taken(batch: pa.RecordBatch, places: np.ndarray) -> pa.RecordBatch:
-    """Return the rows at `places`, which rise; neighbours are not copied."""
-    first, last = int(places[0]), int(places[-1])
-    return batch.slice(first, len(places)) if last - first == len(places) - 1 else batch.take(pa.array(places))
-
-
 def _shown(batch: pa.RecordBatch, projected: pa.Schema) -> pa.RecordBatch:
     """Return a batch in the types DataFusion was told; only plain texts may have to become views."""
     if batch.schema.equals(projected) or not projected.names:
         return batch
-    columns = [c if c.type == f.type else c.cast(f.type) for c, f in zip(batch.columns, projected, strict=True)]
-    return pa.RecordBatch.from_arrays(columns, schema=projected)
+    return pa.RecordBatch.from_arrays([_as(c, f.type) for c, f in zip(batch.columns, projected, strict=True)], schema=projected)
+
+
+def _as(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    return array if array.type == kind else array.cast(kind)
 
 
 def _by_offset(record: RecordMeta) -> int:

@@ -7,6 +7,7 @@ looked at; those that may hold the very first ones are looked at first.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ class Top:
     def __init__(self, column: str, limit: int, descends: bool, nulls_first: bool) -> None:
         self.column = column
         self._limit, self._descends, self._nulls_first = limit, descends, nulls_first
-        self._bar: Any = None  # at least `limit` rows have this value or come before it
+        self._first = np.zeros(0)  # the first values so far, `limit` at most
+        self._bar: Any = None  # the last of them, when there are so many
+        self._lock = threading.Lock()
 
     def takes(self, schema: pa.Schema) -> bool:
         """Whether the column is of a type that can be looked at like this."""
@@ -37,44 +40,72 @@ class Top:
         """Return records with the first value each can have, None where that is not known; those first that may have the first."""
         with_best = [(record, self._best(record, schema, stored(record))) for record in records]
         known = [pair for pair in with_best if pair[1] is not None]
-        return [pair for pair in with_best if pair[1] is None] + sorted(known, key=lambda pair: pair[1], reverse=self._descends)
+        return [pair for pair in with_best if pair[1] is None] + sorted(known, key=_best, reverse=self._descends)
 
     def _best(self, record: RecordMeta, schema: pa.Schema, stored: pa.Schema) -> Any:
-        if self.column not in stored.names:
+        place = stored.get_field_index(self.column)
+        if place < 0:
             return record.first_offset + (record.entries - 1 if self._descends else 0) if self.column == "_offset" else None
         found = record.bounds.get(self.column, {})
         if "min" not in found or (self._nulls_first and found["nulls"]):
             return None
-        best = codec.bound_scalar(found["max" if self._descends else "min"], stored.field(self.column).type)
-        return numbers(pa.array([best]).cast(schema.field(self.column).type))[0].item()
+        best, kind, shown = found["max" if self._descends else "min"], stored.field(place).type, schema.field(self.column).type
+        if kind == shown:
+            return best  # bounds are written as `numbers` shows values
+        return numbers([pa.array([codec.bound_scalar(best, kind)]).cast(shown)])[0].item()
 
     def is_behind(self, best: Any) -> bool:
         """Whether nothing of a record is wanted whose first value is `best`."""
         return best is not None and self._bar is not None and (best < self._bar if self._descends else best > self._bar)
 
-    def narrowed(self, column: pa.ChunkedArray, rows: np.ndarray | None) -> np.ndarray | None:
+    def narrowed(self, column: Sequence[pa.Array], rows: np.ndarray | None, may_be_nan: bool) -> np.ndarray | None:
         """Return those of a record's rows (None: all of them) that may come first, going by the column's values in it."""
-        values = numbers(column)
+        bar, has_nulls = self._bar, any(part.null_count for part in column)
+        if bar is not None and rows is None and not has_nulls and not may_be_nan:
+            rows = self._not_behind(column, bar)  # without a copy
+        values = numbers(column) if rows is None or len(rows) else np.zeros(0)
         places = np.arange(len(values)) if rows is None else rows
         nulls = places[:0]
-        if column.null_count:
-            is_null = column.is_null().to_numpy()[places]
+        if has_nulls:
+            is_null = np.concatenate([part.is_null().to_numpy(zero_copy_only=False) for part in column])[places]
             nulls, places = places[is_null], places[~is_null]
-        here = values[places]
-        if here.dtype.kind == "f" and np.isnan(here).any():
+        here = values if rows is None and not has_nulls else values[places]
+        if may_be_nan and here.dtype.kind == "f" and np.isnan(here).any():
             return rows  # SQL's NaN is the greatest number, numpy's none
-        if (bar := self._bar) is not None:
+        if bar is not None:
             kept = here >= bar if self._descends else here <= bar
             places, here = places[kept], here[kept]
         if len(here) > self._limit:
-            rank = len(here) - self._limit if self._descends else self._limit - 1
-            last = np.partition(here, rank)[rank]
-            places = places[here >= last if self._descends else here <= last]
-            if self._bar is None or (last > self._bar if self._descends else last < self._bar):
-                self._bar = last.item()  # another partition may set it now: whichever stays, enough rows are not behind it
+            last = self._last(here)
+            kept = here >= last if self._descends else here <= last
+            places, here = places[kept], here[kept]
+        with self._lock:
+            first = np.concatenate([self._first.astype(here.dtype), here])
+            if len(first) >= self._limit:
+                last = self._last(first)
+                first = first[first >= last if self._descends else first <= last][: self._limit]
+                self._bar = last.item()
+            self._first = first
         if len(nulls) and (self._nulls_first or self._bar is None):
             places = np.sort(np.concatenate([places, nulls]))
         return places
+
+    def _last(self, values: np.ndarray) -> Any:
+        """Return the last of the first `limit` values, out of as many at least."""
+        rank = len(values) - self._limit if self._descends else self._limit - 1
+        return np.partition(values, rank)[rank]
+
+    def _not_behind(self, column: Sequence[pa.Array], bar: Any) -> np.ndarray:
+        found, start = [], 0
+        for part in column:
+            values = numbers([part])
+            found.append(np.flatnonzero(values >= bar if self._descends else values <= bar) + start)
+            start += len(part)
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def _best(pair: tuple[RecordMeta, Any]) -> Any:
+    return pair[1]
 
 
 _NUMBERS = (pa.types.is_integer, pa.types.is_float32, pa.types.is_float64, pa.types.is_timestamp, pa.types.is_date32)
@@ -84,14 +115,12 @@ def is_number(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in _NUMBERS)
 
 
-def numbers(column: pa.Array | pa.ChunkedArray) -> np.ndarray:
+def numbers(column: Sequence[pa.Array]) -> np.ndarray:
     """Return the values of a column of numbers or times as numbers; anything where it is null."""
-    kind = column.type
-    if pa.types.is_timestamp(kind):
-        column = column.cast(pa.int64())
-    elif pa.types.is_date32(kind):
-        column = column.cast(pa.int32())
-    chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    plain = [pa.Array.from_buffers(chunk.type, len(chunk), [None, chunk.buffers()[1]], 0, chunk.offset) for chunk in chunks if len(chunk)]
-    parts = [chunk.to_numpy() for chunk in plain]
+    parts = []
+    for part in column:
+        if len(part):
+            kind = part.type
+            dtype = np.dtype(kind.to_pandas_dtype() if not pa.types.is_temporal(kind) else f"i{kind.bit_width // 8}")
+            parts.append(np.frombuffer(part.buffers()[1], dtype, len(part), part.offset * dtype.itemsize))
     return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0)])

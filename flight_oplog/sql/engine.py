@@ -270,7 +270,7 @@ class Engine:
         None when there is none, or it is not worth one: then it is run as it is. See `aggregates`.
         """
         known = self._states.asked(key)
-        if known.is_unfit or not (known.was_slow or _OF_ALL.search(sql)):
+        if known.is_unfit or not (known.was_slow or (_OF_ALL.search(sql) and not _OF_SOME.search(sql))):
             return None
         session, frame, context = self._plan(sql, snapshot, values=values, db_schema=db_schema)
         try:
@@ -573,6 +573,7 @@ _SORTS = re.compile(r"\bORDER\s+BY\b.*\bLIMIT\b", re.IGNORECASE | re.DOTALL)
 _READS = re.compile(r"\b(?:FROM|SHOW|DESCRIBE|DESC|EXPLAIN)\b", re.IGNORECASE)
 _AGGREGATES = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|(?:count|sum|min|max|avg)\s*\()", re.IGNORECASE)
 _OF_ALL = re.compile(r"\b(?:count|min|max)\s*\(", re.IGNORECASE)
+_OF_SOME = re.compile(r"\b(?:WHERE|GROUP|JOIN|DISTINCT)\b", re.IGNORECASE)
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
 
 
