@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pyarrow import acero
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog.datafile import RecordMeta
+from flight_oplog.numbers import is_number, numbers
 
 _FORMAT = ds.IpcFileFormat()
 _FILESYSTEM = LocalFileSystem()
@@ -27,11 +30,15 @@ class CannotFilter(Exception):
 
 @dataclass(frozen=True)
 class Filter:
-    """One scan's filter: `keys` are the columns it reads; `wanted` is a column of texts and what it has to be for a row to pass."""
+    """One scan's filter: `keys` are the columns it reads; `wanted` is a column of texts and what it has to be for a row to pass.
+
+    `range` holds the comparisons that are all there is to it, of its only column with a number.
+    """
 
     expression: pc.Expression
     keys: tuple[str, ...]
     wanted: tuple[str, str] | None = None
+    range: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(cls, expression: Any, schema: pa.Schema) -> Filter:
@@ -50,7 +57,7 @@ class Filter:
         keys = [column.name for column in named]
         if len(named) > 1:
             keys = [column.name for column in named if not _binds(expression, pa.schema([other for other in named if other != column]))]
-        return cls(expression, tuple(keys), _text_wanted(expression, text, schema, keys))
+        return cls(expression, tuple(keys), _text_wanted(expression, text, schema, keys), _range_of(expression, text, schema, keys))
 
     def check(self, schema: pa.Schema, records: Sequence[RecordMeta]) -> None:
         """Raise CannotFilter where Arrow would answer otherwise than SQL does.
@@ -69,6 +76,18 @@ class Filter:
                 limits = record.bounds.get(name)
                 if limits is not None and "min" not in limits and limits["nulls"] < record.entries:
                     raise CannotFilter(text)
+
+    def within(self, column: Sequence[pa.Array]) -> np.ndarray:
+        """Return the places of the values of the filter's only column that are in its range."""
+        found, start = [], 0
+        for part in column:
+            values = numbers([part])
+            passes = functools.reduce(operator.and_, (_COMPARES[compared](values, value) for compared, value in self.range))
+            if part.null_count:
+                passes &= part.is_valid().to_numpy(zero_copy_only=False)
+            found.append(np.flatnonzero(passes) + start)
+            start += len(part)
+        return np.concatenate(found) if found else np.zeros(0, np.int64)
 
     def passing(self, batches: Iterable[pa.RecordBatch]) -> np.ndarray:
         """Return the places of the rows that pass, in batches of the filter's columns counted through."""
@@ -106,6 +125,29 @@ def _text_wanted(expression: pc.Expression, text: str, schema: pa.Schema, keys: 
             if not any(_may_pass(expression, schema, other) for other in (column < value, column > value, column.is_null())):
                 return name, value
     return None
+
+
+_COMPARES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+_COMPARISON = re.compile(r"\((\w+) (>=|>|<=|<) ([^()\"]+)\)")
+
+
+def _range_of(expression: pc.Expression, text: str, schema: pa.Schema, keys: Sequence[str]) -> tuple[tuple[str, Any], ...]:
+    """Return the comparisons that a filter of one column of numbers or times consists of, ("<", number as `numbers` shows it).
+
+    Guessed from the filter's words, then compared with it; nothing for any other.
+    """
+    found = _COMPARISON.findall(text)
+    if len(keys) != 1 or not found or any(name != keys[0] for name, _, _ in found) or not is_number(schema.field(keys[0]).type):
+        return ()
+    kind = schema.field(keys[0]).type
+    try:
+        values = [pa.array([value]).cast(kind) for _, _, value in found]
+    except pa.ArrowInvalid:
+        return ()
+    parts = [_COMPARES[compared](pc.field(name), value[0]) for (name, compared, _), value in zip(found, values, strict=True)]
+    if not expression.equals(functools.reduce(operator.and_, parts)):
+        return ()
+    return tuple((compared, numbers([value])[0].item()) for (_, compared, _), value in zip(found, values, strict=True))
 
 
 def _may_pass(expression: pc.Expression, schema: pa.Schema, guarantee: pc.Expression) -> bool:

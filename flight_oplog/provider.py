@@ -393,7 +393,10 @@ class EntriesTable(_Table):
         Where the filter wants a text, of those that begin like it: few are left then, and looked at later, together.
         """
         if filter.wanted is None:
-            found = filter.passing(self.batches(record, filter.keys))
+            if filter.range:
+                found = filter.within(self.columns(record, filter.keys).arrays(filter.keys[0]))
+            else:
+                found = filter.passing(self.batches(record, filter.keys))
             return None if len(found) == record.entries else found
         name, text = filter.wanted
         texts = self.columns(record, [name]).arrays(name)

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from flight_oplog import codec
 from flight_oplog.datafile import RecordMeta
+from flight_oplog.numbers import is_number, numbers
 
 LIMIT_MAX = 10_000
 
@@ -106,21 +107,3 @@ class Top:
 
 def _best(pair: tuple[RecordMeta, Any]) -> Any:
     return pair[1]
-
-
-_NUMBERS = (pa.types.is_integer, pa.types.is_float32, pa.types.is_float64, pa.types.is_timestamp, pa.types.is_date32)
-
-
-def is_number(kind: pa.DataType) -> bool:
-    return any(is_kind(kind) for is_kind in _NUMBERS)
-
-
-def numbers(column: Sequence[pa.Array]) -> np.ndarray:
-    """Return the values of a column of numbers or times as numbers; anything where it is null."""
-    parts = []
-    for part in column:
-        if len(part):
-            kind = part.type
-            dtype = np.dtype(kind.to_pandas_dtype() if not pa.types.is_temporal(kind) else f"i{kind.bit_width // 8}")
-            parts.append(np.frombuffer(part.buffers()[1], dtype, len(part), part.offset * dtype.itemsize))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0)])

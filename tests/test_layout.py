@@ -19,6 +19,7 @@ ORDER = [
     "store",
     "committer",
     "oplog",
+    "numbers",
     "filters",
     "cache",
     "top",

@@ -15,7 +15,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -28,6 +28,7 @@ from flight_oplog.sql.plans import chain
 # To merge a state of more rows would cost about as much as to aggregate the entries.
 STATE_ROWS_MAX = 200_000
 STATEMENTS_MAX = 1000
+ANSWER_BYTES_MAX = 1 << 18
 _VOLATILE = re.compile(r"\b(?:now|random|uuid|current_\w+|today)\s*\(", re.IGNORECASE)
 
 
@@ -95,12 +96,29 @@ class State:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a statement gave when its topic held the entries [first, last): it gives that until the topic grows."""
+
+    topic: str
+    first: int
+    last: int
+    schema: pa.Schema
+    batches: tuple[pa.RecordBatch, ...]
+
+
+@dataclass(frozen=True)
 class Known:
-    """What is known of a statement: whether it was slow enough for a state, or cannot have one; and its state."""
+    """What is known of a statement: whether it was slow enough for a state, or cannot have one; its state, and its answer."""
 
     was_slow: bool = False
-    state: State | None = None
     is_unfit: bool = False
+    state: State | None = None
+    answer: Answer | None = None
+
+    @property
+    def nbytes(self) -> int:
+        of_answer = 0 if self.answer is None else sum(batch.nbytes for batch in self.answer.batches)
+        return of_answer + (0 if self.state is None else self.state.rows.nbytes)
 
 
 class States:
@@ -122,28 +140,33 @@ class States:
             return known
 
     def note(self, key: Any) -> None:
-        """Remember that a statement was asked, and that it was worth a state."""
+        """Remember that a statement was asked, and that it is worth a state."""
         with self._lock:
             self._known.setdefault(key, Known(was_slow=True))
             self._trim()
 
     def dismiss(self, key: Any) -> None:
         """Remember that a statement has no state, or too large a one."""
-        with self._lock:
-            self._forget(key)
-            self._known[key] = Known(is_unfit=True)
+        self._put(key, Known(is_unfit=True))
 
-    def keep(self, key: Any, state: State) -> None:
+    def keep_state(self, key: Any, state: State) -> None:
+        self._put(key, Known(was_slow=True, state=state))
+
+    def keep_answer(self, key: Any, answer: Answer) -> None:
+        if sum(batch.nbytes for batch in answer.batches) <= ANSWER_BYTES_MAX:
+            self._put(key, replace(self.asked(key), answer=answer))
+
+    def _put(self, key: Any, known: Known) -> None:
         with self._lock:
             self._forget(key)
-            self._known[key] = Known(was_slow=True, state=state)
-            self._bytes += state.rows.nbytes
+            self._known[key] = known
+            self._bytes += known.nbytes
             self._trim()
 
     def _forget(self, key: Any) -> None:
         known = self._known.pop(key, None)
-        if known is not None and known.state is not None:
-            self._bytes -= known.state.rows.nbytes
+        if known is not None:
+            self._bytes -= known.nbytes
 
     def _trim(self) -> None:
         while self._known and (self._bytes > self._bytes_max or len(self._known) > STATEMENTS_MAX):

@@ -30,7 +30,7 @@ from flight_oplog.filters import CannotFilter
 from flight_oplog.provider import RowsTable, ScanContext, whole_of
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
 from flight_oplog.sql import lexer
-from flight_oplog.sql.aggregates import STATE_ROWS_MAX, Aggregation, State, States, taken_apart
+from flight_oplog.sql.aggregates import STATE_ROWS_MAX, Aggregation, Answer, State, States, taken_apart
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, Catalog, Shelf, register_time_travel, table_of, tables
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
 from flight_oplog.sql.plans import followed, is_constant, top_of
@@ -270,6 +270,10 @@ class Engine:
         None when there is none, or it is not worth one: then it is run as it is. See `aggregates`.
         """
         known = self._states.asked(key)
+        if (answer := known.answer) is not None:
+            now = snapshot.topics.get(answer.topic)
+            if now is not None and (now.first_offset, now.next_offset) == (answer.first, answer.last):
+                return Running(answer.schema, iter(answer.batches))
         if known.is_unfit or not (known.was_slow or (_OF_ALL.search(sql) and not _OF_SOME.search(sql))):
             return None
         session, frame, context = self._plan(sql, snapshot, values=values, db_schema=db_schema)
@@ -298,7 +302,9 @@ class Engine:
             self._states.dismiss(key)
             return None
         schema = schema_of(frame, context)
-        return Running(schema, paced(at_once(stream, context, schema), self._config.message_bytes_max), context.counts)
+        batches = tuple(paced(at_once(stream, context, schema), self._config.message_bytes_max))
+        self._states.keep_answer(key, Answer(topic.name, topic.first_offset, topic.next_offset, schema, batches))
+        return Running(schema, iter(batches), context.counts)
 
     def _whole(self, apart: Aggregation, snapshot: Snapshot, topic: Topic, context: ScanContext) -> pa.Table | None:
         """Return the state of aggregates of all of a topic, when its records' bounds tell it."""
@@ -345,7 +351,7 @@ class Engine:
                     return None
             made = pa.Table.from_batches(new, schema)
             rows = made if rows is None else self._merged(apart, pa.concat_tables([rows, made]))
-            self._states.keep(key, State(first, last, rows))
+            self._states.keep_state(key, State(first, last, rows))
         return rows
 
     def _merged(self, apart: Aggregation, states: pa.Table) -> pa.Table:

@@ -122,10 +122,10 @@ def ask_all(servers: Sequence[Peer], nodes: Sequence[str]) -> dict[str, Found]:
         asks: dict[str, Query] = {server.name: stack.enter_context(server.connect()) for server in servers}
         for question in QUESTIONS:
             here = found[question.name] = Found({name: [] for name in asks})
-            wanted = None
             for turn in range(-1 if question.is_ordered is False else -WARMING, question.rounds):
                 chance = random.Random(turn)
                 sql = question.sql(chance.choice(nodes), chance.randrange(ENTRIES - SLICE))
+                wanted = None
                 for name, ask in asks.items():
                     began = time.perf_counter()
                     answer = ask(sql)

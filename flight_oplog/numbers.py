@@ -1,0 +1,25 @@
+"""Columns of numbers and times as numpy sees them: without a copy, without nulls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+_NUMBERS = (pa.types.is_integer, pa.types.is_float32, pa.types.is_float64, pa.types.is_timestamp, pa.types.is_date32)
+
+
+def is_number(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in _NUMBERS)
+
+
+def numbers(column: Sequence[pa.Array]) -> np.ndarray:
+    """Return the values of a column of numbers or times as numbers; anything where it is null."""
+    parts = []
+    for part in column:
+        if len(part):
+            kind = part.type
+            dtype = np.dtype(kind.to_pandas_dtype() if not pa.types.is_temporal(kind) else f"i{kind.bit_width // 8}")
+            parts.append(np.frombuffer(part.buffers()[1], dtype, len(part), part.offset * dtype.itemsize))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0)])
