@@ -100,6 +100,23 @@ def test_a_type_comes_back_with_its_values(name: str, running: ServerProcess) ->
         assert table["c"].type == array.type, "an extension type keeps its name"
 
 
+def test_sql_gives_columns_of_float16_as_float32(running: ServerProcess) -> None:
+    batch = pa.RecordBatch.from_arrays([ARRAYS["float16"], pa.array([[value] for value in ARRAYS["float16"]])], ["h", "l"])
+    with flight.connect(running.uri) as client, adbc.connect(running.uri, autocommit=True) as connection, connection.cursor() as cursor:
+        put(client, "halves", batch)
+        cursor.execute("CREATE VIEW seen_halves AS SELECT * FROM halves")
+        for name in ("halves", "seen_halves"):
+            cursor.execute(f"SELECT * FROM {name} WHERE h = ?", [1.5])
+            found = cursor.fetch_arrow_table()
+            assert found.schema.types == connection.adbc_get_table_schema(name).types == [pa.float32(), pa.list_(pa.float16())]
+            assert found.to_pylist() == [{"h": 1.5, "l": [1.5]}]
+        cursor.execute("INSERT INTO halves (h) VALUES (?)", [0.25])
+        cursor.execute("INSERT INTO halves SELECT * FROM halves WHERE l IS NULL")
+        stored = client.do_get(flight.Ticket(json.dumps({"topic": "halves"}))).read_all()
+    assert stored["h"].type == pa.float16()
+    assert stored["h"].to_pylist() == [1.5, 0, -2, 3, 0.25, 0.25]
+
+
 def test_all_of_it_survives_a_restart(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., ServerProcess]) -> None:
     first = start()
     batch = pa.RecordBatch.from_arrays(list(ARRAYS.values()), names=list(ARRAYS))

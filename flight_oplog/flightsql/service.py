@@ -612,7 +612,7 @@ def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:
 def _as_asked_for(parameters: pa.Schema) -> pa.Schema:
     """Return the parameters in the types that clients are asked to send them in; they are cast where the statement wants another.
 
-    JDBC writes milliseconds into whatever unit it is asked for, and can bind nothing to a type of null.
+    JDBC writes milliseconds into whatever unit it is asked for, knows no float16, and can bind nothing to a type of null.
     """
 
     def kind(wanted: pa.DataType) -> pa.DataType:
@@ -620,6 +620,8 @@ def _as_asked_for(parameters: pa.Schema) -> pa.Schema:
             return pa.timestamp("ms", wanted.tz)
         if pa.types.is_time(wanted):
             return pa.time32("ms")
+        if wanted == pa.float16():
+            return pa.float32()
         return pa.string() if pa.types.is_null(wanted) else wanted
 
     return pa.schema([pa.field(field.name, kind(field.type)) for field in parameters])

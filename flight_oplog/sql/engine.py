@@ -46,7 +46,7 @@ from flight_oplog.sql.refusals import (
     in_public,
     translated,
 )
-from flight_oplog.sql.stream import Pulled, Puller, Stopped, at_once, paced, pulled, schema_of, to_wire, wire_schema
+from flight_oplog.sql.stream import Pulled, Puller, Stopped, at_once, paced, pulled, schema_of, to_wire, widened, wire_schema
 from flight_oplog.sql.views import Views
 from flight_oplog.store import Snapshot, Topic
 
@@ -177,7 +177,7 @@ class Engine:
         """Return the schema of one of `tables`."""
         if db_schema == PUBLIC and name not in snapshot.topics:
             return self.prepare(f'SELECT * FROM {CATALOG}.{PUBLIC}."{name}"', snapshot).schema
-        return table_of(snapshot, db_schema, name, ScanContext(ColumnCache(0), 1)).schema
+        return widened(table_of(snapshot, db_schema, name, ScanContext(ColumnCache(0), 1)).schema)
 
     def prepare_run(self, sql: str, snapshot: Snapshot) -> tuple[Statement, str]:
         """Plan a statement that can be run over each new run of a topic's entries; return it and the topic's name.

@@ -154,9 +154,14 @@ def paced(batches: Iterator[pa.RecordBatch], bytes_max: int) -> Iterator[pa.Reco
 
 def schema_of(frame: Any, context: ScanContext) -> pa.Schema:
     try:
-        return wire_schema(frame.schema())
+        return widened(wire_schema(frame.schema()))
     except Exception as error:
         raise translated(error, context) from error
+
+
+def widened(schema: pa.Schema) -> pa.Schema:
+    """Return the schema with columns of float16 as float32: JDBC refuses a result that has one, and any list of columns with it."""
+    return pa.schema([f.with_type(pa.float32()) if f.type == pa.float16() else f for f in schema], schema.metadata)
 
 
 def wire_schema(schema: pa.Schema) -> pa.Schema:
