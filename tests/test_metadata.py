@@ -283,6 +283,17 @@ def test_columns_are_described_in_sqls_words(kind: pa.DataType, name: str, preci
     assert name in drivers_find or name in ("DURATION", "ARRAY", "MAP", "STRUCT", "NULL")
 
 
+def test_a_result_tells_the_digits_of_its_decimals() -> None:
+    stored = {b"ARROW:extension:name": b"arrow.opaque", b"ARROW:extension:metadata": b""}
+    schema = pa.schema([pa.field("d", pa.decimal128(10, 2), metadata=stored), pa.field("n", pa.int64())], metadata={"k": "v"})
+    described = metadata.described_result(schema)
+    assert described == schema
+    assert described.metadata == {b"k": b"v"}
+    digits = {b"ARROW:FLIGHT:SQL:PRECISION": b"10", b"ARROW:FLIGHT:SQL:SCALE": b"2"}
+    assert described.field("d").metadata == stored | digits
+    assert described.field("n").metadata is None
+
+
 def test_a_description_keeps_what_is_there() -> None:
     stored = {b"ARROW:extension:name": b"arrow.json", b"ARROW:extension:metadata": b""}
     schema = pa.schema([pa.field("j", pa.string(), metadata=stored), pa.field("u", pa.uuid())], metadata={"k": "v"})

@@ -147,17 +147,30 @@ def described(schema: pa.Schema, db_schema: str, table: str, read_only: bool) ->
 
     def described_field(field: pa.Field) -> pa.Field:
         sql = dialect.sql_type(field.type)
-        precision, scale = dialect.precision_and_scale(field.type)
         words = {
             **{"CATALOG_NAME": CATALOG, "SCHEMA_NAME": db_schema, "TABLE_NAME": table, "TYPE_NAME": sql.type_name},
-            **{key: str(number) for key, number in (("PRECISION", precision), ("SCALE", scale)) if number is not None},
+            **_digits(field.type),
             **{"IS_AUTO_INCREMENT": "0", "IS_CASE_SENSITIVE": str(int(sql.case_sensitive))},
             **{"IS_READ_ONLY": str(int(read_only)), "IS_SEARCHABLE": "1"},
         }
-        ours = {f"ARROW:FLIGHT:SQL:{key}".encode(): word.encode() for key, word in words.items()}
-        return field.with_metadata({**(field.metadata or {}), **ours})
+        return _with_words(field, words)
 
     return pa.schema([described_field(field) for field in schema], schema.metadata)
+
+
+def described_result(schema: pa.Schema) -> pa.Schema:
+    """Return a query's schema with the digits of its decimals, which JDBC reads in field metadata alone."""
+    return pa.schema([_with_words(f, _digits(f.type)) if pa.types.is_decimal(f.type) else f for f in schema], schema.metadata)
+
+
+def _digits(kind: pa.DataType) -> dict[str, str]:
+    precision, scale = dialect.precision_and_scale(kind)
+    return {key: str(number) for key, number in (("PRECISION", precision), ("SCALE", scale)) if number is not None}
+
+
+def _with_words(field: pa.Field, words: dict[str, str]) -> pa.Field:
+    ours = {f"ARROW:FLIGHT:SQL:{key}".encode(): word.encode() for key, word in words.items()}
+    return field.with_metadata({**(field.metadata or {}), **ours})
 
 
 def _is_our_catalog(catalog: str | None) -> bool:

@@ -197,7 +197,8 @@ class Service:
 
     def _prepare(self, sql: str, caller: Caller, parameters: str | None = None) -> Statement:
         options = self._options(caller)
-        return self._engine.prepare(sql, self._snapshot(caller, options), _loaded(parameters), options.get("schema", PUBLIC))
+        found = self._engine.prepare(sql, self._snapshot(caller, options), _loaded(parameters), options.get("schema", PUBLIC))
+        return replace(found, schema=metadata.described_result(found.schema))
 
     def _snapshot(self, caller: Caller, options: dict[str, str]) -> Snapshot:
         """Return the snapshot that a caller's statements see: as of when its headers say, or its session's options."""
@@ -286,7 +287,7 @@ class Service:
         except BaseException:
             held.close()
             raise
-        return Result(running.schema, Held(running.batches, held, turn))
+        return Result(metadata.described_result(running.schema), Held(running.batches, held, turn))
 
     # Cancelling
 
