@@ -12,9 +12,12 @@ import java.sql.ResultSet;
 import java.sql.ResultSetMetaData;
 import java.sql.SQLException;
 import java.sql.Statement;
+import java.time.Duration;
+import java.time.OffsetDateTime;
 import java.util.ArrayList;
 import java.util.Arrays;
 import java.util.List;
+import java.util.Map;
 import java.util.TreeSet;
 import java.util.logging.Level;
 import java.util.logging.Logger;
@@ -40,6 +43,7 @@ final class Jdbc {
       jdbc.insertOrders();
       jdbc.crawl(connection.getMetaData());
       jdbc.askWithParameters();
+      jdbc.readKinds();
       jdbc.breakRules();
     }
   }
@@ -148,6 +152,31 @@ final class Jdbc {
           }
         }
       }
+    }
+  }
+
+  /** Reads each kind by a getter that gives all of it, in whatever time zone this program runs: getTimestamp does not. */
+  private void readKinds() throws SQLException {
+    String kinds =
+        """
+        SELECT CAST(12.5 AS DECIMAL(10, 2)) AS price, arrow_cast(1.5, 'Float16') AS half,
+          arrow_cast('2026-07-01T12:00:00+02:00', 'Timestamp(ms, "Europe/Berlin")') AS at,
+          INTERVAL '1 month 2 days 3 seconds' AS due, TIMESTAMP '2026-01-02 00:00:01' - TIMESTAMP '2026-01-01' AS took,
+          ['ada', NULL] AS names, named_struct('x', 1, 'y', NULL) AS point, MAP {'a': [1, 2]} AS counts, NULL AS nothing
+        """;
+    try (PreparedStatement query = connection.prepareStatement(kinds);
+        ResultSet row = query.executeQuery()) {
+      ResultSetMetaData result = row.getMetaData();
+      row.next();
+      System.out.printf("decimal(%d, %d): %s%n", result.getPrecision(1), result.getScale(1), row.getBigDecimal("price"));
+      System.out.printf("half: %s %s%n", result.getColumnTypeName(2), row.getFloat("half"));
+      System.out.printf("with zone: %s%n", row.getObject("at", OffsetDateTime.class));
+      System.out.printf("interval: %s%n", row.getString("due"));
+      System.out.printf("duration: %s%n", row.getObject("took", Duration.class));
+      System.out.printf("list: %s%n", Arrays.toString((Object[]) row.getArray("names").getArray()));
+      System.out.printf("struct: %s%n", row.getObject("point", Map.class));
+      System.out.printf("map: %s%n", row.getObject("counts", Map.class));
+      System.out.printf("nothing: %s%n", row.getObject("nothing"));
     }
   }
 
