@@ -376,3 +376,11 @@ def test_of_many_who_define_the_same_view_at_once_one_succeeds(execute: Callable
         thread.join()
     assert outcomes.count(0) == 1
     assert sum("exists already" in str(outcome) for outcome in outcomes) == 7
+
+
+def test_what_arrow_cannot_filter_is_inserted_all_the_same(log: OpLog, execute: Callable[..., int], query: Query) -> None:
+    halves = pa.array([-1.0, 2.0], pa.float64()).cast(pa.float16())
+    log.append("h", pa.record_batch({"h": halves}))
+    assert execute("INSERT INTO h SELECT h FROM h WHERE h < 0") == 1
+    assert execute("CREATE TABLE negative AS SELECT h FROM h WHERE h < 0") == 2
+    assert query("SELECT count(*) AS n FROM negative") == [{"n": 2}]

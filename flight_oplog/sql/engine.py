@@ -387,40 +387,56 @@ class Engine:
         if bound is None:
             if names:
                 raise RequestError(f"{counted(names)} and none is bound; nothing was written")
-            return self._changing(session, context, text, None, deadline, stopped)
+            return self._changing(lambda: self._session(text, snapshot, PUBLIC), text, None, deadline, stopped)
         if bound.num_rows > 1 and (together := lexer.as_select(text, f'"{BOUND}"."values"')) is not None:
-            session, context = self._session(text, snapshot, PUBLIC, bound=bound)
-            return self._changing(session, context, together, None, deadline, stopped)
+            return self._changing(lambda: self._session(text, snapshot, PUBLIC, bound=bound), together, None, deadline, stopped)
         if not bound.num_rows:
             found = self._change(session, context, text, nulls_of(wanted))[0]
             found.batches = iter(())
             return found
-        found = self._changing(session, context, text, row_of(bound, 0), deadline, stopped)
+        found = self._changing(lambda: self._session(text, snapshot, PUBLIC), text, row_of(bound, 0), deadline, stopped)
         first = found.batches
 
         def each() -> Iterator[pa.RecordBatch]:
             yield from first or ()
             for row in range(1, bound.num_rows):
-                session, context = self._session(text, snapshot, PUBLIC)
-                yield from self._changing(session, context, text, row_of(bound, row), deadline, stopped).batches or ()
+                made = self._changing(lambda: self._session(text, snapshot, PUBLIC), text, row_of(bound, row), deadline, stopped)
+                yield from made.batches or ()
 
         if first is not None:
             found.batches = each()
         return found
 
     def _changing(
-        self, session: SessionContext, context: ScanContext, sql: str, values: Values, deadline: float, stopped: Stopped
+        self,
+        opened: Callable[[], tuple[SessionContext, ScanContext]],
+        sql: str,
+        values: Values,
+        deadline: float,
+        stopped: Stopped,
     ) -> Change:
+        """Return what a statement would change; `opened` makes a session for it."""
+        session, context = opened()
         found, plan = self._change(session, context, sql, values)
         schema = found.schema
+
+        def started() -> tuple[Any, ScanContext]:
+            try:
+                return session.create_dataframe_from_logical_plan(plan).execute_stream(), context
+            except Exception as error:
+                if not any(isinstance(failure, CannotFilter) for failure in context.failures):
+                    raise translated(error, context) from error
+            plain, again = opened()
+            plain.remove_optimizer_rule("push_down_filter")
+            try:
+                return plain.create_dataframe_from_logical_plan(self._change(plain, again, sql, values)[1]).execute_stream(), again
+            except Exception as error:
+                raise translated(error, again) from error
 
         def entries() -> Iterator[pa.RecordBatch]:
             """Begin only when somebody wants them: a statement that is refused first must leave no work behind."""
             assert schema is not None
-            try:
-                stream = session.create_dataframe_from_logical_plan(plan).execute_stream()
-            except Exception as error:
-                raise translated(error, context) from error
+            stream, context = started()
             puller = Puller(self._loop, stream, context)
             del stream
             yield from pulled(puller, context, schema, deadline, self._config.statement_seconds_max, stopped)
