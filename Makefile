@@ -6,10 +6,10 @@ DATA ?= oplog-data
 SEED ?= 1
 KILLS ?= 300
 
-.PHONY: help setup demo serve test clients check lint types bench faults dist lock clean
+.PHONY: help setup demo serve test clients check lint types bench bench-peers faults dist lock clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-7s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: .venv/ready ## make .venv with pinned dependencies and this package
 
@@ -44,6 +44,15 @@ check: lint types test ## lint, types and tests
 
 bench: setup ## ratios to peers, all in one run (10 M entries; ENTRIES=n for fewer)
 	@$(BIN)/python tests/bench/bench.py
+
+bench-peers: setup .venv/peers/ready ## our server and its peers asked the same questions, in one run (ENTRIES=n ROUNDS=n)
+	@PEERS_BIN=$(CURDIR)/.venv/peers/bin $(BIN)/python tests/bench/bench_peers.py
+
+.venv/peers/ready: .ci/peers.txt
+	@echo "setting up the peers in .venv/peers"
+	@$(PYTHON) -m venv --clear .venv/peers
+	@.venv/peers/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r .ci/peers.txt
+	@touch $@
 
 faults: setup ## kill the server at every point of a commit and at random, and look what is left (SEED=1 KILLS=300)
 	@$(BIN)/python tests/faults/faults.py --seed $(SEED) --kills $(KILLS)

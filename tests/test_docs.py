@@ -66,8 +66,8 @@ def test_the_settings_table_is_the_codes() -> None:
 
 
 def test_every_command_and_target_named_exists() -> None:
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert set(re.findall(r"make ([a-z]+)", README)) <= targets
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", README)) <= targets
     done = subprocess.run([sys.executable, "-m", "flight_oplog", "--help"], capture_output=True, text=True, check=True)
     commands = re.findall(r"^    ([a-z]+) ", done.stdout, re.MULTILINE)
     assert commands == ["serve", "sql", "ingest", "tail", "topics", "verify", "config"]
@@ -93,12 +93,13 @@ def test_the_public_names_are_these() -> None:
 
 
 def test_the_lock_pins_by_hash_and_names_no_address() -> None:
-    lock = (ROOT / ".ci" / "requirements.txt").read_text()
-    assert "://" not in lock
-    assert not re.search(r"^-", lock, re.MULTILINE)
-    pins = re.findall(r"^\S.*", lock, re.MULTILINE)
-    assert all("==" in pin and pin.endswith("\\") for pin in pins)
-    assert lock.count("--hash=sha256:") >= len(pins)
+    for name in ("requirements.txt", "peers.txt"):
+        lock = (ROOT / ".ci" / name).read_text()
+        assert "://" not in lock
+        assert not re.search(r"^-", lock, re.MULTILINE)
+        pins = re.findall(r"^\S.*", lock, re.MULTILINE)
+        assert all("==" in pin and pin.endswith("\\") for pin in pins)
+        assert lock.count("--hash=sha256:") >= len(pins)
 
 
 def routes_table() -> str:
