@@ -1,7 +1,8 @@
 """Our server and its peers, asked the same questions by the same client: `make bench-peers` (ENTRIES=n, ROUNDS=n).
 
 The same event log lies in our log and as a plain Delta table. Every round asks each server in turn; points and slices
-are others in every round, the same for all. A ratio is a peer's time over ours in one round, and the middle one counts.
+are others in every round, the same for all; aggregates come with the same text again, as dashboards ask them, and then with a
+text that was never asked. A ratio is a peer's time over ours in one round, and the middle one counts.
 Servers that are not asked stand still.
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import pyarrow as pa
 from bench import ENTRIES, START, events, put
+from chart import chart
 from deltalake import write_deltalake
 from peers import Peer, Query, all_peers, ours
 from rich.console import Console
@@ -30,6 +32,7 @@ from rich.table import Table
 ROUNDS = int(os.environ.get("ROUNDS", "7"))
 WARMING = 15  # how often each question is asked before it counts
 COLD_ROUNDS = 3
+CHART = Path(__file__).parent / "peers.svg"
 CLIENTS = 8
 MIXED_SECONDS = 10.0
 CACHE = 4 << 30
@@ -38,12 +41,13 @@ SLICE = ENTRIES // 100
 
 @dataclass
 class Question:
-    """One of the mix. `sql` makes its text from a node and the place of a slice's first entry."""
+    """One of the mix. `sql` makes its text from a node and the place of a slice's first entry, which no other round has."""
 
     name: str
     sql: Callable[[str, int], str]
     rounds: int = ROUNDS
     is_ordered: bool = True
+    in_mix: bool = True
 
 
 def at(place: int) -> str:
@@ -75,7 +79,22 @@ QUESTIONS = [
     Question("distinct", lambda node, place: "SELECT count(DISTINCT node_id) AS n FROM events"),
     Question("top 10", lambda node, place: f"SELECT {FEW} FROM events ORDER BY value DESC LIMIT 10"),
     Question("SELECT *", lambda node, place: "SELECT * FROM events", 3, is_ordered=False),
+    Question(
+        "group by kind, new text",
+        lambda node, place: f"SELECT kind, count(*) AS n, avg(value) AS mean, {place} AS anew FROM events GROUP BY kind ORDER BY kind",
+        in_mix=False,
+    ),
+    Question(
+        "group by node_id, new text",
+        lambda node, place: (
+            f"SELECT node_id, count(*) AS n, sum(value) AS total, {place} AS anew FROM events "
+            "GROUP BY node_id ORDER BY n DESC, node_id LIMIT 10"
+        ),
+        in_mix=False,
+    ),
+    Question("distinct, new text", lambda node, place: f"SELECT count(DISTINCT node_id) AS n, {place} AS anew FROM events", in_mix=False),
 ]
+MIX = [question for question in QUESTIONS if question.in_mix]
 
 
 @dataclass
@@ -144,9 +163,9 @@ def cold(
     starts: dict[str, Callable[[], contextlib.AbstractContextManager[Peer]]], folders: list[Path], nodes: Sequence[str]
 ) -> dict[str, Found]:
     """Each question as the first one after a start, with nothing of the files in the system's memory."""
-    found = {question.name: Found({name: [] for name in starts}) for question in QUESTIONS[2:]}
+    found = {question.name: Found({name: [] for name in starts}) for question in MIX[2:]}
     for turn in range(COLD_ROUNDS):
-        for question in QUESTIONS[2:]:
+        for question in MIX[2:]:
             chance = random.Random(turn)
             sql = question.sql(chance.choice(nodes), chance.randrange(ENTRIES - SLICE))
             for name, start in starts.items():
@@ -168,7 +187,7 @@ def mixed(server: Peer, nodes: Sequence[str]) -> float:
         with server.connect() as ask:
             ready.wait()
             while time.perf_counter() < end[0]:
-                question = chance.choice(QUESTIONS[:-1])
+                question = chance.choice(MIX[:-1])
                 ask(question.sql(chance.choice(nodes), chance.randrange(ENTRIES - SLICE)))
                 done[number] += 1
 
@@ -193,19 +212,21 @@ def show(title: str, found: dict[str, Found], names: list[str]) -> None:
     table.add_column("ours, ms", justify="right")
     for name in (*names, "fastest"):
         table.add_column(name, justify="right")
-    best = []
+    ratios = {question: [here.ratio(name) for name in names] for question, here in found.items()}
+    mixed_in = [[*ratios[question.name], min(ratios[question.name])] for question in MIX if question.name in ratios]
     for question, here in found.items():
-        ratios = [here.ratio(name) for name in names]
-        best.append(min(ratios))
-        cells = [f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]" for ratio in (*ratios, best[-1])]
+        cells = [f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]" for ratio in (*ratios[question], min(ratios[question]))]
+        if question == MIX[-1].name:
+            table.add_section()
         table.add_row(question, f"{here.middle('flight_oplog') * 1000:,.1f}", *cells)
-    means = [geometric([here.ratio(name) for here in found.values()]) for name in names]
-    table.add_row("geometric mean", "", *(f"{mean:.2f}" for mean in (*means, geometric(best))), style="bold")
+        if question == MIX[-1].name:
+            table.add_row("geometric mean", "", *(f"{geometric(column):.2f}" for column in zip(*mixed_in, strict=True)), style="bold")
+            table.add_section()
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def main() -> None:
-    only = sys.argv[1:] or ["warm", "mixed", "cold"]
+    only = sys.argv[1:] or ["warm", "mixed", "cold", "chart"]
     folder = Path(tempfile.mkdtemp(prefix="oplog-peers-"))
     plain, data = folder / "plain", folder / "log"
     try:
@@ -221,7 +242,11 @@ def main() -> None:
             servers += [stack.enter_context(start()) for start in all_peers(plain, folder)]
             names = [server.name for server in servers[1:]]
             if "warm" in only:
-                show(f"{ENTRIES:,} entries, warm: a peer's time over ours, above 1 we are faster", ask_all(servers, nodes), names)
+                title = f"{ENTRIES:,} entries, warm: a peer's time over ours, above 1 we are faster"
+                found = ask_all(servers, nodes)
+                show(title, found, names)
+                if "chart" in only:
+                    chart(title, {question: {name: here.ratio(name) for name in names} for question, here in found.items()}, CHART)
             if "mixed" in only:
                 rates = {server.name: mixed(server, nodes) for server in servers}
                 for name, rate in rates.items():
