@@ -28,6 +28,7 @@ ORDER = [
     "sql.refusals",
     "sql.stream",
     "sql.turns",
+    "sql.queries",
     "sql.catalog",
     "sql.views",
     "sql.parameters",

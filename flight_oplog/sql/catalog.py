@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -14,11 +14,13 @@ from datafusion import Table as DataTable
 from datafusion.catalog import CatalogProvider, SchemaProvider
 
 from flight_oplog.errors import NotFound, OplogError, RequestError
-from flight_oplog.provider import EntriesTable, RecordsTable, RowsTable, ScanContext, topics_table
+from flight_oplog.provider import EntriesTable, RecordsTable, RowsTable, ScanContext
 from flight_oplog.sql.refusals import PUBLIC
 from flight_oplog.store import Snapshot
 
-_SYSTEM = {"topics": topics_table}
+SYSTEM = ("topics", "queries")
+# What `system` shows, by table.
+System = Mapping[str, Callable[[Snapshot], pa.RecordBatch]]
 
 
 def tables(snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
@@ -26,12 +28,12 @@ def tables(snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
     own = sorted(snapshot.topics)
     yield from (("public", name, "TABLE") for name in own if not name.startswith("_"))
     yield from ((db_schema, name, "TABLE") for db_schema in ("log", "records") for name in own)
-    yield from (("system", name, "SYSTEM TABLE") for name in _SYSTEM)
+    yield from (("system", name, "SYSTEM TABLE") for name in SYSTEM)
 
 
-def table_of(snapshot: Snapshot, db_schema: str, name: str, context: ScanContext) -> ds.Dataset:
+def table_of(snapshot: Snapshot, db_schema: str, name: str, context: ScanContext, system: System) -> ds.Dataset:
     if db_schema == "system":
-        return RowsTable(_SYSTEM[name](snapshot), context)
+        return RowsTable(system[name](snapshot), context)
     topic = snapshot.topic(name)
     if db_schema == "records":
         return RecordsTable(snapshot, topic, context)
@@ -42,16 +44,16 @@ BOUND = "_bound"
 
 
 class Catalog(CatalogProvider):
-    def __init__(self, snapshot: Snapshot, context: ScanContext, bound: pa.RecordBatch | None = None) -> None:
+    def __init__(self, snapshot: Snapshot, context: ScanContext, system: System, bound: pa.RecordBatch | None = None) -> None:
         names: dict[str, list[str]] = {"public": [], "log": [], "records": [], "system": []}
         for db_schema, name, _ in tables(snapshot):
             names[db_schema].append(name)
         self.views: dict[str, Any] = {}
         self.broken: dict[str, RequestError] = {}
         self._schemas: dict[str, Any] = {
-            db_schema: _Schema(snapshot, db_schema, of_schema, context) for db_schema, of_schema in names.items()
+            db_schema: _Schema(snapshot, db_schema, of_schema, context, system) for db_schema, of_schema in names.items()
         }
-        self._schemas[PUBLIC] = _PublicSchema(snapshot, PUBLIC, names[PUBLIC], context, self)
+        self._schemas[PUBLIC] = _PublicSchema(snapshot, names[PUBLIC], context, self)
         if bound is not None:
             self._schemas[BOUND] = _BoundSchema(RowsTable(bound, context))
 
@@ -65,11 +67,12 @@ class Catalog(CatalogProvider):
 class _Schema(SchemaProvider):
     """One SQL schema; its tables are made when a statement names them."""
 
-    def __init__(self, snapshot: Snapshot, db_schema: str, names: list[str], context: ScanContext) -> None:
+    def __init__(self, snapshot: Snapshot, db_schema: str, names: list[str], context: ScanContext, system: System) -> None:
         self._snapshot = snapshot
         self._db_schema = db_schema
         self._names = names
         self._context = context
+        self._system = system
 
     @property
     def table_names(self) -> list[str]:  # type: ignore[override]
@@ -77,7 +80,7 @@ class _Schema(SchemaProvider):
         return self._names
 
     def table(self, name: str) -> Any:
-        return table_of(self._snapshot, self._db_schema, name, self._context) if name in self._names else None
+        return table_of(self._snapshot, self._db_schema, name, self._context, self._system) if name in self._names else None
 
     def table_exist(self, name: str) -> bool:
         return name in self._names
@@ -86,8 +89,8 @@ class _Schema(SchemaProvider):
 class _PublicSchema(_Schema):
     """`public`: topics and views; a topic goes before a view of its name."""
 
-    def __init__(self, snapshot: Snapshot, db_schema: str, names: list[str], context: ScanContext, catalog: Catalog) -> None:
-        super().__init__(snapshot, db_schema, names, context)
+    def __init__(self, snapshot: Snapshot, names: list[str], context: ScanContext, catalog: Catalog) -> None:
+        super().__init__(snapshot, PUBLIC, names, context, {})
         self._catalog = catalog
 
     @property
@@ -160,7 +163,7 @@ def register_time_travel(session: SessionContext, snapshot: Snapshot, context: S
                 values = [Expr(argument).python_value().as_py() for argument in arguments]
                 if len(values) != 2 or not isinstance(values[0], str):
                     raise RequestError(f"time travel takes a topic's name in quotes and {wanted}")
-                return DataTable(table_of(find(values[1]), PUBLIC, values[0], context))
+                return DataTable(table_of(find(values[1]), PUBLIC, values[0], context, {}))
             except Exception as error:
                 context.failures.append(error if isinstance(error, OplogError) else RequestError(f"time travel takes a topic and {wanted}"))
                 raise

@@ -27,13 +27,14 @@ from flight_oplog.cache import ColumnCache, ScanCounts
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import OplogError, RequestError, TooLarge, Unsupported
 from flight_oplog.filters import CannotFilter
-from flight_oplog.provider import RowsTable, ScanContext, whole_of
+from flight_oplog.provider import RowsTable, ScanContext, topics_table, whole_of
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
 from flight_oplog.sql import lexer
 from flight_oplog.sql.aggregates import STATE_ROWS_MAX, Aggregation, Answer, State, States, taken_apart
-from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, Catalog, Shelf, register_time_travel, table_of, tables
+from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, Catalog, Shelf, System, register_time_travel, table_of, tables
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
 from flight_oplog.sql.plans import followed, is_constant, top_of
+from flight_oplog.sql.queries import Queries, explained
 from flight_oplog.sql.refusals import (
     APPEND_ONLY,
     CATALOG,
@@ -123,6 +124,8 @@ class Engine:
         self._views = Views(config)
         self._states = States(config.state_bytes_max)
         self._prepared: OrderedDict[tuple[Any, ...], Statement] = OrderedDict()
+        self._queries = Queries()
+        self._system: System = {"topics": topics_table, "queries": lambda snapshot: self._queries.table()}
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
 
@@ -177,7 +180,7 @@ class Engine:
         """Return the schema of one of `tables`."""
         if db_schema == PUBLIC and name not in snapshot.topics:
             return self.prepare(f'SELECT * FROM {CATALOG}.{PUBLIC}."{name}"', snapshot).schema
-        return widened(table_of(snapshot, db_schema, name, ScanContext(ColumnCache(0), 1)).schema)
+        return widened(table_of(snapshot, db_schema, name, ScanContext(ColumnCache(0), 1), self._system).schema)
 
     def prepare_run(self, sql: str, snapshot: Snapshot) -> tuple[Statement, str]:
         """Plan a statement that can be run over each new run of a topic's entries; return it and the topic's name.
@@ -206,6 +209,26 @@ class Engine:
         `stopped` is asked about every 50 ms; once it is true the work ends and the iterator raises Cancelled. Closing
         the iterator, or losing it, ends the work too.
         """
+        if offsets is not None:  # a run of a follower's, one of very many
+            return self._run_each(sql, snapshot, stopped, offsets, parameters, db_schema)
+        query = self._queries.begin(sql)
+        try:
+            running = self._run_each(sql, snapshot, stopped, None, parameters, db_schema)
+        except BaseException as error:
+            query.end("failed", error)
+            raise
+        query.counts = running.counts
+        return replace(running, batches=query.watched(running.batches))
+
+    def _run_each(
+        self,
+        sql: str,
+        snapshot: Snapshot,
+        stopped: Stopped,
+        offsets: tuple[int, int] | None,
+        parameters: pa.RecordBatch | None,
+        db_schema: str,
+    ) -> Running:
         self._check(sql)
         deadline = time.monotonic() + self._config.statement_seconds_max
         text, names = lexer.numbered(sql)
@@ -259,6 +282,8 @@ class Engine:
             if first is not None:
                 yield first
                 yield from batches
+            if lexer.measure(sql).first == "EXPLAIN":
+                yield from explained(context.counts, schema)
 
         return Running(schema, paced(noted(), self._config.message_bytes_max), context.counts)
 
@@ -535,7 +560,7 @@ class Engine:
         context = ScanContext(self._cache, partitions, views, offsets)
         # A spill pool of its own bounds each statement; spilled runs go to the system's temporary folder.
         runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(self._config.statement_bytes_max)
-        catalog = Catalog(snapshot, context, bound)
+        catalog = Catalog(snapshot, context, self._system, bound)
         session = _new_session(db_schema, partitions, runtime, catalog)
         defined = self._views.of(snapshot)
         travels = TIME_TRAVEL.search(sql) or any(TIME_TRAVEL.search(definition) for definition in defined.values())

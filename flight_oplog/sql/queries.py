@@ -1,0 +1,114 @@
+"""What was asked of late and what it cost: the table `system.queries`, and the last rows of an EXPLAIN."""
+
+from __future__ import annotations
+
+import datetime
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+
+import pyarrow as pa
+
+from flight_oplog.cache import ScanCounts
+from flight_oplog.errors import Cancelled, OplogError
+
+QUERIES_KEPT = 1000
+TEXT_CHARACTERS = 1000
+
+_COUNTED = [each.name for each in fields(ScanCounts)]
+SCHEMA = pa.schema(
+    [
+        ("started", pa.timestamp("us", "UTC")),
+        ("sql", pa.string()),
+        ("status", pa.string()),
+        ("seconds", pa.float64()),
+        ("rows", pa.int64()),
+        ("error", pa.string()),
+        *((name, pa.int64()) for name in _COUNTED),
+    ]
+)
+
+
+@dataclass
+class Query:
+    """One statement: when it began, how it went, and what its scans have looked at so far, by table."""
+
+    sql: str
+    started: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
+    status: str = "running"  # then done, failed or stopped
+    seconds: float | None = None
+    rows: int = 0
+    error: str | None = None
+    counts: Mapping[str, ScanCounts] = field(default_factory=dict)
+    _began: float = field(default_factory=time.monotonic)
+
+    def end(self, status: str, error: BaseException | None = None) -> None:
+        if self.seconds is None:
+            self.seconds, self.status = time.monotonic() - self._began, status
+            self.error = str(error)[:TEXT_CHARACTERS] if isinstance(error, OplogError) else None
+
+    def watched(self, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        return _Watched(self, batches)
+
+
+class _Watched:
+    """The batches of a query, which is over when they end, fail, or nobody holds them any more."""
+
+    def __init__(self, query: Query, batches: Iterator[pa.RecordBatch]) -> None:
+        self._query, self._batches = query, batches
+
+    def __iter__(self) -> _Watched:
+        return self
+
+    def __next__(self) -> pa.RecordBatch:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            self._query.end("done")
+            raise
+        except BaseException as error:
+            self._query.end("stopped" if isinstance(error, Cancelled) else "failed", error)
+            raise
+        self._query.rows += batch.num_rows
+        return batch
+
+    def __del__(self) -> None:
+        self._query.end("stopped")
+
+
+class Queries:
+    """The newest statements of this server. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: deque[Query] = deque(maxlen=QUERIES_KEPT)
+
+    def begin(self, sql: str) -> Query:
+        query = Query(sql[:TEXT_CHARACTERS])
+        with self._lock:
+            self._kept.append(query)
+        return query
+
+    def table(self) -> pa.RecordBatch:
+        """`system.queries`, the newest first."""
+        with self._lock:
+            kept = list(self._kept)[::-1]
+        rows = []
+        for query in kept:
+            counts = list(query.counts.values())
+            row = {name: getattr(query, name) for name in SCHEMA.names if name not in _COUNTED}
+            rows.append(row | {name: sum(getattr(each, name) for each in counts) for name in _COUNTED})
+        return pa.RecordBatch.from_pylist(rows, SCHEMA)
+
+
+def explained(counts: Mapping[str, ScanCounts], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """Yield what an EXPLAIN says last: for each table, what its scan has to look at."""
+    if counts and len(schema) == 2:
+        words = [
+            f"files: {c.files}, pruned: {c.files_pruned}; records: {c.records}, pruned: {c.records_pruned}; "
+            f"records read: {c.records_read}, content bytes read: {c.content_bytes}"
+            for c in counts.values()
+        ]
+        yield pa.RecordBatch.from_arrays([pa.array([f"scan of {table}" for table in counts]), pa.array(words)], schema=schema)

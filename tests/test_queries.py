@@ -1,0 +1,77 @@
+"""`system.queries` and EXPLAIN: what statements cost, as an operator sees it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from flight_oplog import Config, OpLog
+from flight_oplog.errors import RequestError
+from flight_oplog.sql import queries
+from flight_oplog.sql.engine import Engine
+
+Rows = list[dict[str, object]]
+
+
+@pytest.fixture
+def ask(log: OpLog, engine: Engine) -> Callable[[str], Rows]:
+    return lambda sql: [row for batch in engine.run(sql, log.snapshot()).batches for row in batch.to_pylist()]
+
+
+@pytest.fixture
+def log(folder: Path) -> OpLog:
+    with OpLog.open(str(folder), Config(record_entries_max=100)) as opened:
+        for start in range(0, 1000, 200):
+            opened.append("t", pa.record_batch({"a": list(range(start, start + 200)), "b": [f"text {n}" for n in range(200)]}))
+        yield opened  # type: ignore[misc]
+        assert opened.verify() == []
+
+
+def test_a_statement_tells_what_it_looked_at(ask: Callable[[str], Rows]) -> None:
+    ask("SELECT b FROM t WHERE a BETWEEN 250 AND 349")
+    [row] = ask("SELECT * FROM system.queries WHERE status = 'done'")
+    assert row["sql"] == "SELECT b FROM t WHERE a BETWEEN 250 AND 349"
+    assert (row["rows"], row["error"]) == (100, None)
+    assert (row["files"], row["records"], row["records_pruned"], row["records_read"]) == (5, 10, 8, 2)
+    assert isinstance(row["content_bytes"], int)
+    assert row["content_bytes"] > 0
+    assert isinstance(row["seconds"], float)
+    assert 0 < row["seconds"] < 60
+
+
+def test_explain_ends_with_what_the_scan_has_to_look_at(ask: Callable[[str], Rows]) -> None:
+    last = ask("EXPLAIN SELECT b FROM t WHERE a BETWEEN 250 AND 349")[-1]
+    assert last == {
+        "plan_type": "scan of public.t",
+        "plan": "files: 5, pruned: 0; records: 10, pruned: 8; records read: 0, content bytes read: 0",
+    }
+    last = ask("EXPLAIN ANALYZE SELECT b FROM t WHERE a BETWEEN 250 AND 349")[-1]
+    assert str(last["plan"]).startswith("files: 5, pruned: 0; records: 10, pruned: 8; records read: 2, content bytes read: ")
+
+
+def test_how_a_statement_went_is_told(log: OpLog, engine: Engine, ask: Callable[[str], Rows]) -> None:
+    with pytest.raises(RequestError):
+        ask("SELECT nothing FROM t")
+    with pytest.raises(RequestError):
+        ask("SELECT CAST(b AS INT) FROM t")
+    running = engine.run("SELECT * FROM t", log.snapshot())
+    next(running.batches)
+    found = {row["sql"]: row for row in ask("SELECT * FROM system.queries")}
+    assert found["SELECT * FROM t"]["status"] == "running"
+    assert found["SELECT nothing FROM t"]["status"] == found["SELECT CAST(b AS INT) FROM t"]["status"] == "failed"
+    assert "No field named nothing" in str(found["SELECT nothing FROM t"]["error"])
+    del running
+    [row] = ask("SELECT status, rows FROM system.queries WHERE sql = 'SELECT * FROM t'")
+    assert row["status"] == "stopped"
+
+
+def test_only_the_newest_statements_are_kept(ask: Callable[[str], Rows]) -> None:
+    for number in range(queries.QUERIES_KEPT + 1):
+        ask(f"SELECT {number} AS n")
+    found = ask("SELECT sql FROM system.queries")
+    assert len(found) == queries.QUERIES_KEPT
+    assert found[1] == {"sql": f"SELECT {queries.QUERIES_KEPT} AS n"}
+    assert found[-1] == {"sql": "SELECT 2 AS n"}
+    ask(f"SELECT '{'x' * 2000}' AS n")
+    assert max(len(str(row["sql"])) for row in ask("SELECT sql FROM system.queries")) == queries.TEXT_CHARACTERS
