@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
-from flight_oplog.datafile import RecordMeta
+from flight_oplog.datafile import DataFile, RecordMeta, microseconds
 from flight_oplog.filters import TextIndex
 from flight_oplog.store import Snapshot
 
 FRAGMENTS_MAX = 100_000
+TOPICS_KEPT = 64
+
+_NONE = np.zeros(0, np.int64)
 
 _FORMAT = ds.IpcFileFormat()
 _FILESYSTEM = LocalFileSystem()
@@ -45,6 +50,9 @@ class ColumnCache:
         self._bytes = 0
         self._lock = threading.Lock()
         self._fragments: dict[tuple[tuple[str, ...], str], ds.Fragment] = {}
+        self._limits: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
+        self._of_all: dict[tuple[int, str, str], tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
+        self._times: dict[int, tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
         self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex] = OrderedDict()
         self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what an index was wanted of, and whether it has none
 
@@ -85,6 +93,50 @@ class ColumnCache:
         else:
             self._keep(key, made)
         return made
+
+    def limits(
+        self, records: Sequence[RecordMeta], name: str, kind: pa.DataType, schemas: Mapping[str, pa.Schema]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the least and the greatest number that each record of a file can have in a column; made once, as they never change."""
+        key = (records[0].file.path, records[0].row, len(records), name, str(kind))
+        found = self._limits.get(key)
+        if found is None:
+            if len(self._limits) >= FRAGMENTS_MAX:
+                self._limits.clear()
+            found = self._limits[key] = _limits_of(records, name, kind, schemas)
+        return found
+
+    def limits_of_all(
+        self,
+        files: Sequence[DataFile],
+        found: Sequence[Sequence[RecordMeta]],
+        name: str,
+        kind: pa.DataType,
+        schemas: Mapping[str, pa.Schema],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return `limits` of the records found in some files, one after the other."""
+        key = (id(files), name, str(kind))
+        known, lows, highs = self._of_all.get(key, (None, _NONE, _NONE))
+        if known is not files:
+            each = [self.limits(records, name, kind, schemas) for records in found if records]
+            lows, highs = (np.concatenate(ends) for ends in zip(*each, strict=True))
+            if isinstance(files, tuple):  # a topic's own, which come again, and not some of them
+                if len(self._of_all) >= TOPICS_KEPT:
+                    self._of_all.clear()
+                self._of_all[key] = files, lows, highs
+        return lows, highs
+
+    def times(self, files: Sequence[DataFile]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the least and the greatest event time that each file can have, in microseconds since 1970."""
+        known, earliest, latest = self._times.get(id(files), (None, _NONE, _NONE))
+        if known is not files:
+            earliest = np.array([-(1 << 63) if file.min_time is None else microseconds(file.min_time) for file in files], np.int64)
+            latest = np.array([(1 << 63) - 1 if file.max_time is None else microseconds(file.max_time) for file in files], np.int64)
+            if isinstance(files, tuple):
+                if len(self._times) >= TOPICS_KEPT:
+                    self._times.clear()
+                self._times[id(files)] = files, earliest, latest
+        return earliest, latest
 
     def fragment(self, shape: tuple[str, ...], key: str, guarantee: Callable[[], pc.Expression | None]) -> ds.Fragment:
         """Return a fragment that stands for a file or record in pruning; made once, since a guarantee never changes."""
@@ -130,6 +182,23 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts
         nbytes = sum(batch.nbytes for batch in batches)
     columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names} if batches else {}
     return Decoded([batch.num_rows for batch in batches], columns, nbytes)
+
+
+def _limits_of(
+    records: Sequence[RecordMeta], name: str, kind: pa.DataType, schemas: Mapping[str, pa.Schema]
+) -> tuple[np.ndarray, np.ndarray]:
+    floats = pa.types.is_floating(kind)
+    lowest, highest = (-math.inf, math.inf) if floats else (-(1 << 63), (1 << 63) - 1)
+    same = {number for number, stored in schemas.items() if name in stored.names and stored.field(name).type == kind}
+    lows, highs = [], []
+    for record in records:
+        limits = record.bounds.get(name, {}) if record.schema_id in same else {}
+        if name == "_offset":
+            limits = {"min": record.first_offset, "max": record.first_offset + record.entries - 1}
+        lows.append(limits.get("min", lowest))
+        highs.append(limits.get("max", highest))
+    dtype = np.float64 if floats else np.int64
+    return np.array(lows, dtype), np.array(highs, dtype)
 
 
 def _inside(content: pa.Buffer, array: pa.Array) -> bool:

@@ -16,7 +16,7 @@ import struct
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -77,11 +77,10 @@ class RecordMeta:
     max_time: datetime.datetime | None
     bounds: codec.Bounds
     digest: str
+    key: str = field(init=False, repr=False)  # names this record among all records ever
 
-    @property
-    def key(self) -> str:
-        """Names this record among all records ever."""
-        return f"{self.file.path}#{self.row}"
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "key", f"{self.file.path}#{self.row}")
 
     @property
     def where(self) -> str:
@@ -269,12 +268,12 @@ def _columns(records: Sequence[Record], offsets: Sequence[int]) -> list[parquet.
         return parquet.Values(rows, [data], compress=compress)
 
     def times(values: Sequence[datetime.datetime | None]) -> parquet.Values:
-        known = [_microseconds(time) for time in values if time is not None]
+        known = [microseconds(time) for time in values if time is not None]
         return parquet.Values(rows, [parquet.int64s(known)], parquet.levels([time is not None for time in values], 1))
 
     def of_owners(child: pa.Field) -> parquet.Values:
         values = [owner.get(child.name) for owner in owners]
-        known: list[Any] = [_microseconds(value) if pa.types.is_timestamp(child.type) else value for value in values if value is not None]
+        known: list[Any] = [microseconds(value) if pa.types.is_timestamp(child.type) else value for value in values if value is not None]
         data = parquet.texts(known) if pa.types.is_string(child.type) else parquet.int64s(known)
         present = parquet.levels([2 if value is None else 3 for value in values], 3)
         return parquet.Values(len(owners), [data], repetition + present, compress=True)
@@ -295,7 +294,7 @@ def _columns(records: Sequence[Record], offsets: Sequence[int]) -> list[parquet.
     ]
 
 
-def _microseconds(time: datetime.datetime) -> int:
+def microseconds(time: datetime.datetime) -> int:
     return (time - _EPOCH) // datetime.timedelta(microseconds=1)
 
 

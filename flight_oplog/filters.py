@@ -77,6 +77,31 @@ class Filter:
                 if limits is not None and "min" not in limits and limits["nulls"] < record.entries:
                     raise CannotFilter(text)
 
+    def spans(self, schema: pa.Schema) -> dict[str, tuple[Any, Any]]:
+        """Return (least, greatest) for columns of numbers or times outside of which nothing passes, None for an open end.
+
+        Each number that a column is compared with may be such an end; Arrow has to find that nothing passes beyond it.
+        """
+        found: dict[str, tuple[Any, Any]] = {}
+        for name, _, text in _COMPARISON.findall(str(self.expression))[:COMPARISONS_MAX]:
+            if name not in self.keys or not is_number(schema.field(name).type):
+                continue
+            column, kind = pc.field(name), schema.field(name).type
+            try:
+                value = pa.array([text]).cast(kind)
+            except pa.ArrowInvalid:
+                continue
+            if _may_pass(self.expression, schema, column.is_null()):
+                continue
+            low, high = found.get(name, (None, None))
+            end = numbers([value])[0].item()
+            if not _may_pass(self.expression, schema, column < value[0]):
+                low = end if low is None else max(low, end)
+            if not _may_pass(self.expression, schema, column > value[0]):
+                high = end if high is None else min(high, end)
+            found[name] = (low, high)
+        return {name: span for name, span in found.items() if span != (None, None)}
+
     def within(self, column: Sequence[pa.Array]) -> np.ndarray:
         """Return the places of the values of the filter's only column that are in its range."""
         found, start = [], 0
@@ -128,7 +153,8 @@ def _text_wanted(expression: pc.Expression, text: str, schema: pa.Schema, keys: 
 
 
 _COMPARES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-_COMPARISON = re.compile(r"\((\w+) (>=|>|<=|<) ([^()\"]+)\)")
+_COMPARISON = re.compile(r"\((\w+) (>=|>|<=|<|==) ([^()\"]+)\)")
+COMPARISONS_MAX = 20
 
 
 def _range_of(expression: pc.Expression, text: str, schema: pa.Schema, keys: Sequence[str]) -> tuple[tuple[str, Any], ...]:
@@ -137,7 +163,12 @@ def _range_of(expression: pc.Expression, text: str, schema: pa.Schema, keys: Seq
     Guessed from the filter's words, then compared with it; nothing for any other.
     """
     found = _COMPARISON.findall(text)
-    if len(keys) != 1 or not found or any(name != keys[0] for name, _, _ in found) or not is_number(schema.field(keys[0]).type):
+    if (
+        len(keys) != 1
+        or not found
+        or any(name != keys[0] or compared not in _COMPARES for name, compared, _ in found)
+        or not is_number(schema.field(keys[0]).type)
+    ):
         return ()
     kind = schema.field(keys[0]).type
     try:

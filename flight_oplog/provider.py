@@ -13,6 +13,7 @@ columns are kept in a cache bounded in bytes: data files never change, so an ent
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import threading
 import time
@@ -54,6 +55,7 @@ _GATHERING_SECONDS = 0.005
 # How long one statement may spend on making indexes of texts that are looked for again and again.
 INDEXING_SECONDS = 0.03
 _RUNS_FROM = 16
+_SPANS_FROM = 256
 VIEW_BYTES = 12
 
 _FORMAT = ds.IpcFileFormat()
@@ -258,20 +260,46 @@ class _Table(ds.Dataset):
             raise
         return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, self.context.partitions)])
 
-    def _surviving(self, filter: Filter | None) -> list[RecordMeta]:
+    def _surviving(self, filter: Filter | None) -> Sequence[RecordMeta]:
         offsets = self.context.offsets
         files = self._topic.files if offsets is None else self._topic.files_within(*offsets)
-        kept = files if filter is None or len(files) == 1 else self._prune(filter, files, self._file_guarantee)
-        records = [record for file in kept for record in self._snapshot.records_of(self._topic, file)]
+        kept = files if filter is None or len(files) == 1 else self._prune_files(filter, files)
+        found = [self._snapshot.records_of(self._topic, file) for file in kept]
+        records: Sequence[RecordMeta] = list(itertools.chain.from_iterable(found))
         if offsets is not None:
             first, last = offsets
             records = sorted((r for r in records if r.first_offset < last and r.first_offset + r.entries > first), key=_by_offset)
-        survivors = records if filter is None else self._prune_records(filter, records)
+        survivors = records
+        if filter is not None:
+            if offsets is None and len(records) >= _SPANS_FROM:
+                survivors = self._within_spans(filter, files if len(kept) == len(files) else kept, found, records)
+            survivors = self._prune_records(filter, survivors)
         self.counts.files += len(self._topic.files)
         self.counts.files_pruned += len(self._topic.files) - len(kept)
         self.counts.records += len(records)
         self.counts.records_pruned += len(records) - len(survivors)
         return survivors
+
+    def _prune_files(self, filter: Filter, files: Sequence[DataFile]) -> Sequence[DataFile]:
+        """Prune files by what the Delta log says of them: all at once where there are many, then one by one."""
+        name = self._event_time
+        if name is None or name not in filter.keys:
+            return files  # the Delta log knows nothing of the filter's columns
+        if len(files) >= _SPANS_FROM:
+            low, high = filter.spans(self._plain).get(name, (None, None))
+            earliest, latest = self.context.cache.times(files)
+            meets = np.ones(len(files), bool)
+            if low is not None:
+                meets &= latest >= low
+            if high is not None:
+                meets &= earliest <= high
+            files = [files[place] for place in np.flatnonzero(meets).tolist()]
+        return self._prune(filter, files, self._file_guarantee)
+
+    @property
+    def _event_time(self) -> str | None:
+        """The column that the Delta log has the bounds of, if it has them of one."""
+        return None
 
     def _prune(self, filter: Filter, items: Sequence[Any], guarantee: Callable[..., Any]) -> list[Any]:
         """Return the items whose guarantee does not rule out `filter`, by Arrow's own simplification of expressions.
@@ -292,6 +320,12 @@ class _Table(ds.Dataset):
             runs = [_Run(tuple(records[start : start + size])) for start in range(0, len(records), size)]
             records = [record for run in self._prune(filter, runs, self._run_guarantee) for record in run.records]
         return self._prune(filter, records, self._record_guarantee)
+
+    def _within_spans(
+        self, filter: Filter, files: Sequence[DataFile], found: Sequence[Sequence[RecordMeta]], records: Sequence[RecordMeta]
+    ) -> Sequence[RecordMeta]:
+        """Return the records, here of each file, whose numbers the filter may pass: all at once, before each is looked at."""
+        return records
 
     def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
         """What holds for every entry of a file, said of the columns `names`; None when nothing is known."""
@@ -318,6 +352,12 @@ class EntriesTable(_Table):
         if context.views:
             self._schema = pa.schema([f.with_type(pa.string_view()) if self._looks_short(f) else f for f in schema])
 
+    @property
+    def _event_time(self) -> str | None:
+        name = self._topic.event_time
+        # The Delta log keeps microseconds; other units are pruned by the records' own bounds.
+        return name if name is not None and self._plain.field(name).type.unit == "us" else None
+
     def _looks_short(self, column: pa.Field) -> bool:
         """Whether a column holds texts of at most 12 bytes, going by one record's bounds: views keep such texts inline.
 
@@ -328,13 +368,25 @@ class EntriesTable(_Table):
         limits = self._snapshot.store.records(self._topic.files[-1])[-1].bounds.get(column.name, {})
         return "min" in limits and max(len(limits["min"].encode()), len(limits["max"].encode())) <= VIEW_BYTES
 
+    def _within_spans(
+        self, filter: Filter, files: Sequence[DataFile], found: Sequence[Sequence[RecordMeta]], records: Sequence[RecordMeta]
+    ) -> Sequence[RecordMeta]:
+        meets = np.ones(len(records), bool)
+        for name, (low, high) in filter.spans(self._plain).items():
+            if (kind := self._plain.field(name).type) == pa.uint64():
+                continue  # its bounds do not fit the numbers below
+            lows, highs = self.context.cache.limits_of_all(files, found, name, kind, self._topic.schemas)
+            if low is not None:
+                meets &= highs >= low
+            if high is not None:
+                meets &= lows <= high
+        return [records[place] for place in np.flatnonzero(meets).tolist()]
+
     def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
-        name = self._topic.event_time
+        name = self._event_time
         if name is None or name not in names or file.min_time is None or file.max_time is None:
             return None
         kind = self._plain.field(name).type
-        if kind.unit != "us":  # the Delta log keeps microseconds; other units are pruned by the records' own bounds
-            return None
         low, high = (pa.scalar(time, _TIME).cast(pa.int64()).cast(kind) for time in (file.min_time, file.max_time))
         return _between(name, low, high)
 
@@ -617,14 +669,9 @@ def _between(name: str, low: pa.Scalar, high: pa.Scalar) -> pc.Expression:
 
 def _deal(records: Sequence[RecordMeta], partitions: int) -> list[Sequence[RecordMeta]]:
     """Split records into at most `partitions` runs of neighbours with about the same number of entries."""
-    total = sum(record.entries for record in records)
     if partitions <= 1 or len(records) <= 1:
         return [records]
-    dealt: list[list[RecordMeta]] = [[]]
-    given = 0
-    for record in records:
-        if given >= total * len(dealt) / partitions and len(dealt) < partitions:
-            dealt.append([])
-        dealt[-1].append(record)
-        given += record.entries
-    return list(dealt)
+    before = np.cumsum([record.entries for record in records])
+    shares = [before[-1] * part / partitions for part in range(1, partitions)]
+    cuts = [0, *(np.searchsorted(before, shares) + 1).tolist(), len(records)]
+    return [records[start:end] for start, end in itertools.pairwise(cuts) if end > start]

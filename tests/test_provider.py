@@ -12,7 +12,7 @@ from conftest import rows
 from datafusion import SessionContext
 from test_engine import counts
 
-from flight_oplog import Config, OpLog
+from flight_oplog import Config, OpLog, provider
 from flight_oplog.sql.engine import Engine
 
 TIME = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -89,7 +89,14 @@ def long_log(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield log, pa.concat_tables(parts, promote_options="permissive")
 
 
+@pytest.fixture(params=[provider._SPANS_FROM, 1], ids=["few", "many"])
+def spans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prune as where there are few files and records, and as where there are very many."""
+    monkeypatch.setattr(provider, "_SPANS_FROM", request.param)
+
+
 @pytest.mark.parametrize("seed", range(60))
+@pytest.mark.usefixtures("spans")
 def test_a_pruned_answer_is_the_unpruned_answer(long_log: Any, engine: Engine, seed: int) -> None:
     log, everything = long_log
     chance = random.Random(seed)
@@ -103,6 +110,7 @@ def test_a_pruned_answer_is_the_unpruned_answer(long_log: Any, engine: Engine, s
     assert [row["place"] for row in rows(engine, log.snapshot(), sql)] == expected
 
 
+@pytest.mark.usefixtures("spans")
 def test_a_narrow_question_of_many_records_reads_few(long_log: Any, engine: Engine) -> None:
     log, _ = long_log
     found = counts(engine, log, "SELECT place FROM events WHERE place >= 250 AND place < 255")

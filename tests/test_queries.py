@@ -15,6 +15,12 @@ Rows = list[dict[str, object]]
 
 
 @pytest.fixture
+def engine() -> Engine:
+    """One that nobody else asks."""
+    return Engine(Config())
+
+
+@pytest.fixture
 def ask(log: OpLog, engine: Engine) -> Callable[[str], Rows]:
     return lambda sql: [row for batch in engine.run(sql, log.snapshot()).batches for row in batch.to_pylist()]
 
