@@ -601,7 +601,11 @@ def _registry(snapshot: Snapshot) -> tuple[Any, ...]:
 
 
 def _packed(values: Values) -> bytes | None:
-    return None if values is None else pa.table({name: pa.array([value]) for name, value in values.items()}).to_batches()[0].serialize()
+    return (
+        None
+        if values is None
+        else pa.table({name: pa.array([value]) for name, value in values.items()}).to_batches()[0].serialize().to_pybytes()
+    )
 
 
 def _taken_apart(session: SessionContext, frame: Any) -> Aggregation | None:
