@@ -63,6 +63,9 @@ PROTOCOL = (1, 2)
 FORMAT_KEY = "oplog.formatVersion"
 
 
+_NUMBERS = itertools.count()  # tells stores apart for as long as the process lives, as their ids do not
+
+
 class Conflict(OplogError):
     """Another process committed first. Nothing of this commit is visible; refresh, number again, retry."""
 
@@ -134,6 +137,7 @@ class Store:
     """The Delta table of one log. `commit` is for one thread; everything else is thread-safe."""
 
     def __init__(self, storage: Storage, table: DeltaTable, refresh_seconds: float = REFRESH_SECONDS) -> None:
+        self.number = next(_NUMBERS)
         self._storage = storage
         self._refresh_seconds = 0.0 if storage.is_local else refresh_seconds
         self._moving = threading.RLock()  # held by who moves to a newer snapshot, for as long as that takes

@@ -29,7 +29,7 @@ from flight_oplog.sql.plans import chain
 STATE_ROWS_MAX = 200_000
 STATEMENTS_MAX = 1000
 ANSWER_BYTES_MAX = 1 << 18
-_VOLATILE = re.compile(r"\b(?:now|random|uuid|current_\w+|today)\s*\(", re.IGNORECASE)
+_VOLATILE = re.compile(r"\b(?:now|random|uuid|current_\w+|today|arrow_typeof)\s*\(", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,8 @@ class States:
             self._put(key, replace(self.asked(key), answer=answer))
 
     def _put(self, key: Any, known: Known) -> None:
+        if known.nbytes > self._bytes_max:
+            known = Known(is_unfit=True)
         with self._lock:
             self._forget(key)
             self._known[key] = known
@@ -219,9 +221,9 @@ def _measure(aggregate: Expr, name: str, kind: pa.DataType) -> Measure | None:
     if function.is_distinct() or "ORDER BY" in aggregate.canonical_name():
         return None
     if what == "count":
-        return Measure(name, (aggregate,), f.sum, lambda kept: f.coalesce(kept, lit(0)), *_from_bounds(what, arguments))
+        return Measure(name, (aggregate,), f.sum, lambda kept: f.coalesce(kept, lit(0)), *_from_bounds(aggregate, what, arguments))
     if what in ("min", "max"):
-        return Measure(name, (aggregate,), f.min if what == "min" else f.max, lambda kept: kept, *_from_bounds(what, arguments))
+        return Measure(name, (aggregate,), f.min if what == "min" else f.max, lambda kept: kept, *_from_bounds(aggregate, what, arguments))
     if what == "sum" and (pa.types.is_int64(kind) or pa.types.is_uint64(kind) or pa.types.is_float64(kind)):
         return Measure(name, (aggregate,), f.sum, lambda kept: kept)
     if what == "avg" and pa.types.is_float64(kind) and aggregate.canonical_name() == f"avg({arguments[0].canonical_name()})":
@@ -230,11 +232,11 @@ def _measure(aggregate: Expr, name: str, kind: pa.DataType) -> Measure | None:
     return None
 
 
-def _from_bounds(what: str, arguments: tuple[Expr, ...]) -> tuple[str, str | None] | tuple[()]:
+def _from_bounds(aggregate: Expr, what: str, arguments: tuple[Expr, ...]) -> tuple[str, str | None] | tuple[()]:
     """Return (function, column) for an aggregate that the bounds of a topic's records may tell; no column is COUNT(*)."""
-    if len(arguments) != 1:
-        return ()
-    if arguments[0].variant_name() == "Literal" and what == "count" and arguments[0].python_value() is not None:
+    if len(arguments) != 1 or aggregate.canonical_name() != f"{what}({arguments[0].canonical_name()})":
+        return ()  # it has a FILTER, for instance
+    if arguments[0].variant_name() == "Literal" and what == "count" and arguments[0].python_value().as_py() is not None:
         return "count", None
     return (what, arguments[0].to_variant().name()) if arguments[0].variant_name() == "Column" else ()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import re
@@ -26,11 +27,10 @@ from flight_oplog import codec
 from flight_oplog.cache import ColumnCache, ScanCounts
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import OplogError, RequestError, TooLarge, Unsupported
-from flight_oplog.filters import CannotFilter
 from flight_oplog.provider import RowsTable, ScanContext, topics_table, whole_of
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
 from flight_oplog.sql import lexer
-from flight_oplog.sql.aggregates import STATE_ROWS_MAX, Aggregation, Answer, State, States, taken_apart
+from flight_oplog.sql.aggregates import ANSWER_BYTES_MAX, STATE_ROWS_MAX, Aggregation, Answer, State, States, taken_apart
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, Catalog, Shelf, System, register_time_travel, table_of, tables
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
 from flight_oplog.sql.plans import followed, is_constant, top_of
@@ -43,6 +43,7 @@ from flight_oplog.sql.refusals import (
     PUBLIC,
     REFUSED,
     SERVED,
+    cannot_filter,
     check_declared,
     in_public,
     translated,
@@ -123,7 +124,7 @@ class Engine:
         self._partitions = os.cpu_count() or 1
         self._views = Views(config)
         self._states = States(config.state_bytes_max)
-        self._prepared: OrderedDict[tuple[Any, ...], Statement] = OrderedDict()
+        self._prepared: OrderedDict[tuple[Any, ...], tuple[pa.Schema, pa.Schema, bool]] = OrderedDict()
         self._queries = Queries()
         self._system: System = {"topics": topics_table, "queries": lambda snapshot: self._queries.table()}
         self._loop = asyncio.new_event_loop()
@@ -142,12 +143,13 @@ class Engine:
         key = (sql, db_schema, *_registry(snapshot))
         found = self._prepared.pop(key, None)
         if found is None:
-            found = self._prepare(sql, snapshot, None, db_schema)
+            made = self._prepare(sql, snapshot, None, db_schema)
+            found = made.schema, made.parameters, made.is_update
         self._prepared[key] = found
         while len(self._prepared) > PREPARED_KEPT:
             with contextlib.suppress(KeyError):  # another thread may have been here
                 self._prepared.popitem(last=False)
-        return replace(found, snapshot=snapshot)
+        return Statement(snapshot, *found)
 
     def _prepare(self, sql: str, snapshot: Snapshot, values: pa.RecordBatch | None, db_schema: str) -> Statement:
         is_update = self._check(sql)
@@ -309,7 +311,7 @@ class Engine:
                 self._states.dismiss(key)
                 return None
             rows = self._whole(apart, snapshot, topic, context)
-            if rows is None and known.was_slow:
+            if rows is None and known.was_slow and self._config.state_bytes_max:
                 rows = self._brought_up(key, apart, known.state, topic, (sql, snapshot, values, db_schema), stopped, deadline, context)
             if rows is None:
                 return None
@@ -327,9 +329,21 @@ class Engine:
             self._states.dismiss(key)
             return None
         schema = schema_of(frame, context)
-        batches = tuple(paced(at_once(stream, context, schema), self._config.message_bytes_max))
-        self._states.keep_answer(key, Answer(topic.name, topic.first_offset, topic.next_offset, schema, batches))
-        return Running(schema, iter(batches), context.counts)
+        puller = Puller(self._loop, stream, context)
+        del stream
+        batches = Pulled(pulled(puller, context, schema, deadline, self._config.statement_seconds_max, stopped), puller)
+        return Running(schema, self._kept(key, topic, schema, paced(batches, self._config.message_bytes_max)), context.counts)
+
+    def _kept(self, key: Any, topic: Topic, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield the batches of an answer, and keep it when it was a small one."""
+        kept: list[pa.RecordBatch] = []
+        size = 0
+        for batch in batches:
+            size += batch.nbytes
+            kept = [*kept, batch] if size <= ANSWER_BYTES_MAX else []
+            yield batch
+        if size <= ANSWER_BYTES_MAX:
+            self._states.keep_answer(key, Answer(topic.name, topic.first_offset, topic.next_offset, schema, tuple(kept)))
 
     def _whole(self, apart: Aggregation, snapshot: Snapshot, topic: Topic, context: ScanContext) -> pa.Table | None:
         """Return the state of aggregates of all of a topic, when its records' bounds tell it."""
@@ -363,34 +377,42 @@ class Engine:
             offsets = None if state is None else (state.last, last)
             frame, stream, scanned = self._start(sql, snapshot, offsets, values, db_schema, _state_of)
             context.counts.update(scanned.counts)
-            schema = wire_schema(frame.schema())
-            puller = Puller(self._loop, stream, scanned)
-            del frame, stream
-            new: list[pa.RecordBatch] = []
-            size = 0
-            for batch in pulled(puller, scanned, schema, deadline, self._config.statement_seconds_max, stopped):
-                new.append(batch)
-                size += batch.num_rows
-                if size > STATE_ROWS_MAX:
-                    self._states.dismiss(key)
-                    return None
-            made = pa.Table.from_batches(new, schema)
-            rows = made if rows is None else self._merged(apart, pa.concat_tables([rows, made]))
+            made = self._gathered(frame, stream, scanned, deadline, stopped)
+            if made is not None and rows is not None:
+                once, _ = self._small_session(pa.concat_tables([rows, made]))
+                merged = apart.merged(once.table("rows"))
+                made = self._gathered(merged, merged.execute_stream(), context, deadline, stopped)
+            if made is None:
+                self._states.dismiss(key)
+                return None
+            rows = made
             self._states.keep_state(key, State(first, last, rows))
         return rows
 
-    def _merged(self, apart: Aggregation, states: pa.Table) -> pa.Table:
-        once, _ = self._small_session(states)
-        frame = apart.merged(once.table("rows"))
+    def _gathered(self, frame: Any, stream: Any, context: ScanContext, deadline: float, stopped: Stopped) -> pa.Table | None:
+        """Return the rows of a state; None when they are too many to be one."""
         schema = wire_schema(frame.schema())
-        return pa.Table.from_batches(at_once(frame.execute_stream(), ScanContext(self._cache, 1), schema), schema)
+        puller = Puller(self._loop, stream, context)
+        del frame, stream
+        found: list[pa.RecordBatch] = []
+        rows = size = 0
+        for batch in pulled(puller, context, schema, deadline, self._config.statement_seconds_max, stopped):
+            found.append(batch)
+            rows, size = rows + batch.num_rows, size + batch.nbytes
+            if rows > STATE_ROWS_MAX or size > self._config.state_bytes_max:
+                return None
+        return pa.Table.from_batches(found, schema)
 
     def _small_session(self, rows: pa.Table) -> tuple[SessionContext, Shelf]:
         """Return a session whose only table, `rows`, is these, and the shelf it is on."""
         shelf = Shelf()
         batches = rows.combine_chunks().to_batches()
         shelf.tables["rows"] = RowsTable(batches[0] if batches else codec.empty(rows.schema), ScanContext(self._cache, 1))
-        return _new_session(PUBLIC, 1, RuntimeEnvBuilder(), shelf), shelf
+        return _new_session(PUBLIC, 1, self._runtime(), shelf), shelf
+
+    def _runtime(self) -> RuntimeEnvBuilder:
+        """A spill pool of its own bounds each statement; spilled runs go to the system's temporary folder."""
+        return RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(self._config.statement_bytes_max)
 
     def change(
         self,
@@ -449,7 +471,7 @@ class Engine:
             try:
                 return session.create_dataframe_from_logical_plan(plan).execute_stream(), context
             except Exception as error:
-                if not any(isinstance(failure, CannotFilter) for failure in context.failures):
+                if not cannot_filter(error, context):
                     raise translated(error, context) from error
             plain, again = opened()
             plain.remove_optimizer_rule("push_down_filter")
@@ -520,7 +542,7 @@ class Engine:
                     context.top = top_of(frame.optimized_logical_plan())
                 return frame, frame.execute_stream(), context
             except Exception as error:
-                if not any(isinstance(failure, CannotFilter) for failure in context.failures):
+                if not cannot_filter(error, context):
                     raise translated(error, context) from error
         raise AssertionError("a statement whose filters stay in DataFusion cannot fail for them")
 
@@ -558,10 +580,8 @@ class Engine:
     ) -> tuple[SessionContext, ScanContext]:
         partitions = self._partitions if offsets is None else 1
         context = ScanContext(self._cache, partitions, views, offsets)
-        # A spill pool of its own bounds each statement; spilled runs go to the system's temporary folder.
-        runtime = RuntimeEnvBuilder().with_disk_manager_os().with_fair_spill_pool(self._config.statement_bytes_max)
         catalog = Catalog(snapshot, context, self._system, bound)
-        session = _new_session(db_schema, partitions, runtime, catalog)
+        session = _new_session(db_schema, partitions, self._runtime(), catalog)
         defined = self._views.of(snapshot)
         travels = TIME_TRAVEL.search(sql) or any(TIME_TRAVEL.search(definition) for definition in defined.values())
         if travels:
@@ -597,15 +617,15 @@ class Engine:
 
 def _registry(snapshot: Snapshot) -> tuple[Any, ...]:
     """Return what changes when the schema of some topic or view does."""
-    return (id(snapshot.store), *(topic and topic.next_offset for topic in map(snapshot.topics.get, _DECIDING)))
+    return (snapshot.store.number, *(topic and topic.next_offset for topic in map(snapshot.topics.get, _DECIDING)))
 
 
 def _packed(values: Values) -> bytes | None:
-    return (
-        None
-        if values is None
-        else pa.table({name: pa.array([value]) for name, value in values.items()}).to_batches()[0].serialize().to_pybytes()
-    )
+    """Return a fingerprint of bound values and their types."""
+    if values is None:
+        return None
+    table = pa.table({name: pa.array([value]) for name, value in values.items()})
+    return hashlib.sha256(table.schema.serialize().to_pybytes() + table.to_batches()[0].serialize().to_pybytes()).digest()
 
 
 def _taken_apart(session: SessionContext, frame: Any) -> Aggregation | None:

@@ -8,6 +8,7 @@ import re
 import pyarrow as pa
 
 from flight_oplog.errors import NotFound, OplogError, RequestError, TryAgain, Unsupported
+from flight_oplog.filters import CannotFilter
 from flight_oplog.provider import ScanContext
 from flight_oplog.sql import lexer
 
@@ -44,6 +45,11 @@ def check_declared(sql: str, name: str, schema: pa.Schema) -> None:
     if promised or required is not None:
         what = f"column {required!r} is NOT NULL" if not promised else f"it has {promised[0]}"
         raise Unsupported(f"table {name!r}: {what}, and a log keeps no constraints or defaults; nothing was written; leave it out")
+
+
+def cannot_filter(error: Exception, context: ScanContext) -> bool:
+    """Whether a statement failed for a filter that Arrow cannot apply, or that DataFusion cannot put into Arrow's words."""
+    return any(isinstance(failure, CannotFilter) for failure in context.failures) or "unsupported operand type(s) for" in str(error)
 
 
 # DataFusion tells its kinds of error apart only by the words they begin with.

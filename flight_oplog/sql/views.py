@@ -29,7 +29,7 @@ class Views:
         topic = snapshot.topics.get(VIEWS_TOPIC)
         if topic is None:
             return {}
-        key = (id(snapshot.store), topic.next_offset)
+        key = (snapshot.store.number, topic.next_offset)
         if key not in self._defined:
             found: dict[str, str] = {}
             for batch in topic_batches(snapshot, topic, 0, self._config.message_bytes_max):

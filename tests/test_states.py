@@ -1,0 +1,358 @@
+"""What is kept of one question does not change the answer to another, and is bounded."""
+
+import operator
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from conftest import rows
+from deltalake import DeltaTable
+from test_reads import APPENDS, LITERALS, TIME, bag, entries, plain, reference
+
+from flight_oplog import Config, OpLog, Snapshot, provider
+from flight_oplog.errors import Cancelled, NotFound
+from flight_oplog.filters import TextIndex
+from flight_oplog.schema import VIEWS_SCHEMA
+from flight_oplog.sql import engine as engine_module
+from flight_oplog.sql.aggregates import Known, State, States
+from flight_oplog.sql.engine import Engine
+from flight_oplog.sql.statements import Statements
+
+
+@pytest.fixture(scope="module", autouse=True)
+def eager() -> Any:
+    """Every aggregate is worth a state, every text an index."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "STATE_SECONDS", -1.0)
+        patch.setattr(provider, "INDEXING_SECONDS", 1e9)
+        yield
+
+
+# What is kept of one question, and the next one
+
+
+def data(**columns: list[Any]) -> pa.RecordBatch:
+    return pa.record_batch(columns)
+
+
+def define(log: OpLog, name: str, definition: str) -> None:
+    known = log.snapshot().topics.get("_views")
+    row = {"view": name, "definition": f"CREATE VIEW {name} AS {definition}", "defined": TIME}
+    log.append_own("_views", pa.RecordBatch.from_pylist([row], VIEWS_SCHEMA), known.next_offset if known else 0)
+
+
+def ask(engine: Engine, snapshot: Snapshot, sql: str, times: int = 3, **how: Any) -> list[tuple[Any, ...]]:
+    """Return the rows of a statement, the same however often it is asked."""
+    found = []
+    for _ in range(times):
+        running = engine.run(sql, snapshot, **how)
+        found.append([tuple(row.values()) for row in pa.Table.from_batches(list(running.batches), running.schema).to_pylist()])
+    assert all(repr(each) == repr(found[0]) for each in found), (sql, found)
+    return found[0]
+
+
+@pytest.fixture
+def fresh() -> Engine:
+    return Engine(Config())
+
+
+SUMS = "SELECT count(*) AS n, sum(a) AS s, max(a) AS m FROM t WHERE s = 'x'"
+
+
+def test_an_older_snapshot_is_answered_as_it_was(log: OpLog, fresh: Engine) -> None:
+    seen = []
+    for number in range(4):
+        log.append("t", data(a=[number, 10], s=["x", "y"]))
+        seen.append(log.snapshot())
+        assert ask(fresh, seen[-1], SUMS) == [(number + 1, sum(range(number + 1)), number)]
+    for number in (1, 3, 0, 2):
+        assert ask(fresh, seen[number], SUMS) == [(number + 1, sum(range(number + 1)), number)]
+        assert ask(fresh, seen[number], "SELECT count(*), max(a) FROM t") == [(2 * number + 2, 10)]
+        assert ask(fresh, log.snapshot(), f"SELECT count(*) FROM at_version('t', {seen[number].table_version})") == [(2 * number + 2,)]
+
+
+@pytest.mark.parametrize("again", [data(a=[7], s=["x"]), data(a=[7.5], s=["x"]), data(s=["x", "x"], a=["b", "c"])])
+def test_a_topic_begun_again_is_another_topic(log: OpLog, fresh: Engine, again: pa.RecordBatch) -> None:
+    asked = [
+        "SELECT count(*), min(a), max(a) FROM t",
+        "SELECT s, count(a), max(a) FROM t WHERE s = 'x' GROUP BY s",
+        "SELECT a FROM t ORDER BY a LIMIT 1",
+    ]
+    log.append("t", data(a=[1], s=["x"]))
+    before = log.snapshot()
+    old = [ask(fresh, before, sql) for sql in asked]
+    log.drop("t")
+    with pytest.raises(NotFound):
+        ask(fresh, log.snapshot(), asked[0])
+    log.append("t", again)
+    values = sorted(again.column("a").to_pylist())
+    assert [ask(fresh, log.snapshot(), sql) for sql in asked] == [
+        [(len(values), values[0], values[-1])],
+        [("x", len(values), values[-1])],
+        [(values[0],)],
+    ]
+    assert [fresh.prepare(sql, log.snapshot()).schema.types[-1] for sql in asked] == [again.schema.field("a").type] * 3
+    assert [ask(fresh, before, sql) for sql in asked] == old
+
+
+def test_entries_that_were_removed_are_not_counted_from_memory(log: OpLog, fresh: Engine) -> None:
+    for number in range(3):
+        log.append("t", data(a=[number, number], s=["x", "y"]))
+    snapshot = log.snapshot()
+    topic = snapshot.topic("t")
+    kept = replace(snapshot, topics={**snapshot.topics, "t": replace(topic, files=topic.files[1:])})
+    for each, numbers in ((snapshot, [0, 1, 2]), (kept, [1, 2]), (snapshot, [0, 1, 2])):
+        assert ask(fresh, each, SUMS) == [(len(numbers), sum(numbers), 2)]
+        assert ask(fresh, each, "SELECT count(*), min(a) FROM t") == [(2 * len(numbers), numbers[0])]
+
+
+def test_a_state_goes_on_after_another_program_compacted(log: OpLog, fresh: Engine, folder: Path) -> None:
+    for number in range(6):
+        log.append("t", data(a=[number, 10], s=["x", "y"]))
+        if number % 2:
+            log.append("u", data(a=[number]))
+        if number in (2, 4):
+            DeltaTable(str(folder)).optimize.compact()
+        assert ask(fresh, log.snapshot(), SUMS) == [(number + 1, sum(range(number + 1)), number)]
+        assert ask(fresh, log.snapshot(), "SELECT s, count(*) FROM t GROUP BY s ORDER BY s") == [("x", number + 1), ("y", number + 1)]
+        assert ask(fresh, log.snapshot(), "SELECT a FROM t WHERE s = 'x' ORDER BY a DESC LIMIT 1") == [(number,)]
+
+
+def test_a_view_of_the_same_name_means_what_it_means_now(log: OpLog, fresh: Engine) -> None:
+    log.append("t", data(a=[1, 2, 3], s=["x", "y", "x"]))
+    for number, definition in enumerate(
+        ["SELECT a FROM t", "SELECT -a AS a FROM t", "SELECT a FROM t WHERE s = 'x'", "SELECT s AS a FROM t"]
+    ):
+        define(log, "v", definition)
+        assert ask(fresh, log.snapshot(), "SELECT count(*), min(a) FROM v") == [[(3, 1)], [(3, -3)], [(2, 1)], [(3, "x")]][number]
+        assert ask(fresh, log.snapshot(), "SELECT a FROM v ORDER BY a LIMIT 1") == [[(1,)], [(-3,)], [(1,)], [("x",)]][number]
+
+
+def test_names_without_a_schema_are_looked_up_where_the_client_is(log: OpLog, fresh: Engine) -> None:
+    log.append("t", data(a=[1]))
+    define(log, "v", "SELECT 5 AS a FROM t")
+    for db_schema, width in (("public", 1), ("log", 6), ("public", 1)):
+        assert len(fresh.prepare("SELECT * FROM t", log.snapshot(), db_schema=db_schema).schema) == width
+        assert ask(fresh, log.snapshot(), "SELECT count(*), max(a) FROM t", db_schema=db_schema) == [(1, 1)]
+    assert ask(fresh, log.snapshot(), "SELECT max(a) FROM v") == [(5,)]
+    with pytest.raises(NotFound):
+        ask(fresh, log.snapshot(), "SELECT max(a) FROM v", db_schema="log")
+    assert ask(fresh, log.snapshot(), "SELECT count(*), sum(entries) FROM t", db_schema="records") == [(1, 1)]
+
+
+def test_what_changes_from_call_to_call_is_asked_again(log: OpLog, fresh: Engine) -> None:
+    log.append("t", data(a=[1]))
+    define(log, "v", "SELECT now() AS at, random() AS r FROM t")
+    for sql in ("SELECT max(now()) FROM t", "SELECT max(at) FROM v", "SELECT max(r) FROM v", "SELECT random(), count(*) FROM t GROUP BY a"):
+        assert len({repr(ask(fresh, log.snapshot(), sql, 1)) for _ in range(4)}) == 4, sql
+
+
+def test_a_state_that_would_be_too_large_is_none(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "STATE_ROWS_MAX", 5)
+    log.append("t", data(a=list(range(9))))
+    assert len(ask(fresh, log.snapshot(), "SELECT a, count(*) FROM t GROUP BY a ORDER BY a")) == 9
+    assert [(known.is_unfit, known.state) for known in fresh._states._known.values()] == [(True, None)]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"cache_bytes_max": 0, "state_bytes_max": 0}, {"cache_bytes_max": 3000, "state_bytes_max": 300}])
+def test_many_who_ask_while_others_append_see_each_their_snapshot(folder: Path, sizes: Any) -> None:
+    engine = Engine(Config(**sizes))
+    failures: list[BaseException] = []
+
+    def asks(number: int) -> None:
+        try:
+            for turn in range(15):
+                snapshot = log.snapshot()
+                n = snapshot.topic("t").next_offset
+                assert ask(engine, snapshot, "SELECT count(*), max(a), sum(a) FROM t", 1) == [(n, n - 1, n * (n - 1) // 2)]
+                assert ask(engine, snapshot, "SELECT count(*), max(a) FROM t", 1) == [(n, n - 1)]
+                assert ask(engine, snapshot, "SELECT a FROM t ORDER BY a DESC LIMIT 3", 1) == [(n - 1,), (n - 2,), (n - 3,)]
+                place = (number * 7 + turn) % n
+                assert ask(engine, snapshot, f"SELECT a FROM t WHERE k = '{place % 50:016}'", 1).count((place,)) == 1
+                found = ask(engine, snapshot, "SELECT a % 3 AS g, count(*) FROM t GROUP BY a % 3 ORDER BY g", 1)
+                assert found == [(g, len(range(g, n, 3))) for g in range(3)]
+        except BaseException as error:
+            failures.append(error)
+
+    with OpLog.open(str(folder), Config(record_entries_max=40)) as log:
+        for turn in range(15):
+            place = turn * 60
+            log.append("t", data(a=list(range(place, place + 60)), k=[f"{each % 50:016}" for each in range(place, place + 60)]))
+            if turn == 0:
+                threads = [threading.Thread(target=asks, args=(number,)) for number in range(4)]
+                for thread in threads:
+                    thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failures, failures[0]
+    assert engine._states._bytes <= engine._states._bytes_max
+    assert engine._cache._bytes <= engine._cache._bytes_max
+    assert engine._cache._bytes == sum(each.nbytes for each in engine._cache._records.values())
+    assert engine._states._bytes == sum(each.nbytes for each in engine._states._known.values())
+
+
+def test_a_text_is_found_by_its_beginning_within_some_offsets(folder: Path, fresh: Engine) -> None:
+    with OpLog.open(str(folder), Config(record_entries_max=64)) as log:
+        log.append("t", data(k=[f"{place % 40:03}-{place % 7:020}" for place in range(200)], a=list(range(200))))
+        for first, last in ((0, 200), (70, 75), (63, 65), (199, 200), (5, 180)):
+            for place in (3, 64, 71, 199):
+                wanted = f"{place % 40:03}-{place % 7:020}"
+                expected = [(each,) for each in range(first, last) if f"{each % 40:03}-{each % 7:020}" == wanted]
+                assert ask(fresh, log.snapshot(), f"SELECT a FROM t WHERE k = '{wanted}'", offsets=(first, last)) == expected
+        assert any(isinstance(each, TextIndex) for each in fresh._cache._records.values())
+
+
+# What records' bounds tell
+
+
+def test_bounds_tell_what_the_entries_do(log: OpLog, fresh: Engine, folder: Path) -> None:
+    expected = None
+    session = plain(*(entries(number, *each) for number, each in enumerate(APPENDS)))
+    for number, (count, schema, strange) in enumerate(APPENDS):
+        log.append("t", entries(number, count, schema, strange))
+        log.append("nothing", pa.table({"a": pa.nulls(2, pa.int64()), "n": pa.nulls(2), "s": pa.nulls(2, pa.string())}))
+    log.append("empty", pa.record_batch({"a": [1]}).slice(1))
+    for compacted in (False, True):
+        if compacted:
+            DeltaTable(str(folder)).optimize.compact()
+        snapshot = log.snapshot()
+        for name in LITERALS:
+            for sql in (f"SELECT count({name}), min({name}), max({name}) FROM t", f"SELECT count(*), count(1), max({name}) FROM t"):
+                assert bag(rows(fresh, snapshot, sql)) == bag(reference(session, sql)), sql
+        found = [ask(fresh, snapshot, f"SELECT count(*), count({n}), min({n}), max({n}) FROM nothing") for n in ("a", "n", "s")]
+        assert found == [[(10, 0, None, None)]] * 3
+        assert expected in (None, found)
+        expected = found
+        if "empty" in snapshot.topics:
+            assert ask(fresh, snapshot, "SELECT count(*), count(a), min(a), max(a) FROM empty") == [(0, 0, None, None)]
+
+
+# Limits
+
+
+def test_states_and_indexes_stay_within_their_bytes(folder: Path) -> None:
+    states = States(1000)
+    for number in range(5):
+        states.keep_state(number, State(0, 1, pa.table({"k0": range(50)})))
+    assert ([*states._known], states._bytes) == ([3, 4], 800)
+    assert states.asked(0) == Known()
+    states.asked(3)
+    states.keep_state(5, State(0, 1, pa.table({"k0": range(50)})))
+    assert [*states._known] == [3, 5], "the one that was asked for stays"
+    with OpLog.open(str(folder), Config(record_entries_max=500, compression="lz4")) as log:
+        log.append("t", data(k=[f"{place * 7919 % 6000:016}" for place in range(6000)], a=list(range(6000))))
+        engine = Engine(Config(cache_bytes_max=60_000))
+        for turn in range(60):
+            assert len(ask(engine, log.snapshot(), f"SELECT a FROM t WHERE k >= '' AND k = '{turn * 31:016}'", 1)) == 1
+            assert engine._cache._bytes <= 60_000
+            assert engine._cache._bytes == sum(each.nbytes for each in engine._cache._records.values())
+
+
+# Known to be wrong
+
+
+def bound(value: Any, kind: pa.DataType) -> pa.RecordBatch:
+    return pa.RecordBatch.from_arrays([pa.array([value], kind)], ["1"])
+
+
+def test_an_aggregate_has_parameters(log: OpLog, fresh: Engine) -> None:
+    log.append("t", data(a=[1, 2, 3]))
+    for value in (0, 1, 2, 1):
+        assert ask(fresh, log.snapshot(), "SELECT count(*) FROM t WHERE a > $1", parameters=bound(value, pa.int64())) == [(3 - value,)]
+
+
+def test_a_parameter_of_another_type_is_another_parameter(log: OpLog, fresh: Engine) -> None:
+    log.append("t", data(a=[1, 2, 3]))
+    for kind in (pa.int64(), pa.timestamp("s"), pa.duration("ms")):
+        [(_, found)] = ask(fresh, log.snapshot(), "SELECT count(*), $1 FROM t", parameters=bound(5, kind))
+        assert pa.array([found]).cast(kind) == pa.array([5], kind)
+
+
+@pytest.mark.parametrize("shown", ["count(*)", "count(a)", "max(a)", "min(a)"])
+def test_a_filtered_aggregate_is_not_told_by_bounds(log: OpLog, fresh: Engine, shown: str) -> None:
+    log.append("t", data(a=[1, 2, 3, None]))
+    assert ask(fresh, log.snapshot(), f"SELECT {shown} FILTER (WHERE a = 2) FROM t") == [
+        (2 if "a)" in shown and "count" not in shown else 1,)
+    ]
+
+
+def test_nulls_are_not_counted(log: OpLog, fresh: Engine) -> None:
+    log.append("t", data(a=[1, 2]))
+    assert ask(fresh, log.snapshot(), "SELECT count(NULL) FROM t") == [(0,)]
+
+
+def test_two_logs_of_one_engine_are_told_apart(tmp_path: Path, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "id", lambda each: 1, raising=False)  # as it happens once in some thirty times
+    for number in range(2):
+        with OpLog.open(str(tmp_path / f"log{number}")) as log:
+            log.append("t", data(a=[number]))
+            assert ask(fresh, log.snapshot(), "SELECT max(a) FROM t") == [(number,)]
+
+
+def test_one_large_state_leaves_the_others(fresh: Engine) -> None:
+    states = States(1000)
+    states.keep_state("small", State(0, 1, pa.table({"k0": range(50)})))
+    states.keep_state("large", State(0, 1, pa.table({"k0": range(500)})))
+    assert {name: known.is_unfit for name, known in states._known.items()} == {"small": False, "large": True}
+
+
+def test_a_state_does_not_grow_past_its_limit(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "STATE_ROWS_MAX", 10)
+    for number in range(4):
+        log.append("t", data(a=list(range(number * 8, number * 8 + 8))))
+        assert len(ask(fresh, log.snapshot(), "SELECT a, count(*) FROM t GROUP BY a ORDER BY a")) == number * 8 + 8
+    assert all(known.state is None or known.state.rows.num_rows <= 10 for known in fresh._states._known.values())
+
+
+def test_a_state_of_many_bytes_is_given_up_early(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, gathered = Engine(Config(state_bytes_max=1 << 20)), []
+    monkeypatch.setattr(engine._states, "keep_state", lambda key, state: gathered.append(state.rows.nbytes))
+    log.append("t", data(a=list(range(400))))
+    assert len(ask(engine, log.snapshot(), "SELECT a, max(repeat(CAST(a AS VARCHAR), 40000)) FROM t GROUP BY a ORDER BY a", 2)) == 400
+    assert all(size <= 4 << 20 for size in gathered)
+
+
+def test_a_large_answer_of_a_state_comes_piece_by_piece(log: OpLog) -> None:
+    engine = Engine(Config(message_bytes_max=1 << 20))
+    log.append("t", data(a=list(range(40_000))))
+    for _ in range(2):
+        running = engine.run(
+            "SELECT repeat(CAST(a AS VARCHAR), 200) AS big FROM (SELECT a, count(*) AS n FROM t GROUP BY a)", log.snapshot()
+        )
+        assert operator.length_hint(running.batches) <= 4
+        assert sum(batch.num_rows for batch in running.batches) == 40_000
+
+
+def test_a_remembered_schema_holds_no_snapshot(log: OpLog, fresh: Engine) -> None:
+    log.append("t", data(a=[1]))
+    fresh.prepare("SELECT a FROM t", log.snapshot())
+    assert len(fresh._prepared) == 1
+    assert not any(isinstance(part, Snapshot) for found in fresh._prepared.values() for part in found)
+
+
+def test_what_follows_a_state_can_be_stopped(log: OpLog, fresh: Engine) -> None:
+    log.append("t", data(a=list(range(20_000))))
+    sql = "SELECT md5(repeat(CAST(a AS VARCHAR), 20)) AS x FROM (SELECT DISTINCT a FROM t)"
+    for _ in range(2):
+        assert len(ask(fresh, log.snapshot(), sql, 1)) == 20_000
+    with pytest.raises(Cancelled):
+        ask(fresh, log.snapshot(), sql, 1, stopped=lambda: True)
+
+
+def test_what_was_asked_with_is_counted_too(log: OpLog) -> None:
+    engine = Engine(Config(state_bytes_max=100_000))
+    log.append("t", data(a=[1, 2, 3]))
+    for number in range(20):
+        ask(engine, log.snapshot(), "SELECT count(*) FROM t WHERE $1 > 'b'", 2, parameters=bound(f"{number}" + "x" * 50_000, pa.string()))
+    assert sum(len(part) for key in engine._states._known for part in key if isinstance(part, bytes | str)) <= 100_000
+
+
+@pytest.mark.parametrize("where", ["f > 0", "k NOT IN ('A', 'Z', 'Y', 'X', 'W')"])
+def test_an_insert_selects_what_a_query_does(log: OpLog, fresh: Engine, where: str) -> None:
+    log.append("t", data(k=["A", "B", None], f=[1.0, float("nan"), None]))
+    expected = ["A", "B"] if where == "f > 0" else ["B"]
+    Statements(log, fresh, log.config).execute(f"CREATE TABLE c AS SELECT k FROM t WHERE {where}")
+    assert ask(fresh, log.snapshot(), "SELECT k FROM c ORDER BY k") == [(each,) for each in expected]
