@@ -82,6 +82,10 @@ class Filter:
 
         Each number that a column is compared with may be such an end; Arrow has to find that nothing passes beyond it.
         """
+        if self.range:
+            lows = [value for compared, value in self.range if compared in (">", ">=")]
+            highs = [value for compared, value in self.range if compared in ("<", "<=")]
+            return {self.keys[0]: (max(lows, default=None), min(highs, default=None))}
         found: dict[str, tuple[Any, Any]] = {}
         for name, _, text in _COMPARISON.findall(str(self.expression))[:COMPARISONS_MAX]:
             if name not in self.keys or not is_number(schema.field(name).type):

@@ -55,7 +55,7 @@ _GATHERING_SECONDS = 0.005
 # How long one statement may spend on making indexes of texts that are looked for again and again.
 INDEXING_SECONDS = 0.03
 _RUNS_FROM = 16
-_SPANS_FROM = 256
+_SPANS_FROM = 32
 VIEW_BYTES = 12
 
 _FORMAT = ds.IpcFileFormat()
