@@ -316,6 +316,18 @@ def test_a_renewed_endpoint_lasts_longer(start: Callable[..., ServerProcess]) ->
             act(client, "RenewFlightEndpoint", wire.RenewFlightEndpointRequest(endpoint), is_sql=False)
 
 
+def test_cancelling_a_statement_reaches_its_renewed_ticket(start: Callable[..., ServerProcess]) -> None:
+    with flight.connect(start().uri) as client:
+        info = client.get_flight_info(command(wire.CommandStatementQuery("SELECT 7 AS a")))
+        endpoint = wire.FlightEndpoint(wire.Ticket(info.endpoints[0].ticket.ticket))
+        answer = act(client, "RenewFlightEndpoint", wire.RenewFlightEndpointRequest(endpoint), is_sql=False)
+        renewed = wire.decode(answer, wire.FlightEndpoint)
+        act(client, "CancelFlightInfo", wire.CancelFlightInfoRequest(wire.FlightInfo(endpoint=(endpoint,))), is_sql=False)
+        assert renewed.ticket is not None
+        with pytest.raises(flight.FlightCancelledError, match="the query was cancelled"):
+            client.do_get(flight.Ticket(renewed.ticket.ticket))
+
+
 # Time travel
 
 

@@ -26,9 +26,12 @@ class Sealer:
         self._key = key
 
     def seal(self, kind: str, body: dict[str, Any], seconds: float) -> bytes:
-        """Return a handle that `open` accepts for `seconds` from now. No two are the same."""
-        unique = {"kind": kind, "id": secrets.token_hex(8), "expires": time.time() + seconds}
-        text = json.dumps({**body, **unique}, separators=(",", ":")).encode()
+        """Return a handle that `open` accepts for `seconds` from now.
+
+        It has an id of its own, but for a body that `open` gave: that one is renewed, and what is said of either is said of both.
+        """
+        whole = {"id": secrets.token_hex(8), **body, "kind": kind, "expires": time.time() + seconds}
+        text = json.dumps(whole, separators=(",", ":")).encode()
         return _VERSION + self._tag(text) + text
 
     def open(self, kind: str, handle: bytes) -> dict[str, Any]:

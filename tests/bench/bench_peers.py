@@ -216,10 +216,9 @@ def show(title: str, found: dict[str, Found], names: list[str]) -> None:
     mixed_in = [[*ratios[question.name], min(ratios[question.name])] for question in MIX if question.name in ratios]
     for question, here in found.items():
         cells = [f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]" for ratio in (*ratios[question], min(ratios[question]))]
-        if question == MIX[-1].name:
-            table.add_section()
         table.add_row(question, f"{here.middle('flight_oplog') * 1000:,.1f}", *cells)
         if question == MIX[-1].name:
+            table.add_section()
             table.add_row("geometric mean", "", *(f"{geometric(column):.2f}" for column in zip(*mixed_in, strict=True)), style="bold")
             table.add_section()
     Console(width=None if sys.stdout.isatty() else 150).print(table)
