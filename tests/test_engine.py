@@ -112,7 +112,7 @@ def test_only_the_columns_a_query_needs_are_decoded(folder: Any) -> None:
     with OpLog.open(str(folder), Config(compression="lz4")) as log:
         log.append("t", pa.record_batch({"a": [1, 2], "b": ["x", "y"], "c": [[1], [2]]}))
         rows(engine, log.snapshot(), "SELECT a FROM t WHERE b = 'x'")
-        [decoded] = engine._cache._records.values()
+        [decoded] = engine._planner.cache._records.values()
         assert set(decoded.columns) == {"a", "b"}
 
 
@@ -134,8 +134,8 @@ def test_the_cache_never_changes_an_answer(folder: Any) -> None:
                 ]
                 expected = expected or found
                 assert found == expected
-            assert engine._cache._bytes <= size
-            assert (engine._cache.hits > 0) == (size > 100_000)
+            assert engine._planner.cache._bytes <= size
+            assert (engine._planner.cache.hits > 0) == (size > 100_000)
 
 
 def test_an_unqualified_name_that_does_not_exist_is_not_found(query: Query) -> None:

@@ -33,7 +33,9 @@ ORDER = [
     "sql.views",
     "sql.parameters",
     "sql.plans",
+    "sql.planner",
     "sql.aggregates",
+    "sql.repeated",
     "sql.engine",
     "sql.statements",
     "follow",
@@ -52,7 +54,7 @@ ORDER = [
 OWNERS = {
     "deltalake": {"store"},
     "obstore": {"storage"},
-    "datafusion": {"sql.aggregates", "sql.catalog", "sql.engine"},
+    "datafusion": {"sql.aggregates", "sql.catalog", "sql.engine", "sql.planner", "sql.repeated"},
     "google": {"flightsql.wire"},
     "pyarrow.flight": {"server", "client"},
     "adbc_driver_flightsql": {"cli"},

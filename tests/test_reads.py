@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from flight_oplog import Config, OpLog, Snapshot, provider
 from flight_oplog.errors import RequestError
-from flight_oplog.sql import engine as engine_module
+from flight_oplog.sql import repeated
 from flight_oplog.sql.engine import Engine
 
 UTC = datetime.UTC
@@ -132,7 +132,7 @@ def bag(found: list[dict[str, Any]]) -> Counter[tuple[str, ...]]:
 def eager() -> Any:
     """Every aggregate is worth a state, every text an index."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "STATE_SECONDS", -1.0)
+        patch.setattr(repeated, "STATE_SECONDS", -1.0)
         patch.setattr(provider, "INDEXING_SECONDS", 1e9)
         yield
 

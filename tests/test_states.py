@@ -16,7 +16,7 @@ from flight_oplog import Config, OpLog, Snapshot, provider
 from flight_oplog.errors import Cancelled, NotFound
 from flight_oplog.filters import TextIndex
 from flight_oplog.schema import VIEWS_SCHEMA
-from flight_oplog.sql import engine as engine_module
+from flight_oplog.sql import repeated
 from flight_oplog.sql.aggregates import Known, State, States
 from flight_oplog.sql.engine import Engine
 from flight_oplog.sql.statements import Statements
@@ -26,7 +26,7 @@ from flight_oplog.sql.statements import Statements
 def eager() -> Any:
     """Every aggregate is worth a state, every text an index."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "STATE_SECONDS", -1.0)
+        patch.setattr(repeated, "STATE_SECONDS", -1.0)
         patch.setattr(provider, "INDEXING_SECONDS", 1e9)
         yield
 
@@ -151,10 +151,10 @@ def test_what_changes_from_call_to_call_is_asked_again(log: OpLog, fresh: Engine
 
 
 def test_a_state_that_would_be_too_large_is_none(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "STATE_ROWS_MAX", 5)
+    monkeypatch.setattr(repeated, "STATE_ROWS_MAX", 5)
     log.append("t", data(a=list(range(9))))
     assert len(ask(fresh, log.snapshot(), "SELECT a, count(*) FROM t GROUP BY a ORDER BY a")) == 9
-    assert [(known.is_unfit, known.state) for known in fresh._states._known.values()] == [(True, None)]
+    assert [(known.is_unfit, known.state) for known in fresh._repeated._states._known.values()] == [(True, None)]
 
 
 @pytest.mark.parametrize("sizes", [{}, {"cache_bytes_max": 0, "state_bytes_max": 0}, {"cache_bytes_max": 3000, "state_bytes_max": 300}])
@@ -188,10 +188,10 @@ def test_many_who_ask_while_others_append_see_each_their_snapshot(folder: Path, 
         for thread in threads:
             thread.join()
     assert not failures, failures[0]
-    assert engine._states._bytes <= engine._states._bytes_max
-    assert engine._cache._bytes <= engine._cache._bytes_max
-    assert engine._cache._bytes == sum(each.nbytes for each in engine._cache._records.values())
-    assert engine._states._bytes == sum(each.nbytes for each in engine._states._known.values())
+    assert engine._repeated._states._bytes <= engine._repeated._states._bytes_max
+    assert engine._planner.cache._bytes <= engine._planner.cache._bytes_max
+    assert engine._planner.cache._bytes == sum(each.nbytes for each in engine._planner.cache._records.values())
+    assert engine._repeated._states._bytes == sum(each.nbytes for each in engine._repeated._states._known.values())
 
 
 def test_a_text_is_found_by_its_beginning_within_some_offsets(folder: Path, fresh: Engine) -> None:
@@ -202,7 +202,7 @@ def test_a_text_is_found_by_its_beginning_within_some_offsets(folder: Path, fres
                 wanted = f"{place % 40:03}-{place % 7:020}"
                 expected = [(each,) for each in range(first, last) if f"{each % 40:03}-{each % 7:020}" == wanted]
                 assert ask(fresh, log.snapshot(), f"SELECT a FROM t WHERE k = '{wanted}'", offsets=(first, last)) == expected
-        assert any(isinstance(each, TextIndex) for each in fresh._cache._records.values())
+        assert any(isinstance(each, TextIndex) for each in fresh._planner.cache._records.values())
 
 
 # What records' bounds tell
@@ -247,8 +247,8 @@ def test_states_and_indexes_stay_within_their_bytes(folder: Path) -> None:
         engine = Engine(Config(cache_bytes_max=60_000))
         for turn in range(60):
             assert len(ask(engine, log.snapshot(), f"SELECT a FROM t WHERE k >= '' AND k = '{turn * 31:016}'", 1)) == 1
-            assert engine._cache._bytes <= 60_000
-            assert engine._cache._bytes == sum(each.nbytes for each in engine._cache._records.values())
+            assert engine._planner.cache._bytes <= 60_000
+            assert engine._planner.cache._bytes == sum(each.nbytes for each in engine._planner.cache._records.values())
 
 
 # Known to be wrong
@@ -285,7 +285,7 @@ def test_nulls_are_not_counted(log: OpLog, fresh: Engine) -> None:
 
 
 def test_two_logs_of_one_engine_are_told_apart(tmp_path: Path, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "id", lambda each: 1, raising=False)  # as it happens once in some thirty times
+    monkeypatch.setattr(repeated, "id", lambda each: 1, raising=False)  # as it happens once in some thirty times
     for number in range(2):
         with OpLog.open(str(tmp_path / f"log{number}")) as log:
             log.append("t", data(a=[number]))
@@ -300,16 +300,16 @@ def test_one_large_state_leaves_the_others(fresh: Engine) -> None:
 
 
 def test_a_state_does_not_grow_past_its_limit(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "STATE_ROWS_MAX", 10)
+    monkeypatch.setattr(repeated, "STATE_ROWS_MAX", 10)
     for number in range(4):
         log.append("t", data(a=list(range(number * 8, number * 8 + 8))))
         assert len(ask(fresh, log.snapshot(), "SELECT a, count(*) FROM t GROUP BY a ORDER BY a")) == number * 8 + 8
-    assert all(known.state is None or known.state.rows.num_rows <= 10 for known in fresh._states._known.values())
+    assert all(known.state is None or known.state.rows.num_rows <= 10 for known in fresh._repeated._states._known.values())
 
 
 def test_a_state_of_many_bytes_is_given_up_early(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, gathered = Engine(Config(state_bytes_max=1 << 20)), []
-    monkeypatch.setattr(engine._states, "keep_state", lambda key, state: gathered.append(state.rows.nbytes))
+    monkeypatch.setattr(engine._repeated._states, "keep_state", lambda key, state: gathered.append(state.rows.nbytes))
     log.append("t", data(a=list(range(400))))
     assert len(ask(engine, log.snapshot(), "SELECT a, max(repeat(CAST(a AS VARCHAR), 40000)) FROM t GROUP BY a ORDER BY a", 2)) == 400
     assert all(size <= 4 << 20 for size in gathered)
@@ -347,7 +347,7 @@ def test_what_was_asked_with_is_counted_too(log: OpLog) -> None:
     log.append("t", data(a=[1, 2, 3]))
     for number in range(20):
         ask(engine, log.snapshot(), "SELECT count(*) FROM t WHERE $1 > 'b'", 2, parameters=bound(f"{number}" + "x" * 50_000, pa.string()))
-    assert sum(len(part) for key in engine._states._known for part in key if isinstance(part, bytes | str)) <= 100_000
+    assert sum(len(part) for key in engine._repeated._states._known for part in key if isinstance(part, bytes | str)) <= 100_000
 
 
 @pytest.mark.parametrize("where", ["f > 0", "k NOT IN ('A', 'Z', 'Y', 'X', 'W')"])

@@ -11,11 +11,13 @@ import contextlib
 import queue
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
 from flight_oplog import codec
+from flight_oplog.cache import ScanCounts
 from flight_oplog.errors import Cancelled, RequestError, TooLarge
 from flight_oplog.provider import ScanContext
 from flight_oplog.schema import plain_field
@@ -27,6 +29,15 @@ BATCHES_AHEAD = 2
 PACE_SECONDS = 0.05
 
 Stopped = Callable[[], bool]
+
+
+@dataclass
+class Running:
+    """A query under way: iterate `batches`; `counts` tells what its scans have touched so far, by table."""
+
+    schema: pa.Schema
+    batches: Iterator[pa.RecordBatch]
+    counts: dict[str, ScanCounts] = field(default_factory=dict)
 
 
 def pulled(

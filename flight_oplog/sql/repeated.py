@@ -1,0 +1,191 @@
+"""Answering what is asked again: from the records' bounds, from states of aggregates, from answers. See `aggregates`."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+from datafusion import SessionContext
+
+from flight_oplog import codec
+from flight_oplog.cache import ScanCounts
+from flight_oplog.config import Config
+from flight_oplog.errors import OplogError
+from flight_oplog.provider import RowsTable, ScanContext, whole_of
+from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
+from flight_oplog.sql.aggregates import ANSWER_BYTES_MAX, STATE_ROWS_MAX, Aggregation, Answer, State, States, taken_apart
+from flight_oplog.sql.catalog import TIME_TRAVEL, Shelf
+from flight_oplog.sql.parameters import Values
+from flight_oplog.sql.planner import Asked, Planner
+from flight_oplog.sql.stream import Running, paced, schema_of, wire_schema
+from flight_oplog.store import Snapshot, Topic
+
+log = logging.getLogger("flight_oplog.sql")
+
+# How long the text of a statement may be of which something is remembered.
+REMEMBERED_CHARACTERS = 4096
+# An aggregate that took so long is worth a state.
+STATE_SECONDS = 0.01
+_DECIDING = (SCHEMAS_TOPIC, VIEWS_TOPIC)
+_AGGREGATES = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|(?:count|sum|min|max|avg)\s*\()", re.IGNORECASE)
+_OF_ALL = re.compile(r"\b(?:count|min|max)\s*\(", re.IGNORECASE)
+_OF_SOME = re.compile(r"\b(?:WHERE|GROUP|JOIN|DISTINCT)\b", re.IGNORECASE)
+
+
+class Repeated:
+    """What is kept of statements, and how they are answered from it. Thread-safe."""
+
+    def __init__(self, planner: Planner, config: Config) -> None:
+        self._planner = planner
+        self._config = config
+        self._states = States(config.state_bytes_max)
+
+    def key(self, asked: Asked) -> Any:
+        """Return what everything that is kept of a query is kept under, None for one of which nothing is."""
+        if asked.offsets is not None or len(asked.sql) > REMEMBERED_CHARACTERS:
+            return None
+        if not _AGGREGATES.search(asked.sql) or TIME_TRAVEL.search(asked.sql):
+            return None
+        return (asked.sql, asked.db_schema, _packed(asked.values), *registry(asked.snapshot))
+
+    def note(self, key: Any, seconds: float) -> None:
+        """Remember that a query took so long until its first batch."""
+        if key is not None and seconds > STATE_SECONDS:
+            self._states.note(key)
+
+    def answered(self, key: Any, asked: Asked) -> Running | None:
+        """Answer a query from its records' bounds, or from the state of its aggregate and the entries since.
+
+        None when there is none, or it is not worth one: then it is run as it is.
+        """
+        known = self._states.asked(key)
+        if (answer := known.answer) is not None:
+            now = asked.snapshot.topics.get(answer.topic)
+            if now is not None and (now.first_offset, now.next_offset) == (answer.first, answer.last):
+                return Running(answer.schema, iter(answer.batches))
+        if known.is_unfit or not (known.was_slow or (_OF_ALL.search(asked.sql) and not _OF_SOME.search(asked.sql))):
+            return None
+        session, frame, context = self._planner.plan(asked)
+        try:
+            apart = _taken_apart(session, frame)
+            topic = None if apart is None else asked.snapshot.topics.get(apart.topic)
+            if apart is None or topic is None:
+                self._states.dismiss(key)
+                return None
+            rows = _whole(apart, asked.snapshot, topic, context)
+            if rows is None and known.was_slow and self._config.state_bytes_max:
+                rows = self._brought_up(key, apart, known.state, topic, asked, context)
+            if rows is None:
+                return None
+            once, shelf = self._small_session(rows)
+            made = apart.values(once.table("rows"))
+            if apart.relation is not None:
+                *_, name = parts = apart.relation.split(".")
+                shelf.tables[name] = made.into_view()
+                made = once.table(".".join(f'"{part}"' for part in parts))
+            stream = apart.rest(made).execute_stream()
+        except OplogError:
+            raise
+        except Exception as error:
+            log.info("a statement's aggregate is not kept: %s", error)
+            self._states.dismiss(key)
+            return None
+        schema = schema_of(frame, context)
+        batches = paced(self._planner.pulled(stream, context, schema, asked), self._config.message_bytes_max)
+        return Running(schema, self._kept(key, topic, schema, batches), context.counts)
+
+    def _kept(self, key: Any, topic: Topic, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        """Yield the batches of an answer, and keep it when it was a small one."""
+        kept: list[pa.RecordBatch] = []
+        size = 0
+        for batch in batches:
+            size += batch.nbytes
+            kept = [*kept, batch] if size <= ANSWER_BYTES_MAX else []
+            yield batch
+        if size <= ANSWER_BYTES_MAX:
+            self._states.keep_answer(key, Answer(topic.name, topic.first_offset, topic.next_offset, schema, tuple(kept)))
+
+    def _brought_up(
+        self, key: Any, apart: Aggregation, state: State | None, topic: Topic, asked: Asked, context: ScanContext
+    ) -> pa.Table | None:
+        """Return a statement's state as of its snapshot: the entries since are aggregated. None when it grows too large."""
+        first, last = topic.first_offset, topic.next_offset
+        if state is not None and (state.first != first or state.last > last):
+            state = None  # some have been removed; or the snapshot is an older one
+        if state is not None and state.last == last:
+            return state.rows
+        since = asked if state is None else replace(asked, offsets=(state.last, last))
+        frame, stream, scanned = self._planner.start(since, _state_of)
+        context.counts.update(scanned.counts)
+        rows = self._gathered(frame, stream, scanned, asked)
+        if rows is not None and state is not None:
+            once, _ = self._small_session(pa.concat_tables([state.rows, rows]))
+            merged = apart.merged(once.table("rows"))
+            rows = self._gathered(merged, merged.execute_stream(), context, asked)
+        if rows is None:
+            self._states.dismiss(key)
+        else:
+            self._states.keep_state(key, State(first, last, rows))
+        return rows
+
+    def _gathered(self, frame: Any, stream: Any, context: ScanContext, asked: Asked) -> pa.Table | None:
+        """Return the rows of a state; None when they are too many to be one."""
+        schema = wire_schema(frame.schema())
+        found: list[pa.RecordBatch] = []
+        rows = size = 0
+        for batch in self._planner.pulled(stream, context, schema, asked):
+            found.append(batch)
+            rows, size = rows + batch.num_rows, size + batch.nbytes
+            if rows > STATE_ROWS_MAX or size > self._config.state_bytes_max:
+                return None
+        return pa.Table.from_batches(found, schema)
+
+    def _small_session(self, rows: pa.Table) -> tuple[SessionContext, Shelf]:
+        """Return a session whose only table, `rows`, is these, and the shelf it is on."""
+        shelf = Shelf()
+        batches = rows.combine_chunks().to_batches()
+        context = ScanContext(self._planner.cache, 1)
+        shelf.tables["rows"] = RowsTable(batches[0] if batches else codec.empty(rows.schema), context)
+        return self._planner.small_session(shelf), shelf
+
+
+def _whole(apart: Aggregation, snapshot: Snapshot, topic: Topic, context: ScanContext) -> pa.Table | None:
+    """Return the state of aggregates of all of a topic, when its records' bounds tell it."""
+    if apart.groups or not apart.is_whole or not all(measure.function for measure in apart.measures):
+        return None
+    found = [whole_of(snapshot, topic, measure.function, measure.column) for measure in apart.measures]
+    if any(value is None for value in found):
+        return None
+    records = sum(file.records for file in topic.files)
+    context.counts[f"{apart.db_schema}.{topic.name}"] = ScanCounts(files=len(topic.files), records=records)
+    return pa.table({f"k{n}": pa.array([value]) for n, value in enumerate(found)})
+
+
+def registry(snapshot: Snapshot) -> tuple[Any, ...]:
+    """Return what changes when the schema of some topic or view does."""
+    return (snapshot.store.number, *(topic and topic.next_offset for topic in map(snapshot.topics.get, _DECIDING)))
+
+
+def _packed(values: Values) -> bytes | None:
+    """Return a fingerprint of bound values and their types."""
+    if values is None:
+        return None
+    table = pa.table({name: pa.array([value]) for name, value in values.items()})
+    return hashlib.sha256(table.schema.serialize().to_pybytes() + table.to_batches()[0].serialize().to_pybytes()).digest()
+
+
+def _taken_apart(session: SessionContext, frame: Any) -> Aggregation | None:
+    return taken_apart(
+        frame.logical_plan(), frame.optimized_logical_plan(), lambda plan: session.create_dataframe_from_logical_plan(plan).schema()
+    )
+
+
+def _state_of(session: SessionContext, frame: Any) -> Any:
+    apart = _taken_apart(session, frame)
+    assert apart is not None
+    return apart.state(session)
