@@ -20,7 +20,8 @@ import pytest
 from pyarrow import flight
 from s3_server import ObjectStore, object_store
 
-from flight_oplog import Config, OpLog, Snapshot
+from flight_oplog import Config, OpLog, Snapshot, provider
+from flight_oplog.sql import repeated
 from flight_oplog.sql.engine import Engine
 
 SEED = pa.record_batch({"name": ["hello", "world"], "node_id": ["000000000000162e", "00000000000004d2"]})
@@ -50,6 +51,15 @@ def log(folder: Path) -> Iterator[OpLog]:
 @pytest.fixture(scope="session")
 def engine() -> Engine:
     return Engine(Config())
+
+
+@pytest.fixture(scope="module")
+def eager() -> Iterator[None]:
+    """Every aggregate is worth a state, every text an index."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repeated, "STATE_SECONDS", -1.0)
+        patch.setattr(provider, "INDEXING_SECONDS", 1e9)
+        yield
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from datafusion import SessionConfig, SessionContext
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
-from flight_oplog import Config, OpLog, Snapshot, provider
+from flight_oplog import Config, OpLog, Snapshot
 from flight_oplog.errors import RequestError
-from flight_oplog.sql import repeated
 from flight_oplog.sql.engine import Engine
+
+pytestmark = pytest.mark.usefixtures("eager")
 
 UTC = datetime.UTC
 TIME = datetime.datetime(2026, 1, 1, tzinfo=UTC)
@@ -126,15 +127,6 @@ def reference(session: SessionContext, sql: str) -> list[dict[str, Any]]:
 def bag(found: list[dict[str, Any]]) -> Counter[tuple[str, ...]]:
     """Rows as a multiset; all sums of what is here are exact, so floats need little tolerance, and -0.0 is 0.0."""
     return Counter(tuple(f"{value + 0.0:.10g}" if isinstance(value, float) else repr(value) for value in row.values()) for row in found)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def eager() -> Any:
-    """Every aggregate is worth a state, every text an index."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repeated, "STATE_SECONDS", -1.0)
-        patch.setattr(provider, "INDEXING_SECONDS", 1e9)
-        yield
 
 
 @pytest.fixture(scope="module")

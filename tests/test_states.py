@@ -12,7 +12,7 @@ from conftest import rows
 from deltalake import DeltaTable
 from test_reads import APPENDS, LITERALS, TIME, bag, entries, plain, reference
 
-from flight_oplog import Config, OpLog, Snapshot, provider
+from flight_oplog import Config, OpLog, Snapshot
 from flight_oplog.errors import Cancelled, NotFound
 from flight_oplog.filters import TextIndex
 from flight_oplog.schema import VIEWS_SCHEMA
@@ -21,14 +21,7 @@ from flight_oplog.sql.aggregates import Known, State, States
 from flight_oplog.sql.engine import Engine
 from flight_oplog.sql.statements import Statements
 
-
-@pytest.fixture(scope="module", autouse=True)
-def eager() -> Any:
-    """Every aggregate is worth a state, every text an index."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(repeated, "STATE_SECONDS", -1.0)
-        patch.setattr(provider, "INDEXING_SECONDS", 1e9)
-        yield
+pytestmark = pytest.mark.usefixtures("eager")
 
 
 # What is kept of one question, and the next one
