@@ -171,10 +171,10 @@ class Decoded:
 
 
 def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts) -> Decoded:
-    content = snapshot.store.content(record)
-    counts.content_bytes += content.size
+    content, read = snapshot.store.columns(record, names)
+    counts.content_bytes += read
     batches = codec.decode(content, record.entries, record.where, names)
-    if all(_inside(content, array) for batch in batches for array in batch.columns):
+    if read == content.size and all(_inside(content, array) for batch in batches for array in batch.columns):
         # Uncompressed content: every column is a view into the same bytes, so all of them cost no more than one.
         batches = codec.decode(content, record.entries, record.where)
         nbytes = content.size

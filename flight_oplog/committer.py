@@ -32,6 +32,7 @@ from flight_oplog import codec
 from flight_oplog.config import Config
 from flight_oplog.datafile import Record, StagedFile
 from flight_oplog.errors import NotFound, OplogError, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog.parts import Parts
 from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, schema_id
 from flight_oplog.store import Conflict, Snapshot, Store, Topic
 
@@ -665,7 +666,10 @@ def make_record(
     if len(batches) > 2 and entries <= JOINED_ENTRIES * len(batches):
         batches = list(codec.cut(codec.joined(batches)))  # many small appends: everything below costs by the batch
     content = codec.encode(batches, schema, compression)
-    record = Record(entries, fingerprint, appends, codec.bounds(batches, schema), None, None, codec.digest(content), content)
+    found = Parts.of(content, schema)
+    parts = None if found is None else found.written()
+    digest = codec.digest(content if parts is None else pa.py_buffer(parts.encode()))
+    record = Record(entries, fingerprint, appends, codec.bounds(batches, schema), None, None, digest, parts, content)
     return with_times(record, schema, event_time)
 
 

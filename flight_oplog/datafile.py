@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import mmap
 import os
 import struct
 import time
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 from flight_oplog import codec, parquet
 from flight_oplog.errors import CorruptLog, OplogError, TooLarge, TryAgain
 from flight_oplog.files import OutputFile, allocate, is_refusal, reading_error, storage_error
+from flight_oplog.parts import Parts
 from flight_oplog.schema import APPENDS, FORMAT_VERSION, RECORD_SCHEMA
 from flight_oplog.storage import ALIGNED_BYTES, Storage
 
@@ -37,6 +39,9 @@ ROW_GROUP_RECORDS = 4096
 
 # A Parquet page counts its bytes in 32 bits, its header and the value's length among them.
 CONTENT_BYTES_MAX = parquet.PAGE_BYTES_MAX - 4
+
+# A page's header, and the length of its only value.
+_PAGE_HEAD_BYTES_MAX = 64
 
 # A file that was published so long ago may have been taken for an orphan: it is published again before a commit names it.
 PUBLISHED_SECONDS = 60
@@ -58,6 +63,7 @@ class Record:
     min_time: datetime.datetime | None
     max_time: datetime.datetime | None
     digest: str
+    parts: str | None
     content: pa.Buffer
 
 
@@ -77,6 +83,7 @@ class RecordMeta:
     max_time: datetime.datetime | None
     bounds: codec.Bounds
     digest: str
+    parts: str | None
     key: str = field(init=False, repr=False)  # names this record among all records ever
 
     def __post_init__(self) -> None:
@@ -164,12 +171,63 @@ def _metas_of(
             max_time=row["max_time"],
             bounds=json.loads(row["bounds"]) if row["bounds"] else {},
             digest=row["digest"],
+            parts=row.get("parts"),
         )
         for number, (row, (group, span)) in enumerate(zip(rows, spans, strict=True))
     )
 
 
 def read_content(storage: Storage, record: RecordMeta) -> pa.Buffer:
+    """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
+    content = _content(storage, record)
+    if record.parts is None:
+        is_whole = codec.has_digest(content, record.digest)
+    else:
+        is_whole = _parts(record).check(content)
+    if not is_whole:
+        raise _altered(record)
+    return content
+
+
+def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> tuple[pa.Buffer, int]:
+    """Return content of which only the frame and some columns are there, checked; and how many bytes of it were read.
+
+    The rest of it is memory that was never touched. Content without parts is read whole.
+    """
+    if record.parts is None or record.span is None:
+        content = read_content(storage, record)
+        return content, content.size
+    parts = _parts(record)
+    start = record.span[1] - parts.size
+    if not 0 < start - record.span[0] <= _PAGE_HEAD_BYTES_MAX:
+        raise _altered(record)
+    spans = parts.spans(names, storage.gap_bytes)
+    memory = mmap.mmap(-1, parts.size)
+    try:
+        is_there = storage.scatter(record.file.path, start, spans, memoryview(memory))
+    except OSError as error:
+        raise _unreadable(record.file, error) from error
+    content = pa.py_buffer(memory)
+    if not is_there or not parts.check(content, names):
+        raise _altered(record)
+    return content, sum(end - first for first, end in spans)
+
+
+def _parts(record: RecordMeta) -> Parts:
+    assert record.parts is not None
+    if not codec.has_digest(pa.py_buffer(record.parts.encode()), record.digest):
+        raise _altered(record)
+    try:
+        return Parts.read(record.parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptLog(f"{record.where}: its parts do not add up; restore the file") from error
+
+
+def _altered(record: RecordMeta) -> CorruptLog:
+    return CorruptLog(f"{record.where}: content does not match its digest; restore the file")
+
+
+def _content(storage: Storage, record: RecordMeta) -> pa.Buffer:
     if record.span is not None:
         return _read_span(storage, record, *record.span)
     with _parquet(storage, record.file) as opened:
@@ -195,7 +253,7 @@ def _read_span(storage: Storage, record: RecordMeta, start: int, end: int) -> pa
         chunk = storage.read(record.file.path, start, end)
     except OSError as error:
         raise _unreadable(record.file, error) from error
-    head = chunk.slice(0, min(64, chunk.size)).to_pybytes()
+    head = chunk.slice(0, min(_PAGE_HEAD_BYTES_MAX, chunk.size)).to_pybytes()
     for place in range(8, len(head) - 3):
         size = int.from_bytes(head[place : place + 4], "little")
         if place + 4 + size == chunk.size == end - start:
@@ -237,6 +295,7 @@ def outer_row(record: Record | RecordMeta, first_offset: int) -> dict[str, Any]:
         "max_time": record.max_time,
         "bounds": codec.bounds_json(record.bounds),
         "digest": record.digest,
+        "parts": record.parts,
     }
 
 
@@ -267,6 +326,10 @@ def _columns(records: Sequence[Record], offsets: Sequence[int]) -> list[parquet.
     def plain(data: bytes, compress: bool = False) -> parquet.Values:
         return parquet.Values(rows, [data], compress=compress)
 
+    def optional(values: Sequence[str | None]) -> parquet.Values:
+        known = [value for value in values if value is not None]
+        return parquet.Values(rows, [parquet.texts(known)], parquet.levels([value is not None for value in values], 1), compress=True)
+
     def times(values: Sequence[datetime.datetime | None]) -> parquet.Values:
         known = [microseconds(time) for time in values if time is not None]
         return parquet.Values(rows, [parquet.int64s(known)], parquet.levels([time is not None for time in values], 1))
@@ -286,10 +349,9 @@ def _columns(records: Sequence[Record], offsets: Sequence[int]) -> list[parquet.
         *(of_owners(child) for child in APPENDS.value_type),
         times([record.min_time for record in records]),
         times([record.max_time for record in records]),
-        parquet.Values(
-            rows, [parquet.texts(codec.bounds_json(record.bounds) for record in records)], parquet.levels([1] * rows, 1), compress=True
-        ),
+        optional([codec.bounds_json(record.bounds) for record in records]),
         plain(parquet.texts(record.digest for record in records)),
+        optional([record.parts for record in records]),
         parquet.Values(rows, contents, checked=False),  # each has its digest
     ]
 
@@ -369,7 +431,7 @@ class StagedFile:
         self._is_broken = False
         self._offset_places.append((place, first))
         for record, (offset, _) in zip(records, self._runs[first:], strict=True):
-            row = {name: getattr(record, name) for name in ("entries", "schema_id", "min_time", "max_time", "bounds", "digest")}
+            row = {name: getattr(record, name) for name in ("entries", "schema_id", "min_time", "max_time", "bounds", "digest", "parts")}
             row["appends"] = [{name: owner.get(name) for name in _OWNER_COLUMNS} for owner in record.appends]
             self._metas.append(row | {"first_offset": offset, "row_group": group, "span": span if len(records) == 1 else None})
 

@@ -53,6 +53,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("max_time", _TIME),
         pa.field("bounds", pa.string()),
         pa.field("digest", pa.string(), nullable=False),
+        pa.field("parts", pa.string()),
         pa.field("content", pa.binary(), nullable=False),
     ]
 )

@@ -20,7 +20,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +68,7 @@ class Storage(abc.ABC):
     options: dict[str, str]  # and what else it takes
     is_local: bool
     requests_at_once: int
+    gap_bytes: int  # so much is read along with what lies on both sides of it, as another request costs more
 
     @abc.abstractmethod
     def is_new(self) -> bool:
@@ -94,6 +95,10 @@ class Storage(abc.ABC):
 
         The memory is aligned as the place in the file is, up to ALIGNED_BYTES, where that costs nothing.
         """
+
+    @abc.abstractmethod
+    def scatter(self, path: str, start: int, spans: Sequence[tuple[int, int]], memory: memoryview) -> bool:
+        """Read spans of a file, counted from `start`, to the same places of `memory`; whether all of it is there."""
 
     def read_each(self, paths: Iterable[str]) -> Iterator[bytes | None]:
         """Yield the bytes of each file, None for one that is not there."""
@@ -168,6 +173,7 @@ def storage_at(uri: str) -> Storage:
 class Folder(Storage):
     is_local = True
     requests_at_once = 1
+    gap_bytes = 32 << 10
 
     def __init__(self, root: str) -> None:
         self.uri, self.options = os.path.abspath(root), {}
@@ -205,11 +211,15 @@ class Folder(Storage):
         try:
             size = (os.fstat(handle).st_size if end is None else end) - start
             lead = start % ALIGNED_BYTES
-            memory, done = allocate(lead + size), 0
-            view = memoryview(memory)[lead:]
-            while done < size and (got := os.preadv(handle, [view[done:]], start + done)):
-                done += got
-            return memory.slice(lead, done)
+            memory = allocate(lead + size)
+            return memory.slice(lead, _fill(handle, memoryview(memory)[lead:], start))
+        finally:
+            os.close(handle)
+
+    def scatter(self, path: str, start: int, spans: Sequence[tuple[int, int]], memory: memoryview) -> bool:
+        handle = os.open(self._full(path), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return all(_fill(handle, memory[low:high], start + low) == high - low for low, high in spans)
         finally:
             os.close(handle)
 
@@ -290,6 +300,14 @@ class Folder(Storage):
                     os.unlink(full)
 
 
+def _fill(handle: int, memory: memoryview, start: int) -> int:
+    """Read a file from `start` on until the memory is full; return how many bytes there were."""
+    done = 0
+    while done < len(memory) and (got := os.preadv(handle, [memory[done:]], start + done)):
+        done += got
+    return done
+
+
 def _write_durably(path: str, content: bytes) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     try:
@@ -322,6 +340,7 @@ class Bucket(Storage):
 
     is_local = False
     requests_at_once = REQUESTS_AT_ONCE
+    gap_bytes = 1 << 20
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
@@ -372,6 +391,16 @@ class Bucket(Storage):
                 content = obstore.get(self._store, path).bytes()
                 return pa.py_buffer(content).slice(start)
             return pa.py_buffer(obstore.get_range(self._store, path, start=start, end=end))
+
+    def scatter(self, path: str, start: int, spans: Sequence[tuple[int, int]], memory: memoryview) -> bool:
+        starts, ends = [start + low for low, _ in spans], [start + high for _, high in spans]
+        with _as_oserror():
+            found = obstore.get_ranges(self._store, path, starts=starts, ends=ends)
+        for (low, high), piece in zip(spans, found, strict=True):
+            if len(piece) != high - low:
+                return False
+            memory[low:high] = memoryview(piece).cast("B")
+        return True
 
     def open(self, path: str, size: int) -> Any:
         if size <= WHOLE_BYTES:

@@ -31,7 +31,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from flight_oplog import codec, deltalog
-from flight_oplog.datafile import DataFile, RecordMeta, StagedFile, read_content, read_records
+from flight_oplog.datafile import DataFile, RecordMeta, StagedFile, read_columns, read_content, read_records
 from flight_oplog.deltalog import Changes
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
 from flight_oplog.files import reading_error, storage_error
@@ -423,10 +423,11 @@ class Store:
 
     def content(self, record: RecordMeta) -> pa.Buffer:
         """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
-        content = read_content(self._storage, record)
-        if not codec.has_digest(content, record.digest):
-            raise CorruptLog(f"{record.where}: content does not match its digest; restore the file")
-        return content
+        return read_content(self._storage, record)
+
+    def columns(self, record: RecordMeta, names: Sequence[str]) -> tuple[pa.Buffer, int]:
+        """Return content of which some columns can be decoded, checked; and how many bytes were read for it."""
+        return read_columns(self._storage, record, names)
 
     # Writing
 

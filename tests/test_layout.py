@@ -13,6 +13,7 @@ ORDER = [
     "storage",
     "schema",
     "codec",
+    "parts",
     "parquet",
     "datafile",
     "deltalog",

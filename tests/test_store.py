@@ -47,6 +47,7 @@ def test_a_record_holds_what_the_format_says(log: OpLog, folder: Path) -> None:
         "min_time": None,
         "max_time": None,
         "digest": xxhash.xxh3_128_hexdigest(content),
+        "parts": None,
     }
     assert pa.ipc.open_stream(content).read_all().to_pylist() == SEED.to_pylist()
     registered = DeltaTable(str(folder)).to_pyarrow_table(filters=[("topic", "=", "_schemas")])

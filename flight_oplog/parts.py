@@ -1,0 +1,173 @@
+"""Where each column's bytes are in content, each with a digest of its own: so that a few columns can be read alone.
+
+A column's buffers lie side by side in the body of each batch of an Arrow IPC stream: that is a part. What is no part is
+the frame: the schema, the batches' metadata and the end of the stream. Every byte of content belongs to a part or to
+the frame, so all of them are checked, whichever are read.
+
+The metadata of a message is a flatbuffer; what is read of it follows
+https://github.com/apache/arrow/blob/main/format/Message.fbs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import xxhash
+
+# Content is read whole up to here, and where it has more parts than this.
+PARTS_FROM_BYTES = 1 << 20
+PARTS_MAX = 1024
+
+_CONTINUATION = 0xFFFFFFFF
+_RECORD_BATCH = 3  # of the union MessageHeader
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The bytes [start, end) of content, and their digest."""
+
+    start: int
+    end: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All of a record's content: `size` bytes, the digest of its frame, and each column's parts, one for each batch."""
+
+    size: int
+    frame: str
+    columns: dict[str, list[Part]]
+
+    @classmethod
+    def of(cls, content: pa.Buffer, schema: pa.Schema) -> Parts | None:
+        """Return the parts of content that holds batches of `schema`; None where it is small, or they are too many."""
+        bodies = list(_bodies(content)) if content.size >= PARTS_FROM_BYTES else []
+        if not bodies or len(schema) * len(bodies) > PARTS_MAX:
+            return None
+        firsts = [0, *itertools.accumulate(_buffers(field.type) for field in schema)]
+        columns: dict[str, list[Part]] = {field.name: [] for field in schema}
+        for start, end, offsets in bodies:
+            edges = [start + offsets[first] if first < len(offsets) else end for first in firsts[:-1]]
+            for name, (low, high) in zip(columns, itertools.pairwise([*edges, end]), strict=True):
+                columns[name].append(Part(low, high, _digest([content.slice(low, high - low)])))
+        found = cls(content.size, "", columns)
+        return cls(content.size, _digest(content.slice(low, high - low) for low, high in found.gaps()), columns)
+
+    @classmethod
+    def read(cls, text: str) -> Parts:
+        """Read what `written` wrote. Raises ValueError, TypeError or KeyError when it is nothing of the kind."""
+        row = json.loads(text)
+        columns = {name: [Part(*part) for part in parts] for name, parts in row["columns"].items()}
+        found = cls(row["bytes"], row["frame"], columns)
+        edges = sorted((part.start, part.end) for parts in columns.values() for part in parts)
+        ends = [0, *itertools.chain.from_iterable(edges), found.size]
+        if any(later < earlier for earlier, later in itertools.pairwise(ends)):
+            raise ValueError("parts overlap")
+        return found
+
+    def written(self) -> str:
+        columns = {name: [[part.start, part.end, part.digest] for part in parts] for name, parts in self.columns.items()}
+        return json.dumps({"bytes": self.size, "frame": self.frame, "columns": columns}, ensure_ascii=False, separators=(",", ":"))
+
+    def gaps(self) -> list[Span]:
+        """Return the spans of the frame, in order."""
+        parts = sorted((part.start, part.end) for parts in self.columns.values() for part in parts)
+        edges = [0, *itertools.chain.from_iterable(parts), self.size]
+        return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if end > start]
+
+    def spans(self, names: Iterable[str], gap_max: int) -> list[Span]:
+        """Return what has to be read for some columns, in order; spans that lie no farther apart than `gap_max` as one."""
+        wanted = sorted([*self.gaps(), *((part.start, part.end) for name in names for part in self.columns.get(name, ()))])
+        found: list[Span] = []
+        for start, end in wanted:
+            if found and start - found[-1][1] <= gap_max:
+                found[-1] = (found[-1][0], end)
+            elif end > start:
+                found.append((start, end))
+        return found
+
+    def check(self, content: pa.Buffer, names: Iterable[str] | None = None) -> bool:
+        """Whether content's frame and the parts of some columns, or of all, are what they were when they were written."""
+        if content.size != self.size or _digest(content.slice(start, end - start) for start, end in self.gaps()) != self.frame:
+            return False
+        parts = (part for name in (self.columns if names is None else names) for part in self.columns.get(name, ()))
+        return all(_digest([content.slice(part.start, part.end - part.start)]) == part.digest for part in parts)
+
+
+def _digest(pieces: Iterable[pa.Buffer]) -> str:
+    found = xxhash.xxh3_64()
+    for piece in pieces:
+        found.update(piece)
+    return found.hexdigest()
+
+
+def _buffers(kind: pa.DataType) -> int:
+    """Return how many buffers a column of a stored type has in a batch, those of its children counted."""
+    types = pa.types
+    if types.is_null(kind):
+        return 0
+    children = sum(_buffers(kind.field(place).type) for place in range(kind.num_fields))
+    if types.is_struct(kind) or types.is_fixed_size_list(kind):
+        return 1 + children
+    if types.is_string(kind) or types.is_binary(kind) or types.is_large_string(kind) or types.is_large_binary(kind):
+        return 3
+    return 2 + children
+
+
+def _bodies(content: pa.Buffer) -> Iterator[tuple[int, int, Sequence[int]]]:
+    """Yield start and end of each batch's body in content, and where in it each buffer begins."""
+    view, place = memoryview(content), 0
+    while place + 8 <= len(view):
+        continuation, size = struct.unpack_from("<Ii", view, place)
+        if continuation != _CONTINUATION or size == 0:
+            return
+        message = _Table.root(view, place + 8)
+        start = place + 8 + size
+        place = start + message.number(3, "q")
+        if message.number(1, "B") == _RECORD_BATCH:
+            at, count = message.table(2).vector(2)
+            buffers = struct.unpack_from(f"<{2 * count}q", view, at)
+            yield start, place, buffers[::2]
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """A table of a flatbuffer, whose fields are numbered as its schema lists them."""
+
+    view: memoryview
+    at: int
+
+    @classmethod
+    def root(cls, view: memoryview, at: int) -> _Table:
+        return cls(view, at + struct.unpack_from("<I", view, at)[0])
+
+    def _field(self, number: int) -> int | None:
+        table = self.at - struct.unpack_from("<i", self.view, self.at)[0]
+        size = struct.unpack_from("<H", self.view, table)[0]
+        offset = struct.unpack_from("<H", self.view, table + 4 + 2 * number)[0] if 4 + 2 * number < size else 0
+        return self.at + offset if offset else None
+
+    def number(self, field: int, kind: str) -> int:
+        at = self._field(field)
+        return 0 if at is None else int(struct.unpack_from(f"<{kind}", self.view, at)[0])
+
+    def table(self, field: int) -> _Table:
+        at = self._field(field)
+        assert at is not None, "a message has a header"
+        return _Table.root(self.view, at)
+
+    def vector(self, field: int) -> tuple[int, int]:
+        """Return where a vector's items are, and how many."""
+        at = self._field(field)
+        if at is None:
+            return 0, 0
+        at += struct.unpack_from("<I", self.view, at)[0]
+        return at + 4, struct.unpack_from("<I", self.view, at)[0]
