@@ -6,6 +6,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from flight_oplog.store import Snapshot
 
 FRAGMENTS_MAX = 100_000
 TOPICS_KEPT = 64
+READERS = 16
 
 _NONE = np.zeros(0, np.int64)
 
@@ -38,6 +40,8 @@ class ScanCounts:
     records: int = 0
     records_pruned: int = 0
     records_read: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
     content_bytes: int = 0
 
 
@@ -46,6 +50,7 @@ class ColumnCache:
 
     def __init__(self, bytes_max: int) -> None:
         self.hits = self.misses = 0
+        self.readers = ThreadPoolExecutor(READERS, "reader")
         self._bytes_max = bytes_max
         self._bytes = 0
         self._lock = threading.Lock()
@@ -56,21 +61,36 @@ class ColumnCache:
         self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex] = OrderedDict()
         self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what an index was wanted of, and whether it has none
 
-    def columns(self, snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts) -> Decoded:
-        """Return at least `names` of the record's stored columns, from memory or freshly decoded."""
+    def columns(
+        self, snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts, held: Decoded | None = None
+    ) -> Decoded:
+        """Return at least `names` of the record's stored columns: from those `held`, from memory, or freshly decoded."""
+        if held is not None and all(name in held.columns for name in names):
+            return held
         key = (record.file.path, record.row)
         with self._lock:
-            known: Any = self._records.get(key)
-            if known is not None and all(name in known.columns for name in names):
-                self._records.move_to_end(key)
+            known: Any = self._records.get(key, held)
+            missing = [name for name in names if known is None or name not in known.columns]
+            if not missing:
                 self.hits += 1
+                counts.cache_hits += 1
+                self._records.move_to_end(key)
                 return known  # type: ignore[no-any-return]
             self.misses += 1
-        decoded = _decode(snapshot, record, names if known is None else [n for n in names if n not in known.columns], counts)
+            counts.cache_misses += 1
+        decoded, read = _decode(snapshot, record, missing)
         if known is not None:
             decoded = Decoded(known.lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes)
+        with self._lock:
+            counts.content_bytes += read
         self._keep(key, decoded)
         return decoded
+
+    def holds(self, record: RecordMeta, names: Sequence[str]) -> bool:
+        """Whether columns of a record are in memory."""
+        with self._lock:
+            known: Any = self._records.get((record.file.path, record.row))
+        return known is not None and all(name in known.columns for name in names)
 
     def index(self, record: RecordMeta, name: str, texts: Sequence[pa.Array], may_make: bool) -> TextIndex | None:
         """Return the index of a record's texts; it is made when it is wanted for the second time, and `may_make`."""
@@ -170,9 +190,9 @@ class Decoded:
     nbytes: int
 
 
-def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts) -> Decoded:
+def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str]) -> tuple[Decoded, int]:
+    """Return columns of a record, and how many bytes of its content were read for them."""
     content, read = snapshot.store.columns(record, names)
-    counts.content_bytes += read
     batches = codec.decode(content, record.entries, record.where, names)
     if read == content.size and all(_inside(content, array) for batch in batches for array in batch.columns):
         # Uncompressed content: every column is a view into the same bytes, so all of them cost no more than one.
@@ -181,7 +201,7 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts
     else:
         nbytes = sum(batch.nbytes for batch in batches)
     columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names} if batches else {}
-    return Decoded([batch.num_rows for batch in batches], columns, nbytes)
+    return Decoded([batch.num_rows for batch in batches], columns, nbytes), read
 
 
 def _limits_of(

@@ -42,6 +42,7 @@ from flight_oplog.committer import (
 from flight_oplog.config import Config
 from flight_oplog.datafile import Record, RecordMeta, StagedFile
 from flight_oplog.errors import CorruptLog, RequestError, TooLarge, TryAgain
+from flight_oplog.parts import Parts
 from flight_oplog.schema import check_topic, first_time, normal_schema, schema_id
 from flight_oplog.store import Snapshot, Store, Topic
 
@@ -462,7 +463,11 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
                 runs.append(record)
                 if record.schema_id not in topic.schemas:
                     yield Problem("error", record.where, f"schema_id {record.schema_id} is not registered")
-                for batch in codec.decode(snapshot.store.content(record), record.entries, record.where):
+                content = snapshot.store.content(record)
+                schema = topic.schemas.get(record.schema_id)
+                if record.parts is not None and schema is not None and not Parts.read(record.parts).fit(content, schema):
+                    yield Problem("error", record.where, "its parts are not where its columns are")
+                for batch in codec.decode(content, record.entries, record.where):
                     if record.schema_id in topic.schemas and batch.schema != topic.schemas[record.schema_id]:
                         yield Problem("error", record.where, "the content's schema is not the registered one")
         except CorruptLog as error:

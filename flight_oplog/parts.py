@@ -49,15 +49,12 @@ class Parts:
     @classmethod
     def of(cls, content: pa.Buffer, schema: pa.Schema) -> Parts | None:
         """Return the parts of content that holds batches of `schema`; None where it is small, or they are too many."""
-        bodies = list(_bodies(content)) if content.size >= PARTS_FROM_BYTES else []
-        if not bodies or len(schema) * len(bodies) > PARTS_MAX:
+        spans = _located(content, schema) if content.size >= PARTS_FROM_BYTES else {}
+        if not 0 < sum(map(len, spans.values())) <= PARTS_MAX:
             return None
-        firsts = [0, *itertools.accumulate(_buffers(field.type) for field in schema)]
-        columns: dict[str, list[Part]] = {field.name: [] for field in schema}
-        for start, end, offsets in bodies:
-            edges = [start + offsets[first] if first < len(offsets) else end for first in firsts[:-1]]
-            for name, (low, high) in zip(columns, itertools.pairwise([*edges, end]), strict=True):
-                columns[name].append(Part(low, high, _digest([content.slice(low, high - low)])))
+        columns = {
+            name: [Part(low, high, _digest([content.slice(low, high - low)])) for low, high in of_one] for name, of_one in spans.items()
+        }
         found = cls(content.size, "", columns)
         return cls(content.size, _digest(content.slice(low, high - low) for low, high in found.gaps()), columns)
 
@@ -100,6 +97,21 @@ class Parts:
             return False
         parts = (part for name in (self.columns if names is None else names) for part in self.columns.get(name, ()))
         return all(_digest([content.slice(part.start, part.end - part.start)]) == part.digest for part in parts)
+
+    def fit(self, content: pa.Buffer, schema: pa.Schema) -> bool:
+        """Whether the columns of content are where the parts say."""
+        return {name: [(part.start, part.end) for part in parts] for name, parts in self.columns.items()} == _located(content, schema)
+
+
+def _located(content: pa.Buffer, schema: pa.Schema) -> dict[str, list[Span]]:
+    """Return where in content each column of a schema is, batch by batch."""
+    firsts = [0, *itertools.accumulate(_buffers(field.type) for field in schema)]
+    found: dict[str, list[Span]] = {field.name: [] for field in schema}
+    for start, end, offsets in _bodies(content):
+        edges = [start + offsets[first] if first < len(offsets) else end for first in firsts[:-1]]
+        for spans, span in zip(found.values(), itertools.pairwise([*edges, end]), strict=True):
+            spans.append(span)
+    return found
 
 
 def _digest(pieces: Iterable[pa.Buffer]) -> str:

@@ -17,7 +17,9 @@ import itertools
 import operator
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +30,7 @@ import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
-from flight_oplog.cache import ColumnCache, ScanCounts
+from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
 from flight_oplog.datafile import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.errors import Cancelled, CorruptLog
 from flight_oplog.filters import Filter, candidates
@@ -349,6 +351,7 @@ class EntriesTable(_Table):
         schema = pa.schema([*topic.schema, *LOG_FIELDS]) if with_log_columns else topic.schema
         super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
         self._read: set[str] = set()
+        self._held: dict[str, Decoded | None] = {}  # what is known of the records that partitions look at just now
         if context.views:
             self._schema = pa.schema([f.with_type(pa.string_view()) if self._looks_short(f) else f for f in schema])
 
@@ -421,11 +424,13 @@ class EntriesTable(_Table):
         if top is not None and (not top.takes(self._plain) or (filter is not None and filter.wanted is not None)):
             top = None
         few = _Few(projected, self._plain, filter if filter is not None and filter.wanted is not None else None)
-        for record, best in ((r, None) for r in records) if top is None else top.in_order(records, self._plain, self._stored):
+        names = projected.names if filter is None else filter.keys if filter.wanted is None else filter.wanted[:1]
+        for record, best in self._ahead(records, names) if top is None else top.in_order(records, self._plain, self._stored):
             if self.context.stopped.is_set():
                 return
             if top is not None and top.is_behind(best):
                 continue
+            self._held.setdefault(record.key, None)
             rows = self._within(record, None if filter is None else self._matching(record, filter))
             if top is not None and (rows is None or len(rows)):
                 rows = top.narrowed(self.columns(record, [top.column]).arrays(top.column), rows, may_be_nan=best is None)
@@ -437,7 +442,38 @@ class EntriesTable(_Table):
                     yield _shown(batch, projected)
             elif len(rows):
                 yield from few.add(self.columns(record, few.names), rows)
+            self._held.pop(record.key, None)
         yield from few.taken()
+
+    def _ahead(self, records: Sequence[RecordMeta], names: Sequence[str]) -> Iterator[tuple[RecordMeta, None]]:
+        """Yield records; while one is looked at, columns of those after it are read.
+
+        Not before the second is asked for: a LIMIT may be content with the first.
+        """
+        coming, waiting = iter(records), deque[tuple[RecordMeta, Future[Decoded] | None]]()
+        yield from ((record, None) for record in itertools.islice(coming, 1))
+        try:
+            while True:
+                for record in itertools.islice(coming, self._snapshot.store.reads_ahead + 1 - len(waiting)):
+                    waiting.append((record, self._fetch(record, names)))
+                if not waiting:
+                    return
+                record, fetched = waiting.popleft()
+                if fetched is not None:
+                    self._held[record.key] = fetched.result()
+                yield record, None
+        finally:
+            for _, fetched in waiting:
+                if fetched is not None:
+                    fetched.cancel()
+
+    def _fetch(self, record: RecordMeta, names: Sequence[str]) -> Future[Decoded] | None:
+        """Begin to read columns of a record, unless they are in memory."""
+        stored, cache = self._stored(record), self.context.cache
+        of_entries = [name for name in names if name in stored.names and name not in _LOG_NAMES]
+        if not of_entries or cache.holds(record, of_entries):
+            return None
+        return cache.readers.submit(cache.columns, self._snapshot, record, of_entries, self.counts)
 
     def _matching(self, record: RecordMeta, filter: Filter) -> np.ndarray | None:
         """Return the places of the record's entries that pass, or None for all; decodes only the filter's columns.
@@ -489,7 +525,9 @@ class EntriesTable(_Table):
             return _Columns(self._plain, [record.entries], {}, _log_columns(record, names))
         self._read.add(record.key)
         self.counts.records_read = len(self._read)
-        decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts)
+        decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts, self._held.get(record.key))
+        if record.key in self._held:
+            self._held[record.key] = decoded
         return _Columns(self._plain, decoded.lengths, decoded.columns, _log_columns(record, names))
 
 

@@ -69,6 +69,7 @@ class Storage(abc.ABC):
     is_local: bool
     requests_at_once: int
     gap_bytes: int  # so much is read along with what lies on both sides of it, as another request costs more
+    reads_ahead: int  # how many records are read while a query looks at one
 
     @abc.abstractmethod
     def is_new(self) -> bool:
@@ -174,6 +175,7 @@ class Folder(Storage):
     is_local = True
     requests_at_once = 1
     gap_bytes = 32 << 10
+    reads_ahead = 2
 
     def __init__(self, root: str) -> None:
         self.uri, self.options = os.path.abspath(root), {}
@@ -341,6 +343,7 @@ class Bucket(Storage):
     is_local = False
     requests_at_once = REQUESTS_AT_ONCE
     gap_bytes = 1 << 20
+    reads_ahead = 6
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")

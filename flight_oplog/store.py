@@ -425,6 +425,11 @@ class Store:
         """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
         return read_content(self._storage, record)
 
+    @property
+    def reads_ahead(self) -> int:
+        """How many records are best read while another is looked at."""
+        return self._storage.reads_ahead
+
     def columns(self, record: RecordMeta, names: Sequence[str]) -> tuple[pa.Buffer, int]:
         """Return content of which some columns can be decoded, checked; and how many bytes were read for it."""
         return read_columns(self._storage, record, names)

@@ -48,12 +48,28 @@ def entries_of(log: Path, topic: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for record in sorted(records, key=lambda record: record["first_offset"]):
         assert record["first_offset"] == start + len(found), "runs are dense"
-        assert xxhash.xxh3_128_hexdigest(record["content"]) == record["digest"]
+        check(record["content"], record["digest"], record["parts"])
         batches = pa.ipc.open_stream(record["content"]).read_all().to_pylist()
         assert len(batches) == record["entries"] == sum(append["entries"] for append in record["appends"])
         found += batches
     assert txns.get(f"topic/{topic}", 0) == start + len(found)
     return found
+
+
+def check(content: bytes, digest: str, parts: str | None) -> None:
+    """FORMAT.md, "Parts"."""
+    if parts is None:
+        assert xxhash.xxh3_128_hexdigest(content) == digest
+        return
+    assert xxhash.xxh3_128_hexdigest(parts.encode()) == digest
+    found = json.loads(parts)
+    assert found["bytes"] == len(content)
+    spans = sorted((start, end, expected) for spans in found["columns"].values() for start, end, expected in spans)
+    frame, place = b"", 0
+    for start, end, expected in spans:
+        assert xxhash.xxh3_64_hexdigest(content[start:end]) == expected
+        frame, place = frame + content[place:start], end
+    assert xxhash.xxh3_64_hexdigest(frame + content[place:]) == found["frame"]
 
 
 @pytest.mark.parametrize("compression", ["none", "lz4", "zstd", "auto"])
@@ -70,6 +86,15 @@ def test_a_reader_written_from_the_format_alone_finds_every_entry(tmp_path: Path
         registered = entries_of(folder, "_schemas")
     assert [(row["topic"], row["number"]) for row in registered] == [("events", 1), ("events", 2)]
     assert pa.ipc.read_schema(pa.py_buffer(registered[1]["schema"])) == pa.schema([("n", pa.int64()), ("extra", pa.bool_())])
+
+
+def test_that_reader_checks_the_parts_of_large_records_too(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    with OpLog.open(str(folder), Config(compression="none")) as log:
+        log.append("events", pa.table({"n": range(300_000), "s": ["x"] * 300_000}))
+        assert len(entries_of(folder, "events")) == 300_000
+        [record] = log.snapshot().records("events")
+        assert record.parts is not None
 
 
 def test_polars_reads_the_outer_table_and_five_lines_decode_it(tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ def test_explain_ends_with_what_the_scan_has_to_look_at(ask: Callable[[str], Row
     last = ask("EXPLAIN SELECT b FROM t WHERE a BETWEEN 250 AND 349")[-1]
     assert last == {
         "plan_type": "scan of public.t",
-        "plan": "files: 5, pruned: 0; records: 10, pruned: 8; records read: 0, content bytes read: 0",
+        "plan": "files: 5, pruned: 0; records: 10, pruned: 8; records read: 0, in memory: 0; content bytes read: 0",
     }
     last = ask("EXPLAIN ANALYZE SELECT b FROM t WHERE a BETWEEN 250 AND 349")[-1]
-    assert str(last["plan"]).startswith("files: 5, pruned: 0; records: 10, pruned: 8; records read: 2, content bytes read: ")
+    assert str(last["plan"]).startswith("files: 5, pruned: 0; records: 10, pruned: 8; records read: 2, in memory: ")
 
 
 def test_how_a_statement_went_is_told(log: OpLog, engine: Engine, ask: Callable[[str], Rows]) -> None:
