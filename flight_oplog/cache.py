@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +18,15 @@ from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
 from flight_oplog.datafile import DataFile, RecordMeta, microseconds
+from flight_oplog.errors import CorruptLog
 from flight_oplog.filters import TextIndex
+from flight_oplog.keys import is_filter
 from flight_oplog.store import Snapshot
 
 FRAGMENTS_MAX = 100_000
 TOPICS_KEPT = 64
 READERS = 16
+_FILTERS = ""  # in the place of a column's name
 
 _NONE = np.zeros(0, np.int64)
 
@@ -39,6 +42,7 @@ class ScanCounts:
     files_pruned: int = 0
     records: int = 0
     records_pruned: int = 0
+    filter_bytes: int = 0
     records_read: int = 0
     cache_hits: int = 0
     cache_misses: int = 0
@@ -58,7 +62,7 @@ class ColumnCache:
         self._limits: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
         self._of_all: dict[tuple[int, str, str], tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
         self._times: dict[int, tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
-        self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex] = OrderedDict()
+        self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex | Filters] = OrderedDict()
         self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what an index was wanted of, and whether it has none
 
     def columns(
@@ -113,6 +117,30 @@ class ColumnCache:
         else:
             self._keep(key, made)
         return made
+
+    def filters(self, snapshot: Snapshot, records: Sequence[RecordMeta], name: str, counts: ScanCounts) -> Iterator[memoryview | None]:
+        """Yield the filter of a key of each record; None where it has none, or where its column is in memory and its filter is not."""
+        keys = [(record.file.path, record.row, _FILTERS) for record in records]
+        with self._lock:
+            known: dict[Any, Any] = {key: self._records.get(key) for key in keys}
+        missing = [
+            (key, record)
+            for key, record in zip(keys, records, strict=True)
+            if known[key] is None and "filter" in record.bounds.get(name, ()) and not self.holds(record, [name])
+        ]
+        for (key, _), read in zip(missing, snapshot.store.filters([record for _, record in missing]), strict=True):
+            counts.filter_bytes += len(read)
+            known[key] = Filters(read)
+            self._keep(key, known[key])
+        for key, record in zip(keys, records, strict=True):
+            place = record.bounds.get(name, {}).get("filter")
+            if known[key] is None or place is None:
+                yield None
+                continue
+            bits = memoryview(known[key].of_keys)[place[0] : sum(place)]
+            if not is_filter(bits, place[1]):
+                raise CorruptLog(f"{record.where}: the filter of column {name!r} is not whole; restore the file")
+            yield bits
 
     def limits(
         self, records: Sequence[RecordMeta], name: str, kind: pa.DataType, schemas: Mapping[str, pa.Schema]
@@ -169,7 +197,7 @@ class ColumnCache:
             self._fragments[shape, key] = found
         return found
 
-    def _keep(self, key: tuple[Any, ...], decoded: Decoded | TextIndex) -> None:
+    def _keep(self, key: tuple[Any, ...], decoded: Decoded | TextIndex | Filters) -> None:
         with self._lock:
             if (before := self._records.pop(key, None)) is not None:
                 self._bytes -= before.nbytes
@@ -188,6 +216,17 @@ class Decoded:
     lengths: list[int]
     columns: dict[str, list[pa.Array]]
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Filters:
+    """The filters of a record's keys, one after the other."""
+
+    of_keys: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.of_keys)
 
 
 def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str]) -> tuple[Decoded, int]:

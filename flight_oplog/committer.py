@@ -16,6 +16,7 @@ import contextlib
 import datetime
 import enum
 import itertools
+import json
 import logging
 import queue
 import re
@@ -32,8 +33,9 @@ from flight_oplog import codec
 from flight_oplog.config import Config
 from flight_oplog.datafile import Record, StagedFile
 from flight_oplog.errors import NotFound, OplogError, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog.keys import filters_of
 from flight_oplog.parts import Parts
-from flight_oplog.schema import SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, schema_id
+from flight_oplog.schema import KEYS_METADATA, SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, schema_id
 from flight_oplog.store import Conflict, Snapshot, Store, Topic
 
 log = logging.getLogger("flight_oplog.committer")
@@ -134,6 +136,7 @@ class Append:
     nbytes: int
     origin: Origin
     role: Role = Role.APPENDS
+    keys: tuple[str, ...] = ()  # that it declares
     unchecked: bool = False  # its batches came from a client, and nobody has looked at what is in them
     receipt: Future[Receipt] = field(default_factory=Future)
 
@@ -414,6 +417,7 @@ class _Group:
         self._config = config
         self._schemas: dict[str, pa.Schema] = {}
         self._event_times: dict[str, str | None] = {}
+        self._keys: dict[str, tuple[str, ...]] = {}
         self._fitting: dict[str, set[str]] = {}
         self._new_schemas: dict[tuple[str, str, int], pa.Schema | None] = {}
         self._ended: Counter[str] = Counter()
@@ -486,7 +490,7 @@ class _Group:
         self.numbers[f"start/{topic}"] = self._next(topic)
         self.numbers[f"drops/{topic}"] = self._drops(topic) + 1
         self._new_schemas[topic, "", self._ended[topic]] = None
-        for settled in (self._schemas, self._event_times, self._fitting):
+        for settled in (self._schemas, self._event_times, self._keys, self._fitting):
             settled.pop(topic, None)
 
     def _fit(self, append: Append) -> None:
@@ -500,8 +504,10 @@ class _Group:
         merged = merge(topic, known, self._schemas.get(topic), append.schema, append.schema_id, self._config)
         self._check_widening(topic, current, append, merged)
         self._schemas[topic], self._event_times[topic] = merged, self._event_time(append)
+        self._keys[topic] = self._keys.get(topic) or (known.keys if known else ()) or append.keys
         if known is None or append.schema_id not in known.schemas:
-            self._new_schemas.setdefault((topic, append.schema_id, self._ended[topic]), append.schema)
+            declared = append.schema.with_metadata({KEYS_METADATA: json.dumps(append.keys)}) if append.keys else append.schema
+            self._new_schemas.setdefault((topic, append.schema_id, self._ended[topic]), declared)
         if merged != current:
             self._fitting[topic] = set()
         if not _rescaled(append.schema, merged):  # else every append's values have to be looked at
@@ -594,7 +600,8 @@ class _Group:
                 continue
             batches = [batch for append in run for batch in append.batches]
             owners = [append.owner for append in run]
-            staged.add(make_record(batches, schema, run[0].schema_id, owners, event_time, self._config.compression))
+            made = make_record(batches, schema, run[0].schema_id, owners, event_time, self._config.compression, self._keys[topic])
+            staged.add(made)
 
     def finish(self) -> list[StagedFile]:
         """Write what is still in memory, register new schemas, number every file and make it durable."""
@@ -660,8 +667,9 @@ def make_record(
     appends: list[dict[str, Any]],
     event_time: str | None,
     compression: str,
+    keys: tuple[str, ...] = (),
 ) -> Record:
-    """Encode batches of one schema as one record."""
+    """Encode batches of one schema as one record, with filters of those columns that are keys."""
     entries = sum(batch.num_rows for batch in batches)
     if len(batches) > 2 and entries <= JOINED_ENTRIES * len(batches):
         batches = list(codec.cut(codec.joined(batches)))  # many small appends: everything below costs by the batch
@@ -669,7 +677,9 @@ def make_record(
     found = Parts.of(content, schema)
     parts = None if found is None else found.written()
     digest = codec.digest(content if parts is None else pa.py_buffer(parts.encode()))
-    record = Record(entries, fingerprint, appends, codec.bounds(batches, schema), None, None, digest, parts, content)
+    bounds = codec.bounds(batches, schema)
+    filters = filters_of(batches, keys, bounds)
+    record = Record(entries, fingerprint, appends, bounds, None, None, digest, parts, filters, content)
     return with_times(record, schema, event_time)
 
 

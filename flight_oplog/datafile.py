@@ -9,6 +9,7 @@ the column `first_offset` is written PLAIN, uncompressed, without nulls and with
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import logging
 import mmap
@@ -49,7 +50,7 @@ PUBLISHED_SECONDS = 60
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _FILE_SCHEMA = pa.schema([f for f in RECORD_SCHEMA if f.name != "topic"])
 _OWNER_COLUMNS = [child.name for child in APPENDS.value_type]
-_META_COLUMNS = [name for name in _FILE_SCHEMA.names if name != "content"]
+_META_COLUMNS = [name for name in _FILE_SCHEMA.names if name not in ("filters", "content")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,7 @@ class Record:
     max_time: datetime.datetime | None
     digest: str
     parts: str | None
+    filters: bytes | None
     content: pa.Buffer
 
 
@@ -213,6 +215,21 @@ def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> 
     return content, sum(end - first for first, end in spans)
 
 
+def read_filters(storage: Storage, file: DataFile, records: Sequence[RecordMeta]) -> dict[str, bytes]:
+    """Return the filters of records of one file that have some, by the records' keys. Raises CorruptLog where one is not there."""
+    groups = sorted({record.row_group for record in records})
+    with _parquet(storage, file) as opened:
+        try:
+            firsts = list(itertools.accumulate((opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)), initial=0))
+            columns = {group: opened.read_row_group(group, columns=["filters"]).column(0) for group in groups}
+            found = {record.key: columns[record.row_group][record.row - firsts[record.row_group]].as_py() for record in records}
+        except Exception as error:  # damaged bytes surface as errors of many kinds
+            raise _unreadable(file, error) from error
+    if not all(isinstance(each, bytes) for each in found.values()):
+        raise CorruptLog(f"{_name(file)} lacks a filter that its bounds name; restore it")
+    return found
+
+
 def _parts(record: RecordMeta) -> Parts:
     assert record.parts is not None
     if not codec.has_digest(pa.py_buffer(record.parts.encode()), record.digest):
@@ -341,6 +358,11 @@ def _columns(records: Sequence[Record], offsets: Sequence[int]) -> list[parquet.
         present = parquet.levels([2 if value is None else 3 for value in values], 3)
         return parquet.Values(len(owners), [data], repetition + present, compress=True)
 
+    def filters() -> parquet.Values:
+        present = [record.filters for record in records if record.filters is not None]
+        parts = [part for each in present for part in (len(each).to_bytes(4, "little"), each)]
+        return parquet.Values(rows, parts, parquet.levels([record.filters is not None for record in records], 1))
+
     contents = [part for record in records for part in (record.content.size.to_bytes(4, "little"), record.content)]
     return [
         parquet.Values(rows, [parquet.int64s(offsets)], checked=False),  # `StagedFile.finish` changes them
@@ -352,6 +374,7 @@ def _columns(records: Sequence[Record], offsets: Sequence[int]) -> list[parquet.
         optional([codec.bounds_json(record.bounds) for record in records]),
         plain(parquet.texts(record.digest for record in records)),
         optional([record.parts for record in records]),
+        filters(),
         parquet.Values(rows, contents, checked=False),  # each has its digest
     ]
 

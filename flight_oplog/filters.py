@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import re
 from collections.abc import Iterable, Sequence
@@ -106,6 +107,27 @@ class Filter:
             found[name] = (low, high)
         return {name: span for name, span in found.items() if span != (None, None)}
 
+    def among(self, schema: pa.Schema, name: str) -> list[pa.Scalar] | None:
+        """Return values of which a column has to have one for a row to pass; None where that is not known of it.
+
+        Guessed from the filter's words. Then Arrow has to find that nothing passes that is less, between them, greater or null.
+        """
+        kind, text = schema.field(name).type, str(self.expression)
+        words = [value for column, value in _EQUALS_TEXT.findall(text) if column == name]
+        words += [value for column, compared, value in _COMPARISON.findall(text) if (column, compared) == (name, "==")]
+        for column, listed in _IN_LIST.findall(text):
+            words += [word.strip().strip('"') for word in listed.split(",")] if column == name else []
+        try:
+            values = pa.array(sorted({*words[:COMPARISONS_MAX]})).cast(kind).unique().sort() if words else []
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            return None
+        if not len(values) or len(words) > COMPARISONS_MAX:
+            return None
+        column = pc.field(name)
+        others = [column.is_null(), column < values[0], column > values[-1]]
+        others += [(column > low) & (column < high) for low, high in itertools.pairwise(values)]
+        return None if any(_may_pass(self.expression, schema, other) for other in others) else list(values)
+
     def within(self, column: Sequence[pa.Array]) -> np.ndarray:
         """Return the places of the values of the filter's only column that are in its range."""
         found, start = [], 0
@@ -158,6 +180,7 @@ def _text_wanted(expression: pc.Expression, text: str, schema: pa.Schema, keys: 
 
 _COMPARES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 _COMPARISON = re.compile(r"\((\w+) (>=|>|<=|<|==) ([^()\"]+)\)")
+_IN_LIST = re.compile(r"is_in\((\w+), \{value_set=[^\n]+:\[\n([^\]]*)\n\]")
 COMPARISONS_MAX = 20
 
 

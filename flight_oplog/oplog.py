@@ -42,6 +42,7 @@ from flight_oplog.committer import (
 from flight_oplog.config import Config
 from flight_oplog.datafile import Record, RecordMeta, StagedFile
 from flight_oplog.errors import CorruptLog, RequestError, TooLarge, TryAgain
+from flight_oplog.keys import check_keys, filters_of, holds
 from flight_oplog.parts import Parts
 from flight_oplog.schema import check_topic, first_time, normal_schema, schema_id
 from flight_oplog.store import Snapshot, Store, Topic
@@ -105,13 +106,16 @@ class OpLog:
         finally:
             writer.abandon()
 
-    def writer(self, topic: str, schema: pa.Schema, origin: Origin = _ANONYMOUS, role: Role = Role.APPENDS) -> AppendWriter:
+    def writer(
+        self, topic: str, schema: pa.Schema, origin: Origin = _ANONYMOUS, role: Role = Role.APPENDS, keys: tuple[str, ...] = ()
+    ) -> AppendWriter:
         """Begin an append whose batches come one by one. Raises before anything is sent when the schema cannot be.
 
-        One that replaces ends the topic as it is, in the same commit; a duplicate of it ends nothing.
+        One that replaces ends the topic as it is, in the same commit; a duplicate of it ends nothing. `keys` are the
+        columns by which entries are looked up, when it begins the topic.
         """
         check_topic(topic)
-        return self._writer(topic, schema, origin, role)
+        return self._writer(topic, schema, origin, role, keys)
 
     def append_own(self, topic: str, entries: pa.RecordBatch, expected_offset: int) -> Receipt:
         """Append to a topic of the log's own, which clients cannot; raises OutOfOrder when it does not end at `expected_offset`."""
@@ -122,9 +126,12 @@ class OpLog:
         finally:
             writer.abandon()
 
-    def _writer(self, topic: str, schema: pa.Schema, origin: Origin, role: Role = Role.APPENDS) -> AppendWriter:
+    def _writer(
+        self, topic: str, schema: pa.Schema, origin: Origin, role: Role = Role.APPENDS, declared: tuple[str, ...] = ()
+    ) -> AppendWriter:
         origin.check(topic)
         normal, fingerprint = self._normal(schema)
+        check_keys(topic, declared, normal)
         snapshot = self._store.latest  # the committer looks again, at the newest
         while True:
             current = None if role is Role.REPLACES else snapshot.topics.get(topic)
@@ -138,7 +145,8 @@ class OpLog:
                 if snapshot is before:
                     raise
         event_time = current.event_time if current else None
-        return AppendWriter(self, topic, normal, fingerprint, event_time or first_time(normal), origin, role)
+        keys = current.keys if current else declared
+        return AppendWriter(self, topic, normal, fingerprint, event_time or first_time(normal), origin, role, keys, declared)
 
     def _normal(self, schema: pa.Schema) -> tuple[pa.Schema, str]:
         """Return the normal form of a schema and its schema_id. Producers send the same few over and over."""
@@ -250,9 +258,20 @@ class AppendWriter:
     """One append under way: `write` its batches, then `commit` or `abandon` it. For one thread."""
 
     def __init__(
-        self, oplog: OpLog, topic: str, schema: pa.Schema, fingerprint: str, event_time: str | None, origin: Origin, role: Role
+        self,
+        oplog: OpLog,
+        topic: str,
+        schema: pa.Schema,
+        fingerprint: str,
+        event_time: str | None,
+        origin: Origin,
+        role: Role,
+        keys: tuple[str, ...],
+        declared: tuple[str, ...],
     ) -> None:
         self.topic = topic
+        self._keys = keys
+        self._declared = declared
         self._role = role
         self._event_time = event_time
         self._origin = origin
@@ -362,7 +381,7 @@ class AppendWriter:
         if unchecked:
             check_data(self.topic, batches)
         owner = owner_of(self._origin, entries, self._started)
-        return make_record(batches, self._schema, self._schema_id, [owner], self._event_time, self._config.compression)
+        return make_record(batches, self._schema, self._schema_id, [owner], self._event_time, self._config.compression, self._keys)
 
     def _add(self, staged: StagedFile, before: Future[None] | None, record: Future[Record], reserved: int) -> None:
         """Write a record after the one before it. Waits only for earlier work, so the pools cannot lock each other."""
@@ -438,6 +457,7 @@ class AppendWriter:
             self._waiting_bytes,
             self._origin,
             self._role,
+            self._declared,
             unchecked=self._unchecked and self._staged is None,
         )
         self._owned = False
@@ -467,6 +487,8 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
                 schema = topic.schemas.get(record.schema_id)
                 if record.parts is not None and schema is not None and not Parts.read(record.parts).fit(content, schema):
                     yield Problem("error", record.where, "its parts are not where its columns are")
+                if not _filters_hold(snapshot, record, content):
+                    yield Problem("error", record.where, "its filters lack a key")
                 for batch in codec.decode(content, record.entries, record.where):
                     if record.schema_id in topic.schemas and batch.schema != topic.schemas[record.schema_id]:
                         yield Problem("error", record.where, "the content's schema is not the registered one")
@@ -480,6 +502,19 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
         expected = record.first_offset + record.entries
     if whole and expected != topic.next_offset:
         yield Problem("error", f"topic {topic.name!r}", f"records end at offset {expected}, the log says {topic.next_offset}")
+
+
+def _filters_hold(snapshot: Snapshot, record: RecordMeta, content: pa.Buffer) -> bool:
+    """Whether each key of a record is in the filter that its bounds name, if they name any."""
+    places = {name: limits["filter"] for name, limits in record.bounds.items() if "filter" in limits}
+    if not places:
+        return True
+    [found] = snapshot.store.filters([record])
+    batches = codec.decode(content, record.entries, record.where)
+    if found == filters_of(batches, tuple(places), {name: {} for name in places}):
+        return True
+    bits = memoryview(found)
+    return all(holds(bits[start : start + size], [batch.column(name) for batch in batches]) for name, (start, size) in places.items())
 
 
 class _Budget:

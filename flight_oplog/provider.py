@@ -34,6 +34,7 @@ from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
 from flight_oplog.datafile import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.errors import Cancelled, CorruptLog
 from flight_oplog.filters import Filter, candidates
+from flight_oplog.keys import hashes_of, is_key, may_hold
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.store import Snapshot, Topic
 from flight_oplog.top import Top
@@ -275,7 +276,7 @@ class _Table(ds.Dataset):
         if filter is not None:
             if offsets is None and len(records) >= _SPANS_FROM:
                 survivors = self._within_spans(filter, files if len(kept) == len(files) else kept, found, records)
-            survivors = self._prune_records(filter, survivors)
+            survivors = self._prune_keys(filter, self._prune_records(filter, survivors))
         self.counts.files += len(self._topic.files)
         self.counts.files_pruned += len(self._topic.files) - len(kept)
         self.counts.records += len(records)
@@ -327,6 +328,10 @@ class _Table(ds.Dataset):
         self, filter: Filter, files: Sequence[DataFile], found: Sequence[Sequence[RecordMeta]], records: Sequence[RecordMeta]
     ) -> Sequence[RecordMeta]:
         """Return the records, here of each file, whose numbers the filter may pass: all at once, before each is looked at."""
+        return records
+
+    def _prune_keys(self, filter: Filter, records: Sequence[RecordMeta]) -> Sequence[RecordMeta]:
+        """Prune records by the filters of their keys: those that cannot hold what the filter wants."""
         return records
 
     def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
@@ -384,6 +389,21 @@ class EntriesTable(_Table):
             if high is not None:
                 meets &= lows <= high
         return [records[place] for place in np.flatnonzero(meets).tolist()]
+
+    def _prune_keys(self, filter: Filter, records: Sequence[RecordMeta]) -> Sequence[RecordMeta]:
+        for name in (name for name in self._topic.keys if name in filter.keys and is_key(self._plain.field(name).type)):
+            values = filter.among(self._plain, name)
+            if values is not None:
+                kinds = [self._kind(record, name) for record in records]
+                hashes = {kind: None if kind is None else hashes_of(values, kind) for kind in {*kinds}}
+                filters = self.context.cache.filters(self._snapshot, records, name, self.counts)
+                records = [r for r, kind, bits in zip(records, kinds, filters, strict=True) if _may_hold(bits, hashes[kind])]
+        return records
+
+    def _kind(self, record: RecordMeta, name: str) -> pa.DataType | None:
+        """Return the type that a column has in a record, if it is there."""
+        stored = self._stored(record)
+        return stored.field(name).type if name in stored.names else None
 
     def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
         name = self._event_time
@@ -545,7 +565,7 @@ class RecordsTable(_Table):
         for start in range(0, len(records), step):
             if self.context.stopped.is_set():
                 return
-            rows = [self._row(record, "content" in wanted) for record in records[start : start + step]]
+            rows = [self._row(record, wanted) for record in records[start : start + step]]
             arrays = [
                 binary_array([row["content"] for row in rows]) if f.name == "content" else pa.array([row[f.name] for row in rows], f.type)
                 for f in schema
@@ -556,9 +576,12 @@ class RecordsTable(_Table):
             if batch.num_rows:
                 yield codec.with_rows([batch.column(name) for name in names], projected, batch.num_rows)
 
-    def _row(self, record: RecordMeta, with_content: bool) -> dict[str, Any]:
+    def _row(self, record: RecordMeta, wanted: Sequence[str]) -> dict[str, Any]:
         row = {"topic": self._topic.name} | outer_row(record, record.first_offset)
-        if with_content:
+        if "filters" in wanted:
+            has_some = any("filter" in limits for limits in record.bounds.values())
+            row["filters"] = self._snapshot.store.filters([record])[0] if has_some else None
+        if "content" in wanted:
             self.counts.records_read += 1
             content = self._snapshot.store.content(record)
             self.counts.content_bytes += content.size
@@ -640,6 +663,7 @@ def topics_table(snapshot: Snapshot) -> pa.RecordBatch:
                 "first_offset": topic.first_offset,
                 "next_offset": topic.next_offset,
                 "columns": len(topic.schema),
+                "keys": ", ".join(topic.keys) or None,
                 "schemas": len(topic.schemas),
                 "files": len(topic.files),
                 "records": sum(file.records for file in whole) + len(parts),
@@ -658,6 +682,7 @@ _TOPICS_SCHEMA = pa.schema(
         ("first_offset", pa.int64()),
         ("next_offset", pa.int64()),
         ("columns", pa.int64()),
+        ("keys", pa.string()),
         ("schemas", pa.int64()),
         ("files", pa.int64()),
         ("records", pa.int64()),
@@ -693,6 +718,10 @@ def _shown(batch: pa.RecordBatch, projected: pa.Schema) -> pa.RecordBatch:
 
 def _as(array: pa.Array, kind: pa.DataType) -> pa.Array:
     return array if array.type == kind else array.cast(kind)
+
+
+def _may_hold(bits: memoryview | None, hashes: Sequence[int] | None) -> bool:
+    return bits is None or hashes is None or any(may_hold(bits, hash) for hash in hashes)
 
 
 def _by_offset(record: RecordMeta) -> int:

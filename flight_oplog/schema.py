@@ -54,6 +54,7 @@ RECORD_SCHEMA = pa.schema(
         pa.field("bounds", pa.string()),
         pa.field("digest", pa.string(), nullable=False),
         pa.field("parts", pa.string()),
+        pa.field("filters", pa.binary()),
         pa.field("content", pa.binary(), nullable=False),
     ]
 )
@@ -69,6 +70,8 @@ SCHEMAS_SCHEMA = pa.schema(
     ]
 )
 
+# In the metadata of a registered schema: a JSON list of the columns that are the topic's keys.
+KEYS_METADATA = b"oplog.keys"
 
 VIEWS_TOPIC = "_views"
 # One entry for each CREATE VIEW and DROP VIEW: a view's newest entry counts, and one without a definition ends it.

@@ -16,6 +16,7 @@ import bisect
 import contextlib
 import datetime
 import itertools
+import json
 import logging
 import re
 import secrets
@@ -31,12 +32,13 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from flight_oplog import codec, deltalog
-from flight_oplog.datafile import DataFile, RecordMeta, StagedFile, read_columns, read_content, read_records
+from flight_oplog.datafile import DataFile, RecordMeta, StagedFile, read_columns, read_content, read_filters, read_records
 from flight_oplog.deltalog import Changes
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
 from flight_oplog.files import reading_error, storage_error
 from flight_oplog.schema import (
     FORMAT_VERSION,
+    KEYS_METADATA,
     RECORD_SCHEMA,
     SCHEMAS_SCHEMA,
     SCHEMAS_TOPIC,
@@ -86,6 +88,7 @@ class Topic:
     files: tuple[DataFile, ...]
     next_offset: int
     event_time: str | None = None
+    keys: tuple[str, ...] = ()  # columns whose records have filters
     start: int = 0  # where the topic began again when it was dropped last: entries before do not count
     registered: int = 0  # the number of its newest entry in the registry
     overlaps: bool = False  # whether a file has records after a later one's first: only what another program's compaction made has
@@ -434,6 +437,16 @@ class Store:
         """Return content of which some columns can be decoded, checked; and how many bytes were read for it."""
         return read_columns(self._storage, record, names)
 
+    def filters(self, records: Sequence[RecordMeta]) -> list[bytes]:
+        """Return the filters of records that have some."""
+        of_files: dict[str, list[RecordMeta]] = {}
+        for record in records:
+            of_files.setdefault(record.file.path, []).append(record)
+        by_key: dict[str, bytes] = {}
+        for found in self._storage.each(lambda some: read_filters(self._storage, some[0].file, some), of_files.values()):
+            by_key |= found
+        return [by_key[record.key] for record in records]
+
     # Writing
 
     def stage(self, topic: str) -> StagedFile:
@@ -604,18 +617,19 @@ def _number(row: dict[str, Any]) -> int:
 
 def _registered(topic: Topic, rows: Sequence[dict[str, Any]]) -> Topic:
     """Return a topic with what its rows in the registry, in order, make of its schema; one without a schema ends it."""
-    merged, event_time, schemas = topic.schema if topic.schemas else None, topic.event_time, dict(topic.schemas)
+    merged, event_time, keys, schemas = topic.schema if topic.schemas else None, topic.event_time, topic.keys, dict(topic.schemas)
     rows = [row for row in rows if row["number"] > topic.registered]  # another program's compaction shows them again
     for row in rows:
         if row["schema"] is None:
-            merged, event_time, schemas = None, None, {}
+            merged, event_time, keys, schemas = None, None, (), {}
         elif row["schema_id"] not in schemas:
-            schema = pa.schema([plain_field(field) for field in pa.ipc.read_schema(pa.py_buffer(row["schema"]))])
+            registered = pa.ipc.read_schema(pa.py_buffer(row["schema"]))
+            keys = keys or tuple(json.loads((registered.metadata or {}).get(KEYS_METADATA, b"[]")))
+            schema = pa.schema([plain_field(field) for field in registered])
             merged = evolve(topic.name, merged, schema, "additive")
             event_time = event_time or first_time(schema)
             schemas[row["schema_id"]] = schema
     if not rows:
         return topic
-    return replace(
-        topic, schema=merged if merged is not None else pa.schema([]), schemas=schemas, event_time=event_time, registered=rows[-1]["number"]
-    )
+    schema = merged if merged is not None else pa.schema([])
+    return replace(topic, schema=schema, schemas=schemas, event_time=event_time, keys=keys, registered=rows[-1]["number"])

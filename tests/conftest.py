@@ -33,6 +33,13 @@ def assert_clean(folder: str | Path) -> None:
         assert log.verify() == []
 
 
+def flip(path: Path, place: int) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A folder for one log, verified when the test is over."""

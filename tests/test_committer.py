@@ -274,7 +274,7 @@ def test_a_file_that_could_not_be_written_whole_is_never_finished(folder: Path, 
         log.append("t", batch(1))
         staged = log._store.stage("t")
         record = next(log.snapshot().records("t"))
-        whole = Record(1, record.schema_id, record.appends, {}, None, None, record.digest, record.parts, log._store.content(record))
+        whole = Record(1, record.schema_id, record.appends, {}, None, None, record.digest, record.parts, None, log._store.content(record))
         staged.add(whole)
         staged.flush()
         staged.add(whole)

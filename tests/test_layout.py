@@ -14,6 +14,7 @@ ORDER = [
     "schema",
     "codec",
     "parts",
+    "keys",
     "parquet",
     "datafile",
     "deltalog",

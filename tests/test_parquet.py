@@ -35,6 +35,7 @@ RECORDS = st.builds(
     max_time=TIMES,
     digest=st.text("0123456789abcdef", min_size=32, max_size=32),
     parts=TEXTS,
+    filters=st.none() | st.binary(max_size=3000),
     content=st.binary(max_size=5000).map(pa.py_buffer),
 )
 
@@ -51,7 +52,8 @@ def written(folder: Path, records: list[Record], first_offset: int) -> Path:
 def expected(records: list[Record], first_offset: int) -> list[dict[str, Any]]:
     rows = []
     for record in records:
-        row = {name: getattr(record, name) for name in ("entries", "schema_id", "appends", "min_time", "max_time", "digest", "parts")}
+        names = ("entries", "schema_id", "appends", "min_time", "max_time", "digest", "parts", "filters")
+        row = {name: getattr(record, name) for name in names}
         content, bounds = record.content.to_pybytes(), codec.bounds_json(record.bounds)
         rows.append({"first_offset": first_offset, **row, "bounds": bounds, "content": content})
         first_offset += record.entries
@@ -70,7 +72,7 @@ def test_pyarrow_reads_back_every_record_and_every_checksum_holds(
 def record(content: bytes, entries: int = 2) -> Record:
     time = datetime.datetime(2026, 11, 22, 3, 4, 5, 6, datetime.UTC)
     owners = [{"entries": 1, "timestamp": time}, {"entries": entries - 1, "timestamp": time, "producer": "p", "sequence": 7}]
-    return Record(entries, "abc", owners, {"é": {"nulls": 0, "min": 1, "max": 2}}, time, None, "d" * 64, None, pa.py_buffer(content))
+    return Record(entries, "abc", owners, {"é": {"nulls": 0, "min": 1, "max": 2}}, time, None, "d" * 64, None, None, pa.py_buffer(content))
 
 
 @pytest.mark.parametrize("sizes", [[0], [10, 0, 300], [LARGE_BYTES], [5, 3 * LARGE_BYTES + 17, 9], [16 << 20, 16 << 20, 1]])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import SEED, rows
+from conftest import SEED, flip, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_codec import ARRAYS
@@ -144,14 +144,6 @@ def place_of(log: OpLog, column: str) -> tuple[Path, int]:
     assert record.span is not None
     found: Part = Parts.read(record.parts).columns[column][0]
     return Path(log._store._storage.uri) / record.file.path, record.span[1] - Parts.read(record.parts).size + found.start
-
-
-def flip(path: Path, place: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(place)
-        byte = file.read(1)
-        file.seek(place)
-        file.write(bytes([byte[0] ^ 1]))
 
 
 def test_damage_is_found_where_it_is_read(tmp_path: Path) -> None:

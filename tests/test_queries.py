@@ -50,7 +50,7 @@ def test_explain_ends_with_what_the_scan_has_to_look_at(ask: Callable[[str], Row
     last = ask("EXPLAIN SELECT b FROM t WHERE a BETWEEN 250 AND 349")[-1]
     assert last == {
         "plan_type": "scan of public.t",
-        "plan": "files: 5, pruned: 0; records: 10, pruned: 8; records read: 0, in memory: 0; content bytes read: 0",
+        "plan": "files: 5, pruned: 0; records: 10, pruned: 8; records read: 0, in memory: 0; bytes read of content: 0, of filters: 0",
     }
     last = ask("EXPLAIN ANALYZE SELECT b FROM t WHERE a BETWEEN 250 AND 349")[-1]
     assert str(last["plan"]).startswith("files: 5, pruned: 0; records: 10, pruned: 8; records read: 2, in memory: ")

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import xxhash
-from conftest import SEED, rows
+from conftest import SEED, flip, rows
 from deltalake import DeltaTable, write_deltalake
 
 from flight_oplog import Config, OpLog
@@ -48,6 +48,7 @@ def test_a_record_holds_what_the_format_says(log: OpLog, folder: Path) -> None:
         "max_time": None,
         "digest": xxhash.xxh3_128_hexdigest(content),
         "parts": None,
+        "filters": None,
     }
     assert pa.ipc.open_stream(content).read_all().to_pylist() == SEED.to_pylist()
     registered = DeltaTable(str(folder)).to_pyarrow_table(filters=[("topic", "=", "_schemas")])
@@ -183,12 +184,6 @@ def test_an_earlier_snapshot_stays_readable_and_a_future_one_is_not_found(log: O
     with pytest.raises(NotFound) as caught:
         log.snapshot_at(4)
     assert str(caught.value) == "table_version 4 is not committed yet"
-
-
-def flip(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
 
 
 def flip_content(path: Path) -> None:

@@ -28,7 +28,7 @@ from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, par
 from flight_oplog.sql.planner import Asked, Planner
 from flight_oplog.sql.plans import followed, is_constant
 from flight_oplog.sql.queries import Queries, explained
-from flight_oplog.sql.refusals import CATALOG, PUBLIC, SERVED, cannot_filter, check_declared, in_public, translated
+from flight_oplog.sql.refusals import CATALOG, PUBLIC, SERVED, cannot_filter, check_declared, in_public, keys_of, translated
 from flight_oplog.sql.repeated import REMEMBERED_CHARACTERS, Repeated, registry
 from flight_oplog.sql.stream import Running, Stopped, at_once, paced, schema_of, to_wire, widened, wire_schema
 from flight_oplog.store import Snapshot
@@ -65,6 +65,7 @@ class Change:
     tolerant: bool = False
     replaces: bool = False
     definition: str = ""
+    keys: tuple[str, ...] = ()  # of the topic that a CREATE TABLE declares
 
 
 class Engine:
@@ -302,8 +303,10 @@ class Engine:
 
     def _change(self, session: SessionContext, context: ScanContext, sql: str, values: Values) -> tuple[Change, Any]:
         """Plan a statement that is no query; return what it would change, and the plan of its entries."""
+        text, options = lexer.table_options(sql)
+        keys = keys_of(options)
         try:
-            plan = session.sql(f"EXPLAIN {sql}", param_values=values).logical_plan().inputs()[0]
+            plan = session.sql(f"EXPLAIN {text}", param_values=values).logical_plan().inputs()[0]
             found = plan.to_variant()
             inputs = plan.inputs()
             frame = session.create_dataframe_from_logical_plan(inputs[0]) if inputs else None
@@ -319,7 +322,7 @@ class Engine:
             if is_empty:
                 check_declared(sql, name, schema)
             change = Change("CREATE TABLE", name, wire_schema(schema), tolerant=found.if_not_exists(), replaces=found.or_replace())
-            return change, None if is_empty else inputs[0]
+            return replace(change, keys=keys), None if is_empty else inputs[0]
         if kind == "CreateView" and schema is not None:
             if values:
                 raise RequestError("a view has no parameters; nothing was written")

@@ -248,6 +248,34 @@ def alone(sql: str, number: int) -> str:
     return "".join((*parts, sql[end:]))
 
 
+def table_options(sql: str) -> tuple[str, dict[str, str]]:
+    """Return a CREATE TABLE without its `WITH (name = 'value', ...)`, which DataFusion does not plan, and what is in it.
+
+    Raises RequestError for options that are written otherwise. Any other text is returned as it is.
+    """
+    found = list(tokens(sql)) if measure(sql).first == "CREATE" else []
+    words = [token.text.upper() for token in found]
+    depth, start = 0, 0
+    for place, word in enumerate(words):
+        depth += (word == "(") - (word == ")")
+        if depth == 0 and word == "AS":
+            break
+        if depth == 1 and word == "(" and words[place - 1] == "WITH" and "TABLE" in words[:4]:
+            start = place
+            break
+    if not start or ")" not in words[start:]:
+        return sql, {}
+    end = words.index(")", start)
+    options = {}
+    for place in range(start + 1, end, 4):
+        name, equals, value, comma = (*found[place : min(place + 4, end)], None, None, None)[:4]
+        is_last = place + 3 >= end
+        if not (name and equals and value and equals.text == "=" and value.kind == "string" and (is_last or (comma and comma.text == ","))):
+            raise RequestError("a table's options are written WITH (name = 'value', ...); nothing was written")
+        options[name.text.lower()] = value.text[1:-1].replace("''", "'")
+    return sql[: found[start - 1].start] + sql[found[end].end :], options
+
+
 def limits(sql: str) -> list[int]:
     """Return which parameters of a numbered text say how many rows: DataFusion does not infer that they are numbers."""
     found, before = [], ""

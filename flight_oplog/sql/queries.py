@@ -108,7 +108,8 @@ def explained(counts: Mapping[str, ScanCounts], schema: pa.Schema) -> Iterator[p
     if counts and len(schema) == 2:
         words = [
             f"files: {c.files}, pruned: {c.files_pruned}; records: {c.records}, pruned: {c.records_pruned}; "
-            f"records read: {c.records_read}, in memory: {c.cache_hits}; content bytes read: {c.content_bytes}"
+            f"records read: {c.records_read}, in memory: {c.cache_hits}; "
+            f"bytes read of content: {c.content_bytes}, of filters: {c.filter_bytes}"
             for c in counts.values()
         ]
         yield pa.RecordBatch.from_arrays([pa.array([f"scan of {table}" for table in counts]), pa.array(words)], schema=schema)

@@ -47,6 +47,14 @@ def check_declared(sql: str, name: str, schema: pa.Schema) -> None:
         raise Unsupported(f"table {name!r}: {what}, and a log keeps no constraints or defaults; nothing was written; leave it out")
 
 
+def keys_of(options: dict[str, str]) -> tuple[str, ...]:
+    """Return the keys that a CREATE TABLE names: `WITH (keys = 'a, b')`. Raises RequestError for any other option."""
+    other = next((name for name in options if name != "keys"), None)
+    if other is not None:
+        raise RequestError(f"option {other[:80]!r} is not known; nothing was written; a table has WITH (keys = 'column, ...')")
+    return tuple(dict.fromkeys(name.strip() for name in options.get("keys", "").split(",") if name.strip()))
+
+
 def cannot_filter(error: Exception, context: ScanContext) -> bool:
     """Whether a statement failed for a filter that Arrow cannot apply, or that DataFusion cannot put into Arrow's words."""
     return any(isinstance(failure, CannotFilter) for failure in context.failures) or "unsupported operand type(s) for" in str(error)

@@ -77,7 +77,7 @@ class Statements:
 
     def _append(self, change: Change, origin: Origin, hold: Hold | None = None, role: Role = Role.APPENDS) -> int:
         assert change.schema is not None
-        writer = self._oplog.writer(change.name, change.schema, origin, role)
+        writer = self._oplog.writer(change.name, change.schema, origin, role, change.keys)
         try:
             for batch in change.batches or ():
                 writer.write(batch)
