@@ -90,6 +90,15 @@ class ColumnCache:
         self._keep(key, decoded)
         return decoded
 
+    def metrics(self) -> dict[str, int]:
+        """Return how often it was asked and how full it is, by the names that `system.metrics` explains."""
+        return {
+            "cache_hits": self.hits,
+            "cache_misses": self.misses,
+            "cache_bytes": self._bytes,
+            "cache_bytes_max": self._bytes_max,
+        }
+
     def holds(self, record: RecordMeta, names: Sequence[str]) -> bool:
         """Whether columns of a record are in memory."""
         with self._lock:
@@ -233,7 +242,8 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str]) -> tup
     """Return columns of a record, and how many bytes of its content were read for them."""
     content, read = snapshot.store.columns(record, names)
     batches = codec.decode(content, record.entries, record.where, names)
-    if read == content.size and all(_inside(content, array) for batch in batches for array in batch.columns):
+    is_whole = read in (0, content.size)  # 0: it was in memory
+    if is_whole and all(_inside(content, array) for batch in batches for array in batch.columns):
         # Uncompressed content: every column is a view into the same bytes, so all of them cost no more than one.
         batches = codec.decode(content, record.entries, record.where)
         nbytes = content.size

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from flight_oplog import codec, parquet
 from flight_oplog.errors import CorruptLog, OplogError, TooLarge, TryAgain
-from flight_oplog.files import OutputFile, allocate, is_refusal, reading_error, storage_error
+from flight_oplog.files import LARGE_BYTES, OutputFile, allocate, is_refusal, reading_error, storage_error
 from flight_oplog.parts import Parts
 from flight_oplog.schema import APPENDS, FORMAT_VERSION, RECORD_SCHEMA
 from flight_oplog.storage import ALIGNED_BYTES, Storage
@@ -43,6 +43,9 @@ CONTENT_BYTES_MAX = parquet.PAGE_BYTES_MAX - 4
 
 # A page's header, and the length of its only value.
 _PAGE_HEAD_BYTES_MAX = 64
+
+# Content of so many small records of a file is kept in memory until its commit.
+FRESH_RECORDS_MAX = 16
 
 # A file that was published so long ago may have been taken for an orphan: it is published again before a commit names it.
 PUBLISHED_SECONDS = 60
@@ -390,6 +393,8 @@ class StagedFile:
         self.topic = topic
         self.entries = 0
         self.bounds: list[codec.Bounds] = []
+        self.fresh: dict[int, pa.Buffer] = {}  # content of small records, by their row
+        self._records = 0
         self._storage = storage
         self._path = _new_path(topic)
         self._strays: list[str] = []
@@ -422,6 +427,9 @@ class StagedFile:
         if self._pending and full:
             self._flush()
         self.bounds.append(record.bounds)
+        if record.content.size < LARGE_BYTES and len(self.fresh) < FRESH_RECORDS_MAX:
+            self.fresh[self._records] = record.content
+        self._records += 1
         self._pending.append(record)
         self._pending_bytes += record.content.size
         if record.min_time is None or record.max_time is None:

@@ -483,7 +483,7 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
                 runs.append(record)
                 if record.schema_id not in topic.schemas:
                     yield Problem("error", record.where, f"schema_id {record.schema_id} is not registered")
-                content = snapshot.store.content(record)
+                content = snapshot.store.content(record, afresh=True)
                 schema = topic.schemas.get(record.schema_id)
                 if record.parts is not None and schema is not None and not Parts.read(record.parts).fit(content, schema):
                     yield Problem("error", record.where, "its parts are not where its columns are")

@@ -59,6 +59,8 @@ RELOAD_SECONDS = 3600
 OPENS_MAX = 20
 # Entries followed one by one, before the table is read afresh instead.
 FOLLOWED_MAX = 200
+# Content that was committed here just now, small records only: the next query need not read it.
+FRESH_BYTES = 32 << 20
 REFRESH_SECONDS = 0.5
 # The Delta protocol of the tables made here, for readers and for writers.
 PROTOCOL = (1, 2)
@@ -147,6 +149,8 @@ class Store:
         self._lock = threading.Lock()  # of what can be read at any time
         self._news = threading.Condition()
         self._metas: dict[str, tuple[RecordMeta, ...]] = {}
+        self._fresh: OrderedDict[str, pa.Buffer] = OrderedDict()  # by the records' keys
+        self._fresh_bytes = 0
         self._registry: dict[str, list[dict[str, Any]]] = {}
         self._recent: OrderedDict[int, Snapshot] = OrderedDict()
         self._checkpointing: threading.Thread | None = None
@@ -424,9 +428,20 @@ class Store:
             found = self._metas[file.path] = read_records(self._storage, file)
         return found
 
-    def content(self, record: RecordMeta) -> pa.Buffer:
-        """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
-        return read_content(self._storage, record)
+    def content(self, record: RecordMeta, afresh: bool = False) -> pa.Buffer:
+        """Return a record's content, checked against its digest; from memory, if it is, unless `afresh`.
+
+        Raises CorruptLog naming topic, file and offset.
+        """
+        found = None if afresh else self._fresh.get(record.key)
+        return read_content(self._storage, record) if found is None else found
+
+    def _keep_fresh(self, file: StagedFile, metas: Sequence[RecordMeta]) -> None:
+        for row, content in file.fresh.items():
+            self._fresh[metas[row].key] = content
+            self._fresh_bytes += content.size
+        while self._fresh_bytes > FRESH_BYTES:
+            self._fresh_bytes -= self._fresh.popitem(last=False)[1].size
 
     @property
     def reads_ahead(self) -> int:
@@ -435,7 +450,8 @@ class Store:
 
     def columns(self, record: RecordMeta, names: Sequence[str]) -> tuple[pa.Buffer, int]:
         """Return content of which some columns can be decoded, checked; and how many bytes were read for it."""
-        return read_columns(self._storage, record, names)
+        found = self._fresh.get(record.key)
+        return read_columns(self._storage, record, names) if found is None else (found, 0)
 
     def filters(self, records: Sequence[RecordMeta]) -> list[bytes]:
         """Return the filters of records that have some."""
@@ -483,7 +499,8 @@ class Store:
             self._looked = time.time()
             try:
                 for file in staged:
-                    self._metas[file.done.path] = file.metas()
+                    metas = self._metas[file.done.path] = file.metas()
+                    self._keep_fresh(file, metas)
                 self._follow(base, Changes([file.done for file in staged], numbers=numbers))
                 if table_version % CHECKPOINT_INTERVAL == 0 and (self._checkpointing is None or not self._checkpointing.is_alive()):
                     self._checkpointing = None

@@ -34,7 +34,8 @@ def log(folder: Path) -> OpLog:
         assert opened.verify() == []
 
 
-def test_a_statement_tells_what_it_looked_at(ask: Callable[[str], Rows]) -> None:
+def test_a_statement_tells_what_it_looked_at(log: OpLog, ask: Callable[[str], Rows]) -> None:
+    log._store._fresh.clear()  # as after a restart
     ask("SELECT b FROM t WHERE a BETWEEN 250 AND 349")
     [row] = ask("SELECT * FROM system.queries WHERE status = 'done'")
     assert row["sql"] == "SELECT b FROM t WHERE a BETWEEN 250 AND 349"
@@ -81,3 +82,19 @@ def test_only_the_newest_statements_are_kept(ask: Callable[[str], Rows]) -> None
     assert found[-1] == {"sql": "SELECT 2 AS n"}
     ask(f"SELECT '{'x' * 2000}' AS n")
     assert max(len(str(row["sql"])) for row in ask("SELECT sql FROM system.queries")) == queries.TEXT_CHARACTERS
+
+
+def test_the_caches_hit_rate_is_told(log: OpLog, ask: Callable[[str], Rows]) -> None:
+    def metrics() -> dict[str, int]:
+        return {str(row["metric"]): int(str(row["value"])) for row in ask("SELECT * FROM system.metrics WHERE meaning > ''")}
+
+    before = metrics()
+    assert before["cache_bytes_max"] == Config().cache_bytes_max
+    ask("SELECT sum(a) FROM t")
+    middle = metrics()
+    assert (middle["cache_hits"], middle["cache_misses"]) == (before["cache_hits"], before["cache_misses"] + 10)
+    assert middle["cache_bytes"] > before["cache_bytes"]
+    ask("SELECT max(a + 1) FROM t")
+    after = metrics()
+    assert (after["cache_hits"], after["cache_misses"]) == (middle["cache_hits"] + 10, middle["cache_misses"])
+    assert after["queries"] == before["queries"] + 4

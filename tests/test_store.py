@@ -15,7 +15,7 @@ import xxhash
 from conftest import SEED, flip, rows
 from deltalake import DeltaTable, write_deltalake
 
-from flight_oplog import Config, OpLog
+from flight_oplog import Config, OpLog, store
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, TryAgain
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.sql.engine import Engine
@@ -263,3 +263,29 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing(small_disk: Path) -> None:
         filler.unlink()
         assert log.append("events", SEED).first_offset == before
         assert log.verify() == []
+
+
+def test_what_was_committed_just_now_is_not_read_again(log: OpLog, folder: Path, engine: Engine) -> None:
+    log.append("events", SEED)
+    path = only_file(folder)
+    path.rename(path.with_suffix(".away"))
+    running = engine.run("SELECT * FROM events", log.snapshot())
+    assert pa.Table.from_batches(list(running.batches)).to_pylist() == SEED.to_pylist()
+    [found] = running.counts.values()
+    assert (found.records_read, found.content_bytes) == (1, 0)
+    [problem] = [problem for problem in log.verify() if problem.severity == "error"]
+    assert problem.what.endswith("is missing; restore it")
+    path.with_suffix(".away").rename(path)
+
+
+def test_fresh_content_is_kept_within_its_limit(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.append("events", SEED)
+    [record] = log.snapshot().records("events")
+    size = log._store.content(record).size
+    monkeypatch.setattr(store, "FRESH_BYTES", log._store._fresh_bytes + size)
+    log.append("events", SEED)
+    assert record.key in log._store._fresh
+    log.append("events", SEED)
+    log.append("events", SEED)
+    assert record.key not in log._store._fresh
+    assert log._store._fresh_bytes == sum(content.size for content in log._store._fresh.values()) <= store.FRESH_BYTES

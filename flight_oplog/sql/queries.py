@@ -84,11 +84,13 @@ class Queries:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: deque[Query] = deque(maxlen=QUERIES_KEPT)
+        self.begun = 0
 
     def begin(self, sql: str) -> Query:
         query = Query(sql[:TEXT_CHARACTERS])
         with self._lock:
             self._kept.append(query)
+            self.begun += 1
         return query
 
     def table(self) -> pa.RecordBatch:
@@ -101,6 +103,22 @@ class Queries:
             row = {name: getattr(query, name) for name in SCHEMA.names if name not in _COUNTED}
             rows.append(row | {name: sum(getattr(each, name) for each in counts) for name in _COUNTED})
         return pa.RecordBatch.from_pylist(rows, SCHEMA)
+
+
+def metrics_table(values: Mapping[str, int]) -> pa.RecordBatch:
+    """`system.metrics`: what this server counts since it was started, and how much of something there is now."""
+    rows = [{"metric": name, "value": value, "meaning": _METRICS[name]} for name, value in values.items()]
+    return pa.RecordBatch.from_pylist(rows, _METRICS_SCHEMA)
+
+
+_METRICS_SCHEMA = pa.schema([("metric", pa.string()), ("value", pa.int64()), ("meaning", pa.string())])
+_METRICS = {
+    "cache_hits": "records whose columns a query found in memory",
+    "cache_misses": "records whose columns a query had to read, some of them at least",
+    "cache_bytes": "decoded columns, indexes and filters in memory now",
+    "cache_bytes_max": "the most there may be: the setting cache_bytes_max",
+    "queries": "statements begun",
+}
 
 
 def explained(counts: Mapping[str, ScanCounts], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
