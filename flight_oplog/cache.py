@@ -17,10 +17,11 @@ import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
-from flight_oplog.datafile import DataFile, RecordMeta, microseconds
+from flight_oplog.datafile import microseconds
 from flight_oplog.errors import CorruptLog
 from flight_oplog.filters import TextIndex
 from flight_oplog.keys import is_filter
+from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.store import Snapshot
 
 FRAGMENTS_MAX = 100_000
@@ -71,7 +72,7 @@ class ColumnCache:
         """Return at least `names` of the record's stored columns: from those `held`, from memory, or freshly decoded."""
         if held is not None and all(name in held.columns for name in names):
             return held
-        key = (record.file.path, record.row)
+        key = (record.key,)
         with self._lock:
             known: Any = self._records.get(key, held)
             missing = [name for name in names if known is None or name not in known.columns]
@@ -102,12 +103,12 @@ class ColumnCache:
     def holds(self, record: RecordMeta, names: Sequence[str]) -> bool:
         """Whether columns of a record are in memory."""
         with self._lock:
-            known: Any = self._records.get((record.file.path, record.row))
+            known: Any = self._records.get((record.key,))
         return known is not None and all(name in known.columns for name in names)
 
     def index(self, record: RecordMeta, name: str, texts: Sequence[pa.Array], may_make: bool) -> TextIndex | None:
         """Return the index of a record's texts; it is made when it is wanted for the second time, and `may_make`."""
-        key = (record.file.path, record.row, name)
+        key = (record.key, name)
         with self._lock:
             found: Any = self._records.get(key)
             if found is not None:
@@ -129,7 +130,7 @@ class ColumnCache:
 
     def filters(self, snapshot: Snapshot, records: Sequence[RecordMeta], name: str, counts: ScanCounts) -> Iterator[memoryview | None]:
         """Yield the filter of a key of each record; None where it has none, or where its column is in memory and its filter is not."""
-        keys = [(record.file.path, record.row, _FILTERS) for record in records]
+        keys = [(record.key, _FILTERS) for record in records]
         with self._lock:
             known: dict[Any, Any] = {key: self._records.get(key) for key in keys}
         missing = [
@@ -155,7 +156,7 @@ class ColumnCache:
         self, records: Sequence[RecordMeta], name: str, kind: pa.DataType, schemas: Mapping[str, pa.Schema]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return the least and the greatest number that each record of a file can have in a column; made once, as they never change."""
-        key = (records[0].file.path, records[0].row, len(records), name, str(kind))
+        key = (records[0].key, records[-1].key, len(records), name, str(kind))
         found = self._limits.get(key)
         if found is None:
             if len(self._limits) >= FRAGMENTS_MAX:
@@ -242,6 +243,8 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str]) -> tup
     """Return columns of a record, and how many bytes of its content were read for them."""
     content, read = snapshot.store.columns(record, names)
     batches = codec.decode(content, record.entries, record.where, names)
+    if record.rows > 1:
+        batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
     is_whole = read in (0, content.size)  # 0: it was in memory
     if is_whole and all(_inside(content, array) for batch in batches for array in batch.columns):
         # Uncompressed content: every column is a view into the same bytes, so all of them cost no more than one.

@@ -334,6 +334,16 @@ def decode(content: pa.Buffer, entries: int, where: str, columns: Sequence[str] 
     return batches
 
 
+def as_one(contents: Sequence[pa.Buffer], entries: Sequence[int], where: str) -> pa.Buffer:
+    """Return contents of one schema, of so many entries each, as one: as a rule their schema messages are the same, and needed once."""
+    size = 8 + int.from_bytes(contents[0].slice(4, 4), "little")
+    schema = contents[0].slice(0, size)
+    if all(content.slice(0, size).equals(schema) and _ends_cleanly(content) for content in contents):
+        return pa.py_buffer(b"".join([schema, *(content.slice(size, content.size - size - len(_END)) for content in contents), _END]))
+    batches = [batch for content, rows in zip(contents, entries, strict=True) for batch in decode(content, rows, where)]
+    return encode(batches, batches[0].schema, "none")
+
+
 def _ends_cleanly(content: pa.Buffer) -> bool:
     """An IPC stream that was cut between two messages reads without an error; only the end-of-stream marker tells."""
     return content.size >= len(_END) and content.slice(content.size - len(_END)).to_pybytes() == _END

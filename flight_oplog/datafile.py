@@ -1,4 +1,4 @@
-"""One Parquet data file of records: written provisionally, numbered, made durable; read back record by record.
+"""One Parquet data file of records: written provisionally, numbered, made durable.
 
 Data files are immutable once a commit names them. Before that they carry offsets counted from 0, because a long append
 is written while others commit; `StagedFile.finish` then puts the real first offset in its place. That works because
@@ -9,40 +9,31 @@ the column `first_offset` is written PLAIN, uncompressed, without nulls and with
 from __future__ import annotations
 
 import datetime
-import itertools
 import json
 import logging
-import mmap
-import os
-import struct
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from flight_oplog import codec, parquet
-from flight_oplog.errors import CorruptLog, OplogError, TooLarge, TryAgain
-from flight_oplog.files import LARGE_BYTES, OutputFile, allocate, is_refusal, reading_error, storage_error
-from flight_oplog.parts import Parts
-from flight_oplog.schema import APPENDS, FORMAT_VERSION, RECORD_SCHEMA
-from flight_oplog.storage import ALIGNED_BYTES, Storage
+from flight_oplog.errors import TooLarge, TryAgain
+from flight_oplog.files import LARGE_BYTES, OutputFile, storage_error
+from flight_oplog.records import CREATED_BY, DataFile, RecordMeta
+from flight_oplog.schema import APPENDS, RECORD_SCHEMA
+from flight_oplog.storage import Storage
 
 log = logging.getLogger("flight_oplog.datafile")
 
-CREATED_BY = f"flight_oplog version {FORMAT_VERSION} (build format_version {FORMAT_VERSION})"
 ROW_GROUP_BYTES = 16 << 20
 # Keeps the `first_offset` chunk of a row group in one Parquet page, as patching it needs.
 ROW_GROUP_RECORDS = 4096
 
 # A Parquet page counts its bytes in 32 bits, its header and the value's length among them.
 CONTENT_BYTES_MAX = parquet.PAGE_BYTES_MAX - 4
-
-# A page's header, and the length of its only value.
-_PAGE_HEAD_BYTES_MAX = 64
 
 # Content of so many small records of a file is kept in memory until its commit.
 FRESH_RECORDS_MAX = 16
@@ -53,7 +44,6 @@ PUBLISHED_SECONDS = 60
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _FILE_SCHEMA = pa.schema([f for f in RECORD_SCHEMA if f.name != "topic"])
 _OWNER_COLUMNS = [child.name for child in APPENDS.value_type]
-_META_COLUMNS = [name for name in _FILE_SCHEMA.names if name not in ("filters", "content")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,267 +61,6 @@ class Record:
     filters: bytes | None
     content: pa.Buffer
 
-
-@dataclass(frozen=True, slots=True)
-class RecordMeta:
-    """One row of the outer table without its content, and where the content is."""
-
-    file: DataFile
-    row: int
-    row_group: int
-    span: tuple[int, int] | None
-    first_offset: int
-    entries: int
-    schema_id: str
-    appends: list[dict[str, Any]]
-    min_time: datetime.datetime | None
-    max_time: datetime.datetime | None
-    bounds: codec.Bounds
-    digest: str
-    parts: str | None
-    key: str = field(init=False, repr=False)  # names this record among all records ever
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "key", f"{self.file.path}#{self.row}")
-
-    @property
-    def where(self) -> str:
-        return f"topic {self.file.topic!r}, file {os.path.basename(self.file.path)}, offset {self.first_offset}"
-
-
-@dataclass(frozen=True, slots=True)
-class DataFile:
-    """One committed Parquet file of one topic, as its `add` action describes it."""
-
-    path: str
-    topic: str
-    size: int
-    records: int
-    first_offset: int
-    last_record: int  # the first offset of its last record
-    min_time: datetime.datetime | None = None
-    max_time: datetime.datetime | None = None
-
-    @property
-    def key(self) -> str:
-        """Names this file among all files ever."""
-        return self.path
-
-
-# Reading
-
-
-def read_records(storage: Storage, file: DataFile) -> tuple[RecordMeta, ...]:
-    with _parquet(storage, file) as opened:
-        try:
-            rows = opened.read(columns=_META_COLUMNS).to_pylist()
-            spans = [span for g in range(opened.num_row_groups) for span in _spans(opened.metadata.row_group(g), g)]
-            ours = opened.metadata.created_by == CREATED_BY
-        except Exception as error:  # damaged bytes surface as errors of many kinds
-            raise _unreadable(file, error) from error
-    try:
-        metas = tuple(sorted(_metas_of(file, rows, spans), key=lambda meta: meta.first_offset))
-        adds_up = _adds_up(metas, file.first_offset, ours)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise CorruptLog(f"{_name(file)} does not hold records; restore it") from error
-    if not adds_up:
-        raise CorruptLog(f"{_name(file)} holds records that do not add up; restore it")
-    if len(metas) != file.records:
-        raise CorruptLog(f"{_name(file)} holds {len(metas)} of {file.records} records; restore it")
-    return metas
-
-
-def _adds_up(metas: Sequence[RecordMeta], expected: int, ours: bool) -> bool:
-    for meta in metas:
-        # A file that another program's compaction made may hold runs from here and there.
-        follows = meta.first_offset == expected if ours else meta.first_offset >= expected
-        if not follows or meta.entries != sum(owner["entries"] for owner in meta.appends):
-            return False
-        expected = meta.first_offset + meta.entries
-    return True
-
-
-def _unreadable(file: DataFile, error: Exception) -> OplogError:
-    if isinstance(error, FileNotFoundError):
-        return CorruptLog(f"{_name(file)} is missing; restore it")
-    if is_refusal(error):
-        return reading_error(_name(file), error)
-    return CorruptLog(f"{_name(file)} is not readable Parquet; restore it")
-
-
-def _metas_of(
-    file: DataFile, rows: Sequence[dict[str, Any]], spans: Sequence[tuple[int, tuple[int, int] | None]]
-) -> tuple[RecordMeta, ...]:
-    return tuple(
-        RecordMeta(
-            file=file,
-            row=number,
-            row_group=group,
-            span=span,
-            first_offset=row["first_offset"],
-            entries=row["entries"],
-            schema_id=row["schema_id"],
-            appends=row["appends"],
-            min_time=row["min_time"],
-            max_time=row["max_time"],
-            bounds=json.loads(row["bounds"]) if row["bounds"] else {},
-            digest=row["digest"],
-            parts=row.get("parts"),
-        )
-        for number, (row, (group, span)) in enumerate(zip(rows, spans, strict=True))
-    )
-
-
-def read_content(storage: Storage, record: RecordMeta) -> pa.Buffer:
-    """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
-    content = _content(storage, record)
-    if record.parts is None:
-        is_whole = codec.has_digest(content, record.digest)
-    else:
-        is_whole = _parts(record).check(content)
-    if not is_whole:
-        raise _altered(record)
-    return content
-
-
-def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> tuple[pa.Buffer, int]:
-    """Return content of which only the frame and some columns are there, checked; and how many bytes of it were read.
-
-    The rest of it is memory that was never touched. Content without parts is read whole.
-    """
-    if record.parts is None or record.span is None:
-        content = read_content(storage, record)
-        return content, content.size
-    parts = _parts(record)
-    start = record.span[1] - parts.size
-    if not 0 < start - record.span[0] <= _PAGE_HEAD_BYTES_MAX:
-        raise _altered(record)
-    spans = parts.spans(names, storage.gap_bytes)
-    memory = mmap.mmap(-1, parts.size)
-    try:
-        is_there = storage.scatter(record.file.path, start, spans, memoryview(memory))
-    except OSError as error:
-        raise _unreadable(record.file, error) from error
-    content = pa.py_buffer(memory)
-    if not is_there or not parts.check(content, names):
-        raise _altered(record)
-    return content, sum(end - first for first, end in spans)
-
-
-def read_filters(storage: Storage, file: DataFile, records: Sequence[RecordMeta]) -> dict[str, bytes]:
-    """Return the filters of records of one file that have some, by the records' keys. Raises CorruptLog where one is not there."""
-    groups = sorted({record.row_group for record in records})
-    with _parquet(storage, file) as opened:
-        try:
-            firsts = list(itertools.accumulate((opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)), initial=0))
-            columns = {group: opened.read_row_group(group, columns=["filters"]).column(0) for group in groups}
-            found = {record.key: columns[record.row_group][record.row - firsts[record.row_group]].as_py() for record in records}
-        except Exception as error:  # damaged bytes surface as errors of many kinds
-            raise _unreadable(file, error) from error
-    if not all(isinstance(each, bytes) for each in found.values()):
-        raise CorruptLog(f"{_name(file)} lacks a filter that its bounds name; restore it")
-    return found
-
-
-def _parts(record: RecordMeta) -> Parts:
-    assert record.parts is not None
-    if not codec.has_digest(pa.py_buffer(record.parts.encode()), record.digest):
-        raise _altered(record)
-    try:
-        return Parts.read(record.parts)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptLog(f"{record.where}: its parts do not add up; restore the file") from error
-
-
-def _altered(record: RecordMeta) -> CorruptLog:
-    return CorruptLog(f"{record.where}: content does not match its digest; restore the file")
-
-
-def _content(storage: Storage, record: RecordMeta) -> pa.Buffer:
-    if record.span is not None:
-        return _read_span(storage, record, *record.span)
-    with _parquet(storage, record.file) as opened:
-        try:
-            column = opened.read_row_group(record.row_group, columns=["content"]).column(0)
-            first = sum(opened.metadata.row_group(g).num_rows for g in range(record.row_group))
-            scalar = column[record.row - first]
-        except Exception as error:  # damaged bytes surface as errors of many kinds
-            if is_refusal(error) or isinstance(error, FileNotFoundError):
-                raise _unreadable(record.file, error) from error
-            raise CorruptLog(f"{record.where}: content is not readable; restore the file") from error
-        if not (pa.types.is_binary(scalar.type) or pa.types.is_large_binary(scalar.type)) or not scalar.is_valid:
-            raise CorruptLog(f"{record.where}: content is {scalar.type}, not binary; restore the file")
-        return scalar.as_buffer()
-
-
-def _read_span(storage: Storage, record: RecordMeta, start: int, end: int) -> pa.Buffer:
-    """Read the only value of an uncompressed content chunk straight from the file, into aligned memory.
-
-    The chunk is a Thrift page header (20 to 40 bytes), a 4-byte length and the bytes up to `end`.
-    """
-    try:
-        chunk = storage.read(record.file.path, start, end)
-    except OSError as error:
-        raise _unreadable(record.file, error) from error
-    head = chunk.slice(0, min(_PAGE_HEAD_BYTES_MAX, chunk.size)).to_pybytes()
-    for place in range(8, len(head) - 3):
-        size = int.from_bytes(head[place : place + 4], "little")
-        if place + 4 + size == chunk.size == end - start:
-            content = chunk.slice(place + 4)
-            return content if content.address % ALIGNED_BYTES == 0 else _aligned(content)
-    raise CorruptLog(f"{record.where}: content has no length; restore the file")
-
-
-def _aligned(content: pa.Buffer) -> pa.Buffer:
-    memory = allocate(content.size)
-    memoryview(memory)[:] = content
-    return memory
-
-
-def _parquet(storage: Storage, file: DataFile) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(storage.open(file.path, file.size), page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable(file, error) from error
-
-
-def _spans(metadata: pq.RowGroupMetaData, group: int) -> list[tuple[int, tuple[int, int] | None]]:
-    """Return (row group, byte span of its content or None) for each row of a row group."""
-    chunk = metadata.column(metadata.num_columns - 1)
-    plain = chunk.path_in_schema == "content" and chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
-    if metadata.num_rows != 1 or not plain:
-        return [(group, None)] * metadata.num_rows
-    return [(group, (chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size))]
-
-
-def outer_row(record: Record | RecordMeta, first_offset: int) -> dict[str, Any]:
-    """Return the columns of a record's row, but for its topic and its content."""
-    return {
-        "first_offset": first_offset,
-        "entries": record.entries,
-        "schema_id": record.schema_id,
-        "appends": record.appends,
-        "min_time": record.min_time,
-        "max_time": record.max_time,
-        "bounds": codec.bounds_json(record.bounds),
-        "digest": record.digest,
-        "parts": record.parts,
-    }
-
-
-def binary_array(contents: Sequence[pa.Buffer]) -> pa.Array:
-    """Return the contents as one binary array; a single one is not copied."""
-    if len(contents) == 1:
-        offsets = pa.py_buffer(struct.pack("<ii", 0, contents[0].size))
-        return pa.Array.from_buffers(pa.binary(), 1, [None, offsets, contents[0]])
-    return pa.array([content.to_pybytes() for content in contents], pa.binary())
-
-
-def _name(file: DataFile) -> str:
-    return f"topic {file.topic!r}: file {os.path.basename(file.path)}"
-
-
-# Writing
 
 _SHAPE = parquet.shape_of(_FILE_SCHEMA)
 
@@ -462,9 +191,10 @@ class StagedFile:
         self._is_broken = False
         self._offset_places.append((place, first))
         for record, (offset, _) in zip(records, self._runs[first:], strict=True):
-            row = {name: getattr(record, name) for name in ("entries", "schema_id", "min_time", "max_time", "bounds", "digest", "parts")}
-            row["appends"] = [{name: owner.get(name) for name in _OWNER_COLUMNS} for owner in record.appends]
-            self._metas.append(row | {"first_offset": offset, "row_group": group, "span": span if len(records) == 1 else None})
+            row = {name: getattr(record, name) for name in ("entries", "schema_id", "min_time", "max_time", "digest", "parts")}
+            row["known_bounds"] = record.bounds
+            row["known_appends"] = [{name: owner.get(name) for name in _OWNER_COLUMNS} for owner in record.appends]
+            self._metas.append(row | {"first_offset": offset, "row_group": group, "place": 0, "span": span if len(records) == 1 else None})
 
     def _create(self) -> parquet.Writer:
         self._file = self._storage.stage(self._path)
@@ -513,8 +243,10 @@ class StagedFile:
             file.patch(place, parquet.int64s(first_offset + offset for offset, _ in self._runs[first:end]))
         self._first_offset = first_offset
 
-    def metas(self) -> tuple[RecordMeta, ...]:
-        """Return what `read_records` would find in the finished file, without reading it."""
+    def metas(self) -> tuple[RecordMeta, ...] | None:
+        """Return what `read_records` would find in the finished file, without reading it; None where it reads small records as one."""
+        if any(row["span"] is None for row in self._metas):
+            return None
         shift = self.done.first_offset
         rows = [row | {"first_offset": shift + row["first_offset"]} for row in self._metas]
         return tuple(RecordMeta(file=self.done, row=number, **row) for number, row in enumerate(rows))

@@ -22,9 +22,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flight_oplog.datafile import DataFile, StagedFile
+from flight_oplog.datafile import StagedFile
 from flight_oplog.errors import CorruptLog, OutcomeUnknown
 from flight_oplog.files import reason
+from flight_oplog.records import DataFile
 from flight_oplog.storage import Storage, Unsure
 
 log = logging.getLogger("flight_oplog.deltalog")

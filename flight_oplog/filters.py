@@ -17,8 +17,8 @@ import pyarrow.dataset as ds
 from pyarrow import acero
 from pyarrow.fs import LocalFileSystem
 
-from flight_oplog.datafile import RecordMeta
 from flight_oplog.numbers import is_number, numbers
+from flight_oplog.records import RecordMeta
 
 _FORMAT = ds.IpcFileFormat()
 _FILESYSTEM = LocalFileSystem()

@@ -40,10 +40,11 @@ from flight_oplog.committer import (
     owner_of,
 )
 from flight_oplog.config import Config
-from flight_oplog.datafile import Record, RecordMeta, StagedFile
+from flight_oplog.datafile import Record, StagedFile
 from flight_oplog.errors import CorruptLog, RequestError, TooLarge, TryAgain
 from flight_oplog.keys import check_keys, filters_of, holds
 from flight_oplog.parts import Parts
+from flight_oplog.records import RecordMeta
 from flight_oplog.schema import check_topic, first_time, normal_schema, schema_id
 from flight_oplog.store import Snapshot, Store, Topic
 
@@ -479,17 +480,20 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
     whole = True
     for file in topic.files:
         try:
-            for record in snapshot.records_of(topic, file, afresh=True):
+            records = [record for record in snapshot.store.rows(file, afresh=True) if record.first_offset >= topic.start]
+            with_filters = [record for record in records if any("filter" in limits for limits in record.bounds.values())]
+            filters = dict(zip(with_filters, snapshot.store.filters(with_filters), strict=True))
+            for record, content in zip(records, snapshot.store.contents(records), strict=True):
                 runs.append(record)
                 if record.schema_id not in topic.schemas:
                     yield Problem("error", record.where, f"schema_id {record.schema_id} is not registered")
-                content = snapshot.store.content(record, afresh=True)
                 schema = topic.schemas.get(record.schema_id)
                 if record.parts is not None and schema is not None and not Parts.read(record.parts).fit(content, schema):
                     yield Problem("error", record.where, "its parts are not where its columns are")
-                if not _filters_hold(snapshot, record, content):
+                batches = codec.decode(content, record.entries, record.where)
+                if record in filters and not _filters_hold(filters[record], record.bounds, batches):
                     yield Problem("error", record.where, "its filters lack a key")
-                for batch in codec.decode(content, record.entries, record.where):
+                for batch in batches:
                     if record.schema_id in topic.schemas and batch.schema != topic.schemas[record.schema_id]:
                         yield Problem("error", record.where, "the content's schema is not the registered one")
         except CorruptLog as error:
@@ -504,13 +508,9 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
         yield Problem("error", f"topic {topic.name!r}", f"records end at offset {expected}, the log says {topic.next_offset}")
 
 
-def _filters_hold(snapshot: Snapshot, record: RecordMeta, content: pa.Buffer) -> bool:
-    """Whether each key of a record is in the filter that its bounds name, if they name any."""
-    places = {name: limits["filter"] for name, limits in record.bounds.items() if "filter" in limits}
-    if not places:
-        return True
-    [found] = snapshot.store.filters([record])
-    batches = codec.decode(content, record.entries, record.where)
+def _filters_hold(found: bytes, bounds: codec.Bounds, batches: list[pa.RecordBatch]) -> bool:
+    """Whether each key of a record is in the filter that its bounds name."""
+    places = {name: limits["filter"] for name, limits in bounds.items() if "filter" in limits}
     if found == filters_of(batches, tuple(places), {name: {} for name in places}):
         return True
     bits = memoryview(found)

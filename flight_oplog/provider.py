@@ -31,10 +31,10 @@ from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
 from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
-from flight_oplog.datafile import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.errors import Cancelled, CorruptLog
 from flight_oplog.filters import Filter, candidates
 from flight_oplog.keys import hashes_of, is_key, may_hold
+from flight_oplog.records import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.store import Snapshot, Topic
 from flight_oplog.top import Top
@@ -236,6 +236,8 @@ class RowsTable(ds.Dataset):
 class _Table(ds.Dataset):
     """Base of the tables over a topic: `schema`, and batches of it for a run of records."""
 
+    _shows_rows = False  # of the outer table, and not entries
+
     def __init__(self, snapshot: Snapshot, topic: Topic, schema: pa.Schema, context: ScanContext, label: str) -> None:
         # pyarrow's own __init__ refuses subclasses; nothing of it is needed.
         self._snapshot = snapshot
@@ -267,7 +269,7 @@ class _Table(ds.Dataset):
         offsets = self.context.offsets
         files = self._topic.files if offsets is None else self._topic.files_within(*offsets)
         kept = files if filter is None or len(files) == 1 else self._prune_files(filter, files)
-        found = [self._snapshot.records_of(self._topic, file) for file in kept]
+        found = [self._snapshot.records_of(self._topic, file, self._shows_rows) for file in kept]
         records: Sequence[RecordMeta] = list(itertools.chain.from_iterable(found))
         if offsets is not None:
             first, last = offsets
@@ -279,8 +281,9 @@ class _Table(ds.Dataset):
             survivors = self._prune_keys(filter, self._prune_records(filter, survivors))
         self.counts.files += len(self._topic.files)
         self.counts.files_pruned += len(self._topic.files) - len(kept)
-        self.counts.records += len(records)
-        self.counts.records_pruned += len(records) - len(survivors)
+        considered = sum(map(_rows, records))
+        self.counts.records += considered
+        self.counts.records_pruned += considered - sum(map(_rows, survivors))
         return survivors
 
     def _prune_files(self, filter: Filter, files: Sequence[DataFile]) -> Sequence[DataFile]:
@@ -355,7 +358,7 @@ class EntriesTable(_Table):
     def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext, with_log_columns: bool) -> None:
         schema = pa.schema([*topic.schema, *LOG_FIELDS]) if with_log_columns else topic.schema
         super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
-        self._read: set[str] = set()
+        self._read: dict[str, int] = {}  # rows of the records that were read, by their keys
         self._held: dict[str, Decoded | None] = {}  # what is known of the records that partitions look at just now
         if context.views:
             self._schema = pa.schema([f.with_type(pa.string_view()) if self._looks_short(f) else f for f in schema])
@@ -543,8 +546,9 @@ class EntriesTable(_Table):
         of_entries = [name for name in names if name in stored.names and name not in _LOG_NAMES]
         if not of_entries:
             return _Columns(self._plain, [record.entries], {}, _log_columns(record, names))
-        self._read.add(record.key)
-        self.counts.records_read = len(self._read)
+        if record.key not in self._read:
+            self._read[record.key] = record.rows
+            self.counts.records_read += record.rows
         decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts, self._held.get(record.key))
         if record.key in self._held:
             self._held[record.key] = decoded
@@ -554,6 +558,8 @@ class EntriesTable(_Table):
 class RecordsTable(_Table):
     """The outer rows of a topic. Content is fetched only when the query asks for it."""
 
+    _shows_rows = True
+
     def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext) -> None:
         super().__init__(snapshot, topic, RECORD_SCHEMA, context, "records")
 
@@ -562,10 +568,12 @@ class RecordsTable(_Table):
         wanted = names + [name for name in (filter.keys if filter else ()) if name not in names]
         step = 1 if "content" in wanted else _ROWS_PER_RECORDS_BATCH
         schema = pa.schema([self._schema.field(name) for name in wanted])
+        contents = self._snapshot.store.contents(records)
         for start in range(0, len(records), step):
             if self.context.stopped.is_set():
                 return
-            rows = [self._row(record, wanted) for record in records[start : start + step]]
+            some = records[start : start + step]
+            rows = [self._row(record, wanted, contents) for record in some]
             arrays = [
                 binary_array([row["content"] for row in rows]) if f.name == "content" else pa.array([row[f.name] for row in rows], f.type)
                 for f in schema
@@ -576,14 +584,14 @@ class RecordsTable(_Table):
             if batch.num_rows:
                 yield codec.with_rows([batch.column(name) for name in names], projected, batch.num_rows)
 
-    def _row(self, record: RecordMeta, wanted: Sequence[str]) -> dict[str, Any]:
-        row = {"topic": self._topic.name} | outer_row(record, record.first_offset)
+    def _row(self, record: RecordMeta, wanted: Sequence[str], contents: Iterator[pa.Buffer]) -> dict[str, Any]:
+        row = {"topic": self._topic.name} | outer_row(record)
         if "filters" in wanted:
             has_some = any("filter" in limits for limits in record.bounds.values())
             row["filters"] = self._snapshot.store.filters([record])[0] if has_some else None
         if "content" in wanted:
             self.counts.records_read += 1
-            content = self._snapshot.store.content(record)
+            content = next(contents)
             self.counts.content_bytes += content.size
             row["content"] = content
         return row
@@ -722,6 +730,9 @@ def _as(array: pa.Array, kind: pa.DataType) -> pa.Array:
 
 def _may_hold(bits: memoryview | None, hashes: Sequence[int] | None) -> bool:
     return bits is None or hashes is None or any(may_hold(bits, hash) for hash in hashes)
+
+
+_rows = operator.attrgetter("rows")
 
 
 def _by_offset(record: RecordMeta) -> int:

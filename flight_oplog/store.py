@@ -32,10 +32,11 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from flight_oplog import codec, deltalog
-from flight_oplog.datafile import DataFile, RecordMeta, StagedFile, read_columns, read_content, read_filters, read_records
+from flight_oplog.datafile import StagedFile
 from flight_oplog.deltalog import Changes
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
 from flight_oplog.files import reading_error, storage_error
+from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records
 from flight_oplog.schema import (
     FORMAT_VERSION,
     KEYS_METADATA,
@@ -132,10 +133,14 @@ class Snapshot:
         records = (record for file in found.files_within(start) for record in self.records_of(found, file))
         yield from sorted(records, key=_first_offset) if found.overlaps else records
 
-    def records_of(self, topic: Topic, file: DataFile, afresh: bool = False) -> Sequence[RecordMeta]:
-        """Return those of a file's records that are the topic's; another program may have put dropped ones beside them."""
-        records = self.store.records(file, afresh)
-        return records if file.first_offset >= topic.start else [record for record in records if record.first_offset >= topic.start]
+    def records_of(self, topic: Topic, file: DataFile, each: bool = False) -> Sequence[RecordMeta]:
+        """Return those of a file's records that are the topic's; with `each`, small ones one by one.
+
+        Another program may have put dropped ones beside them: then all are looked at one by one.
+        """
+        if file.first_offset >= topic.start:
+            return self.store.rows(file) if each else self.store.records(file)
+        return [record for record in self.store.rows(file) if record.first_offset >= topic.start]
 
 
 class Store:
@@ -421,20 +426,27 @@ class Store:
 
     # Reading
 
-    def records(self, file: DataFile, afresh: bool = False) -> tuple[RecordMeta, ...]:
-        """Return the rows of a data file without their content, from memory unless `afresh`."""
-        found = None if afresh else self._metas.get(file.path)
+    def records(self, file: DataFile) -> tuple[RecordMeta, ...]:
+        """Return the records of a data file without their content, from memory or read now; small neighbours are one."""
+        found = self._metas.get(file.path)
         if found is None:
             found = self._metas[file.path] = read_records(self._storage, file)
         return found
 
-    def content(self, record: RecordMeta, afresh: bool = False) -> pa.Buffer:
-        """Return a record's content, checked against its digest; from memory, if it is, unless `afresh`.
+    def rows(self, file: DataFile, afresh: bool = False) -> tuple[RecordMeta, ...]:
+        """Return the rows of a data file without their content, each as it is; from memory, if they are, unless `afresh`."""
+        known = self._metas.get(file.path, ())
+        is_known = known and not afresh and all(record.rows == 1 for record in known)
+        return known if is_known else read_records(self._storage, file, each=True)
 
-        Raises CorruptLog naming topic, file and offset.
-        """
-        found = None if afresh else self._fresh.get(record.key)
+    def content(self, record: RecordMeta) -> pa.Buffer:
+        """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
+        found = self._fresh.get(record.key)
         return read_content(self._storage, record) if found is None else found
+
+    def contents(self, records: Sequence[RecordMeta]) -> Iterator[pa.Buffer]:
+        """Yield the content of records as it is on disk, checked. Raises CorruptLog as `content`."""
+        return read_contents(self._storage, records)
 
     def _keep_fresh(self, file: StagedFile, metas: Sequence[RecordMeta]) -> None:
         for row, content in file.fresh.items():
@@ -499,8 +511,10 @@ class Store:
             self._looked = time.time()
             try:
                 for file in staged:
-                    metas = self._metas[file.done.path] = file.metas()
-                    self._keep_fresh(file, metas)
+                    metas = file.metas()
+                    if metas is not None:
+                        self._metas[file.done.path] = metas
+                        self._keep_fresh(file, metas)
                 self._follow(base, Changes([file.done for file in staged], numbers=numbers))
                 if table_version % CHECKPOINT_INTERVAL == 0 and (self._checkpointing is None or not self._checkpointing.is_alive()):
                     self._checkpointing = None

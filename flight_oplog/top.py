@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 
 from flight_oplog import codec
-from flight_oplog.datafile import RecordMeta
 from flight_oplog.numbers import is_number, numbers
+from flight_oplog.records import RecordMeta
 
 LIMIT_MAX = 10_000
 

@@ -13,7 +13,7 @@ from datafusion import SessionContext
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flight_oplog import Config, OpLog, keys
+from flight_oplog import Config, OpLog, keys, records
 from flight_oplog.errors import CorruptLog, OplogError, RequestError
 from flight_oplog.sql import lexer
 from flight_oplog.sql.engine import Engine
@@ -214,8 +214,9 @@ def test_keys_go_with_the_topic_and_come_with_its_next(tmp_path: Path) -> None:
         assert log.snapshot().topics["t"].keys == ()
 
 
-def test_long_appends_have_filters_too(tmp_path: Path) -> None:
+def test_long_appends_have_filters_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that are written before they are committed."""
+    monkeypatch.setattr(records, "TOGETHER_ENTRIES_MAX", 0)
     with OpLog.open(str(tmp_path / "log"), Config(record_entries_max=1000)) as log:
         execute(log, "CREATE TABLE t (k VARCHAR) WITH (keys = 'k')")
         log.append("t", pa.table({"k": [f"{random.Random(n).getrandbits(64):x}" for n in range(10_000)]}))

@@ -16,6 +16,7 @@ ORDER = [
     "parts",
     "keys",
     "parquet",
+    "records",
     "datafile",
     "deltalog",
     "store",

@@ -1,0 +1,421 @@
+"""Records as they are read: the rows of data files without their content, their content, and columns of it.
+
+Small records of a row group that follow each other are read as one: what they cost alone is more than their entries
+do. Such a record has the entries, appends and bounds of them all; `rows` says how many they are.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import mmap
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from flight_oplog import codec
+from flight_oplog.errors import CorruptLog, OplogError
+from flight_oplog.files import allocate, is_refusal, reading_error
+from flight_oplog.parts import Parts
+from flight_oplog.schema import FORMAT_VERSION, RECORD_SCHEMA
+from flight_oplog.storage import ALIGNED_BYTES, Storage
+
+CREATED_BY = f"flight_oplog version {FORMAT_VERSION} (build format_version {FORMAT_VERSION})"
+# Records of a row group are read as one up to so many entries, where all of its content is no more than so many bytes.
+TOGETHER_ENTRIES_MAX = 1 << 20
+TOGETHER_BYTES_MAX = 64 << 20
+
+# A page's header, and the length of its only value.
+_PAGE_HEAD_BYTES_MAX = 64
+_META_COLUMNS = [name for name in RECORD_SCHEMA.names if name not in ("topic", "filters", "content")]
+# Any decimal in bounds is written like this; a text may be.
+_DECIMAL = re.compile(r"-?\d+(\.\d+)?(E[+-]?\d+)?")
+
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class DataFile:
+    """One committed Parquet file of one topic, as its `add` action describes it."""
+
+    path: str
+    topic: str
+    size: int
+    records: int
+    first_offset: int
+    last_record: int  # the first offset of its last record
+    min_time: datetime.datetime | None = None
+    max_time: datetime.datetime | None = None
+
+    @property
+    def key(self) -> str:
+        """Names this file among all files ever."""
+        return self.path
+
+
+@dataclass(slots=True, eq=False)
+class RecordMeta:
+    """A row of the outer table without its content, or several read as one, and where the content is."""
+
+    file: DataFile
+    row: int
+    row_group: int
+    place: int  # of its row, or of the first, in the row group
+    span: Span | None
+    first_offset: int
+    entries: int
+    schema_id: str
+    min_time: datetime.datetime | None
+    max_time: datetime.datetime | None
+    digest: str
+    parts: str | None
+    known_appends: list[dict[str, Any]] | pa.Array
+    known_bounds: codec.Bounds | _Bounds
+    rows: int = 1
+    each: tuple[pa.Array, list[int]] | None = None  # digest and entries of each row, where there are several
+    key: str = field(init=False, repr=False)  # names this record among all records ever
+
+    def __post_init__(self) -> None:
+        self.key = f"{self.file.path}#{self.row}" if self.rows == 1 else f"{self.file.path}#{self.row}+{self.rows}"
+
+    @property
+    def appends(self) -> list[dict[str, Any]]:
+        if isinstance(self.known_appends, pa.Array):
+            self.known_appends = self.known_appends.flatten().to_pylist()
+        return self.known_appends
+
+    @property
+    def bounds(self) -> codec.Bounds:
+        if isinstance(self.known_bounds, _Bounds):
+            self.known_bounds = self.known_bounds.together()
+        return self.known_bounds
+
+    @property
+    def where(self) -> str:
+        return f"topic {self.file.topic!r}, file {os.path.basename(self.file.path)}, offset {self.first_offset}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Bounds:
+    """Bounds of neighbouring rows, as they are written; looked at when somebody asks."""
+
+    texts: pa.Array
+    entries: np.ndarray
+
+    def together(self) -> codec.Bounds:
+        """Return bounds of them all."""
+        found = [json.loads(text) if text else {} for text in self.texts.to_pylist()]
+        if len(found) == 1:
+            return found[0]  # type: ignore[no-any-return]
+        return {name: self._of_column([each.get(name, {}) for each in found]) for name in found[0]}
+
+    def _of_column(self, limits: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        if any("nulls" not in each for each in limits):
+            return {}
+        together: dict[str, Any] = {"nulls": sum(each["nulls"] for each in limits)}
+        has_values = [each for each, entries in zip(limits, self.entries.tolist(), strict=True) if each["nulls"] < entries]
+        if has_values and all("min" in each for each in has_values):
+            low, high = min(each["min"] for each in has_values), max(each["max"] for each in has_values)
+            if not isinstance(low, str) or not all(_DECIMAL.fullmatch(each[end]) for each in has_values for end in ("min", "max")):
+                together |= {"min": low, "max": high}  # decimals do not order as texts do
+        return together
+
+
+# Reading rows
+
+
+def read_records(storage: Storage, file: DataFile, each: bool = False) -> tuple[RecordMeta, ...]:
+    """Return the records of a file in offset order; with `each`, small ones one by one.
+
+    Raises CorruptLog where they are damaged or do not add up.
+    """
+    with _parquet(storage, file) as opened:
+        try:
+            table = opened.read(columns=_META_COLUMNS)
+            groups = _groups(opened.metadata)
+            ours = opened.metadata.created_by == CREATED_BY
+        except Exception as error:  # damaged bytes surface as errors of many kinds
+            raise _unreadable(file, error) from error
+    try:
+        rows = _Rows(file, table, groups)
+        adds_up = rows.add_up(ours)
+        metas = tuple(rows.records(each)) if adds_up else ()
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError, pa.ArrowException) as error:
+        raise CorruptLog(f"{_name(file)} does not hold records; restore it") from error
+    if not adds_up:
+        raise CorruptLog(f"{_name(file)} holds records that do not add up; restore it")
+    if len(table) != file.records:
+        raise CorruptLog(f"{_name(file)} holds {len(table)} of {file.records} records; restore it")
+    return metas
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """A row group: its first row, how many it has, its content's bytes, and where the content of its only row is."""
+
+    number: int
+    first: int
+    rows: int
+    nbytes: int
+    span: Span | None
+
+
+def _groups(metadata: pq.FileMetaData) -> list[_Group]:
+    found, first = [], 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        chunk = group.column(group.num_columns - 1)
+        is_plain = chunk.path_in_schema == "content" and chunk.compression == "UNCOMPRESSED" and not chunk.has_dictionary_page
+        span = (chunk.data_page_offset, chunk.data_page_offset + chunk.total_compressed_size) if group.num_rows == 1 and is_plain else None
+        found.append(_Group(number, first, group.num_rows, chunk.total_uncompressed_size, span))
+        first += group.num_rows
+    return found
+
+
+class _Rows:
+    """The rows of a file in offset order, column by column."""
+
+    def __init__(self, file: DataFile, table: pa.Table, groups: Sequence[_Group]) -> None:
+        self._file, self._groups = file, groups
+        firsts = table["first_offset"].to_numpy()
+        self._places = np.arange(len(table))
+        if (np.diff(firsts) < 0).any():
+            self._places = np.argsort(firsts, kind="stable")
+            table = table.take(pa.array(self._places))
+        self._group = np.repeat(np.arange(len(groups)), [group.rows for group in groups])[self._places]
+        self._columns = {name: table[name].combine_chunks() for name in table.column_names}
+        self._firsts, self._entries = (self._columns[name].to_numpy() for name in ("first_offset", "entries"))
+        self._ends = self._firsts + self._entries
+
+    def add_up(self, ours: bool) -> bool:
+        """Whether the runs follow each other, and are as long as their appends say."""
+        appends = self._columns["appends"]
+        ends = np.concatenate([[0], np.cumsum(appends.flatten().field("entries").to_numpy())])
+        places = np.concatenate([[0], np.cumsum(pc.list_value_length(appends).to_numpy())])
+        gaps = self._firsts - np.concatenate([[self._file.first_offset], self._ends[:-1]])
+        # A file that another program's compaction made may hold runs from here and there.
+        follows = (gaps == 0) if ours else (gaps >= 0)
+        return bool(follows.all() and (np.diff(ends[places]) == self._entries).all())
+
+    def records(self, each: bool) -> Iterator[RecordMeta]:
+        for start, end in itertools.pairwise(range(len(self._firsts) + 1)) if each else self._together():
+            yield self._record(start, end)
+
+    def _together(self) -> Iterator[Span]:
+        """Yield runs of rows that are read as one."""
+        codes = self._columns["schema_id"].dictionary_encode().indices.to_numpy()
+        follows = (self._firsts[1:] == self._ends[:-1]) & (np.diff(self._places) == 1)
+        large = np.array([group.rows == 1 or group.nbytes > TOGETHER_BYTES_MAX for group in self._groups])[self._group]
+        cuts = ~follows | (np.diff(self._group) != 0) | (np.diff(codes) != 0) | large[1:]
+        edges = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(self._firsts)]
+        for begin, end in itertools.pairwise(edges):
+            start = begin
+            while start < end:
+                room = int(np.searchsorted(self._ends[start:end], self._firsts[start] + TOGETHER_ENTRIES_MAX, "right"))
+                yield start, start + max(1, room)
+                start += max(1, room)
+
+    def _record(self, start: int, end: int) -> RecordMeta:
+        columns, rows = self._columns, end - start
+        group = self._groups[self._group[start]]
+        low, high = (columns[name].slice(start, rows) for name in ("min_time", "max_time"))
+        is_timed = not low.null_count and not high.null_count
+        parts = columns["parts"][start].as_py() if "parts" in columns and rows == 1 else None
+        return RecordMeta(
+            file=self._file,
+            row=int(self._places[start]),
+            row_group=group.number,
+            place=int(self._places[start]) - group.first,
+            span=group.span,
+            first_offset=int(self._firsts[start]),
+            entries=int(self._ends[end - 1] - self._firsts[start]),
+            schema_id=columns["schema_id"][start].as_py(),
+            min_time=pc.min(low).as_py() if is_timed else None,
+            max_time=pc.max(high).as_py() if is_timed else None,
+            digest=columns["digest"][start].as_py() if rows == 1 else "",
+            parts=parts,
+            known_appends=columns["appends"].slice(start, rows),
+            known_bounds=_Bounds(columns["bounds"].slice(start, rows), self._entries[start:end]),
+            rows=rows,
+            each=(columns["digest"].slice(start, rows), self._entries[start:end].tolist()) if rows > 1 else None,
+        )
+
+
+def _unreadable(file: DataFile, error: Exception) -> OplogError:
+    if isinstance(error, FileNotFoundError):
+        return CorruptLog(f"{_name(file)} is missing; restore it")
+    if is_refusal(error):
+        return reading_error(_name(file), error)
+    return CorruptLog(f"{_name(file)} is not readable Parquet; restore it")
+
+
+# Reading content
+
+
+def read_content(storage: Storage, record: RecordMeta) -> pa.Buffer:
+    """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
+    return next(read_contents(storage, [record]))
+
+
+def read_contents(storage: Storage, records: Iterable[RecordMeta]) -> Iterator[pa.Buffer]:
+    """Yield the content of records, as `read_content`; a row group that neighbours share is read once."""
+    for _, of_group in itertools.groupby(records, lambda record: (record.file.path, record.row_group)):
+        shared: pa.ChunkedArray | None = None
+        for record in of_group:
+            if record.span is not None:
+                contents = [_read_span(storage, record, *record.span)]
+            else:
+                shared = _read_group(storage, record) if shared is None else shared
+                contents = _of_group(shared, record)
+            yield _checked(record, contents)
+
+
+def _checked(record: RecordMeta, contents: list[pa.Buffer]) -> pa.Buffer:
+    if record.parts is not None:
+        is_whole = _parts(record).check(contents[0])
+    else:
+        digests, entries = ([record.digest], [record.entries]) if record.each is None else (record.each[0].to_pylist(), record.each[1])
+        is_whole = all(codec.has_digest(content, digest) for content, digest in zip(contents, digests, strict=True))
+    if not is_whole:
+        raise _altered(record)
+    return contents[0] if record.each is None else codec.as_one(contents, entries, record.where)
+
+
+def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> tuple[pa.Buffer, int]:
+    """Return content of which only the frame and some columns are there, checked; and how many bytes of it were read.
+
+    The rest of it is memory that was never touched. Content without parts is read whole.
+    """
+    if record.parts is None or record.span is None:
+        content = read_content(storage, record)
+        return content, content.size
+    parts = _parts(record)
+    start = record.span[1] - parts.size
+    if not 0 < start - record.span[0] <= _PAGE_HEAD_BYTES_MAX:
+        raise _altered(record)
+    spans = parts.spans(names, storage.gap_bytes)
+    memory = mmap.mmap(-1, parts.size)
+    try:
+        is_there = storage.scatter(record.file.path, start, spans, memoryview(memory))
+    except OSError as error:
+        raise _unreadable(record.file, error) from error
+    content = pa.py_buffer(memory)
+    if not is_there or not parts.check(content, names):
+        raise _altered(record)
+    return content, sum(end - first for first, end in spans)
+
+
+def read_filters(storage: Storage, file: DataFile, records: Sequence[RecordMeta]) -> dict[str, bytes]:
+    """Return the filters of records of one file that have some, by the records' keys. Raises CorruptLog where one is not there."""
+    groups = sorted({record.row_group for record in records})
+    with _parquet(storage, file) as opened:
+        try:
+            columns = {group: opened.read_row_group(group, columns=["filters"]).column(0) for group in groups}
+            found = {record.key: columns[record.row_group][record.place].as_py() for record in records}
+        except Exception as error:  # damaged bytes surface as errors of many kinds
+            raise _unreadable(file, error) from error
+    if not all(isinstance(each, bytes) for each in found.values()):
+        raise CorruptLog(f"{_name(file)} lacks a filter that its bounds name; restore it")
+    return found
+
+
+def _parts(record: RecordMeta) -> Parts:
+    assert record.parts is not None
+    if not codec.has_digest(pa.py_buffer(record.parts.encode()), record.digest):
+        raise _altered(record)
+    try:
+        return Parts.read(record.parts)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CorruptLog(f"{record.where}: its parts do not add up; restore the file") from error
+
+
+def _altered(record: RecordMeta) -> CorruptLog:
+    return CorruptLog(f"{record.where}: content does not match its digest; restore the file")
+
+
+def _read_group(storage: Storage, record: RecordMeta) -> pa.ChunkedArray:
+    """Return the content of all rows of a record's row group."""
+    with _parquet(storage, record.file) as opened:
+        try:
+            return opened.read_row_group(record.row_group, columns=["content"]).column(0)
+        except Exception as error:  # damaged bytes surface as errors of many kinds
+            if is_refusal(error) or isinstance(error, FileNotFoundError):
+                raise _unreadable(record.file, error) from error
+            raise CorruptLog(f"{record.where}: content is not readable; restore the file") from error
+
+
+def _of_group(shared: pa.ChunkedArray, record: RecordMeta) -> list[pa.Buffer]:
+    """Return the content of a record's rows, unchecked, out of that of its row group."""
+    if not (pa.types.is_binary(shared.type) or pa.types.is_large_binary(shared.type)):
+        raise CorruptLog(f"{record.where}: content is {shared.type}, not binary; restore the file")
+    found = [scalar.as_buffer() for scalar in shared.slice(record.place, record.rows)]
+    if len(found) != record.rows or any(each is None for each in found):
+        raise CorruptLog(f"{record.where}: content is not there; restore the file")
+    return found
+
+
+def _read_span(storage: Storage, record: RecordMeta, start: int, end: int) -> pa.Buffer:
+    """Read the only value of an uncompressed content chunk straight from the file, into aligned memory.
+
+    The chunk is a Thrift page header (20 to 40 bytes), a 4-byte length and the bytes up to `end`.
+    """
+    try:
+        chunk = storage.read(record.file.path, start, end)
+    except OSError as error:
+        raise _unreadable(record.file, error) from error
+    head = chunk.slice(0, min(_PAGE_HEAD_BYTES_MAX, chunk.size)).to_pybytes()
+    for place in range(8, len(head) - 3):
+        size = int.from_bytes(head[place : place + 4], "little")
+        if place + 4 + size == chunk.size == end - start:
+            content = chunk.slice(place + 4)
+            return content if content.address % ALIGNED_BYTES == 0 else _aligned(content)
+    raise CorruptLog(f"{record.where}: content has no length; restore the file")
+
+
+def _aligned(content: pa.Buffer) -> pa.Buffer:
+    memory = allocate(content.size)
+    memoryview(memory)[:] = content
+    return memory
+
+
+def _parquet(storage: Storage, file: DataFile) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(storage.open(file.path, file.size), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def outer_row(record: RecordMeta) -> dict[str, Any]:
+    """Return the columns of a record's row, but for its topic, its filters and its content."""
+    return {
+        "first_offset": record.first_offset,
+        "entries": record.entries,
+        "schema_id": record.schema_id,
+        "appends": record.appends,
+        "min_time": record.min_time,
+        "max_time": record.max_time,
+        "bounds": codec.bounds_json(record.bounds),
+        "digest": record.digest,
+        "parts": record.parts,
+    }
+
+
+def binary_array(contents: Sequence[pa.Buffer]) -> pa.Array:
+    """Return the contents as one binary array; a single one is not copied."""
+    if len(contents) == 1:
+        offsets = pa.py_buffer(struct.pack("<ii", 0, contents[0].size))
+        return pa.Array.from_buffers(pa.binary(), 1, [None, offsets, contents[0]])
+    return pa.array([content.to_pybytes() for content in contents], pa.binary())
+
+
+def _name(file: DataFile) -> str:
+    return f"topic {file.topic!r}: file {os.path.basename(file.path)}"

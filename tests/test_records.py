@@ -1,0 +1,179 @@
+"""Small records of a row group are read as one, and say the same as each of them."""
+
+import datetime
+import decimal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import flip, rows
+
+from flight_oplog import Config, OpLog, codec, records
+from flight_oplog.committer import Origin
+from flight_oplog.errors import CorruptLog
+from flight_oplog.records import RecordMeta, _Bounds
+from flight_oplog.sql.engine import Engine
+
+SMALL = Config(record_entries_max=10, compression="none")
+
+
+def numbered(first: int, entries: int) -> pa.Table:
+    return pa.table({"n": range(first, first + entries), "s": [f"entry {n}" for n in range(first, first + entries)]})
+
+
+def all_of(log: OpLog) -> list[RecordMeta]:
+    return list(log.snapshot().records("t"))
+
+
+def test_neighbours_are_one_and_read_at_once(folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    read_group = records._read_group
+    monkeypatch.setattr(records, "_read_group", lambda *arguments: reads.append(arguments) or read_group(*arguments))
+    with OpLog.open(str(folder), SMALL) as log:
+        log.append("t", numbered(0, 1000))
+        [record] = all_of(log)
+        assert (record.rows, record.first_offset, record.entries) == (100, 0, 1000)
+        assert rows(engine, log.snapshot(), "SELECT sum(n) AS s, count(DISTINCT s) AS d FROM t") == [{"s": 499_500, "d": 1000}]
+        assert len(reads) == 1
+        assert rows(engine, log.snapshot(), "SELECT count(*) AS n, sum(entries) AS e FROM records.t") == [{"n": 100, "e": 1000}]
+        assert rows(engine, log.snapshot(), "SELECT count(content) AS n FROM records.t") == [{"n": 100}]
+        assert len(reads) <= 1 + engine._planner._partitions, "the row group is read once for all of a partition's rows"
+        assert rows(engine, log.snapshot(), "SELECT records FROM system.topics WHERE topic = 't'") == [{"records": 100}]
+
+
+def test_the_logs_own_columns_are_those_of_each(folder: Path, engine: Engine) -> None:
+    with OpLog.open(str(folder), SMALL) as log:
+        for sequence in range(3):
+            log.append("t", numbered(25 * sequence, 25), Origin("p", 0, sequence))
+        log.append("t", numbered(75, 25))
+        found = rows(engine, log.snapshot(), "SELECT n, _offset, _producer, _sequence FROM log.t ORDER BY n")
+        assert found == [
+            {"n": n, "_offset": n, "_producer": "p" if n < 75 else None, "_sequence": n // 25 if n < 75 else None} for n in range(100)
+        ]
+        assert [row["n"] for row in rows(engine, log.snapshot(), "SELECT n FROM log.t WHERE _offset BETWEEN 33 AND 57 ORDER BY n")] == [
+            *range(33, 58)
+        ]
+
+
+def test_up_to_so_many_entries_are_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpLog.open(str(folder), SMALL) as log:
+        log.append("t", numbered(0, 95))
+    for most, expected in ((1, [1] * 10), (29, [2, 2, 2, 2, 2]), (30, [3, 3, 3, 1]), (94, [9, 1]), (95, [10])):
+        monkeypatch.setattr(records, "TOGETHER_ENTRIES_MAX", most)
+        with OpLog.open(str(folder)) as log:
+            found = all_of(log)
+            assert [record.rows for record in found] == expected
+            assert sum(record.entries for record in found) == 95
+    monkeypatch.undo()
+    for most, expected in ((10_000, [10]), (9_000, [1] * 10)):
+        monkeypatch.setattr(records, "TOGETHER_BYTES_MAX", most if most > 9_000 else 100)
+        with OpLog.open(str(folder)) as log:
+            assert [record.rows for record in all_of(log)] == expected
+
+
+def test_schemas_are_kept_apart(folder: Path, engine: Engine) -> None:
+    with OpLog.open(str(folder), SMALL) as log:
+        with_more = numbered(20, 20).append_column("extra", pa.array(range(20)))
+        log.commit_together([_append(log, numbered(0, 20)), _append(log, with_more), _append(log, numbered(40, 20))])
+        sql = "SELECT count(*) AS n, count(extra) AS e, sum(n) AS s FROM t"
+        assert rows(engine, log.snapshot(), sql) == [{"n": 60, "e": 20, "s": 1770}]
+        assert sum(record.rows for record in all_of(log)) >= 3
+
+
+def _append(log: OpLog, entries: pa.Table) -> Any:
+    writer = log.writer("t", entries.schema)
+    for batch in entries.to_batches():
+        writer.write(batch)
+    writer.complete()
+    return writer.hand_over()
+
+
+def test_damage_in_one_of_them_is_found(tmp_path: Path, engine: Engine) -> None:
+    with OpLog.open(str(tmp_path / "log"), SMALL) as log:
+        log.append("t", numbered(0, 100))
+    [path] = (tmp_path / "log" / "topic=t").glob("*.parquet")
+    flip(path, path.read_bytes().index(b"entry 58"))
+    with OpLog.open(str(tmp_path / "log")) as log:
+        with pytest.raises(CorruptLog, match="content does not match its digest; restore the file"):
+            rows(engine, log.snapshot(), "SELECT max(s) FROM t")
+        [problem] = [problem for problem in log.verify() if problem.severity == "error"]
+        assert "offset 50: content does not match its digest" in problem.what
+
+
+def without_a_row(table: pa.Table) -> pa.Table:
+    return table.slice(0, 9)
+
+
+def with_a_null(table: pa.Table) -> pa.Table:
+    place = table.schema.get_field_index("content")
+    return table.set_column(place, "content", pa.array([*table["content"].to_pylist()[:9], None], pa.binary()))
+
+
+def with_other_entries(table: pa.Table) -> pa.Table:
+    place = table.schema.get_field_index("entries")
+    return table.set_column(place, "entries", pa.array([9, 11, *[10] * 8]))
+
+
+def with_texts_for_entries(table: pa.Table) -> pa.Table:
+    place = table.schema.get_field_index("entries")
+    return table.set_column(place, "entries", pa.array(["x"] * 10))
+
+
+def without_appends(table: pa.Table) -> pa.Table:
+    return table.drop_columns(["appends"])
+
+
+@pytest.mark.parametrize("change", [without_a_row, with_a_null, with_other_entries, with_texts_for_entries, without_appends])
+def test_rows_that_another_program_spoiled_are_refused(tmp_path: Path, engine: Engine, change: Callable[[pa.Table], pa.Table]) -> None:
+    with OpLog.open(str(tmp_path / "log"), SMALL) as log:
+        log.append("t", numbered(0, 100))
+    [path] = (tmp_path / "log" / "topic=t").glob("*.parquet")
+    pq.write_table(change(pq.ParquetFile(path).read()), path)
+    with OpLog.open(str(tmp_path / "log")) as log:
+        with pytest.raises(CorruptLog, match="topic 't'"):
+            rows(engine, log.snapshot(), "SELECT max(s) FROM t")
+        assert any(problem.severity == "error" for problem in log.verify())
+
+
+def test_contents_become_one_even_where_their_schema_messages_differ() -> None:
+    batch = pa.record_batch({"n": [1, 2], "s": ["x", "y"]})
+    same = [codec.encode([batch.slice(place, 1)], batch.schema, "none") for place in range(2)]
+    other = codec.encode([batch], batch.schema.with_metadata({"written": "by another"}), "zstd")
+    for contents, entries in ((same, [1, 1]), ([*same, other], [1, 1, 2]), ([other], [2])):
+        found = codec.decode(codec.as_one(contents, entries, "here"), sum(entries), "here")
+        assert pa.Table.from_batches(found).to_pylist() == [{"n": 1, "s": "x"}, {"n": 2, "s": "y"}] * (sum(entries) // 2)
+    with pytest.raises(CorruptLog):
+        codec.as_one([*same, other], [1, 1, 3], "here")
+    with pytest.raises(CorruptLog):
+        codec.as_one([same[0], same[1].slice(0, same[1].size - 8)], [1, 1], "here")
+
+
+COLUMNS: dict[str, list[Any]] = {
+    "numbers": [[1, None], [None, None], [-5, 3]],
+    "texts": [["b", "abc"], [None, None], ["a" * 80, "é"]],
+    "texts like numbers": [["10", "9"], ["100"], ["1E5", "-7"]],
+    "decimals": [[decimal.Decimal("9.50")], [None], [decimal.Decimal("-10.25"), decimal.Decimal("10.00")]],
+    "nothing": [[None], [None, None], [None]],
+    "not a number": [[1.5], [float("nan")], [2.5]],
+    "times": [[datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC)], [None], [datetime.datetime(1969, 1, 1, tzinfo=datetime.UTC)]],
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_bounds_of_several_are_bounds_of_all(name: str) -> None:
+    kind = pa.array([value for part in COLUMNS[name] for value in part]).type
+    kind = pa.decimal128(9, 2) if name == "decimals" else pa.string() if name == "nothing" else kind
+    schema = pa.schema([("c", kind)])
+    batches = [pa.record_batch([pa.array(part, kind)], schema=schema) for part in COLUMNS[name]]
+    texts = pa.array([codec.bounds_json(codec.bounds([batch], schema)) for batch in batches])
+    found = _Bounds(texts, np.array([batch.num_rows for batch in batches])).together()
+    whole = codec.bounds(batches, schema)
+    assert found["c"]["nulls"] == whole["c"]["nulls"]
+    if name in ("decimals", "texts like numbers"):
+        assert "min" not in found["c"], "what is text orders otherwise than what is a number, and bounds do not tell them apart"
+    else:
+        assert found == whole
