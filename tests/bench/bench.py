@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from appends import bench_appends
-from datafusion import SessionConfig, SessionContext
-from deltalake import DeltaTable, write_deltalake
+from deltalake import write_deltalake
 from followers import bench_followers
 from pyarrow import flight
+from references import datafusion_over
 from rich.console import Console
 from rich.table import Table
 
@@ -189,11 +189,7 @@ def queries() -> dict[str, str]:
 
 
 def bench_queries(log: OpLog, delta: Path) -> list[tuple[str, str, float, float]]:
-    settings = {"datafusion.execution.parquet.pushdown_filters": "true"}
-    plain = SessionContext(SessionConfig(settings).with_target_partitions(os.cpu_count() or 1))
-    # DataFusion's own Parquet reader over the Delta table's files: faster than the table registered as a Delta provider.
-    assert len(DeltaTable(str(delta)).file_uris()) > 0
-    plain.register_parquet("events", str(delta))
+    plain = datafusion_over(delta)
     engine = Engine(Config(cache_bytes_max=CACHE))
     snapshot, numbers = log.snapshot(), iter(range(1 << 30))
     results = []

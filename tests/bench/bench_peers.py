@@ -3,7 +3,7 @@
 The same event log lies in our log and as a plain Delta table. Every round asks each server in turn; points and slices
 are others in every round, the same for all; aggregates come with the same text again, as dashboards ask them, and then with a
 text that was never asked. A ratio is a peer's time over ours in one round, and the middle one counts.
-Servers that are not asked stand still.
+Servers that are not asked stand still. References, which are no peers, are asked in the same rounds and shown by themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import pyarrow as pa
 from bench import ENTRIES, START, events, put
 from chart import chart
 from deltalake import write_deltalake
-from peers import Peer, Query, all_peers, ours
+from peers import ALL, ONE, Asked, Peer, Query, all_peers, ours
+from references import MARKS, all_references
 from rich.console import Console
 from rich.table import Table
 
@@ -60,7 +61,7 @@ def at(place: int) -> str:
 
 FEW = "timestamp, node_id, sequence, value"
 QUESTIONS = [
-    Question("SELECT 1", lambda node, place: "SELECT 1 AS one", 200),
+    Question("SELECT 1", lambda node, place: ONE, 200),
     Question("COUNT(*)", lambda node, place: "SELECT count(*) AS n FROM events", 50),
     Question("point lookup", lambda node, place: f"SELECT {FEW} FROM events WHERE node_id = '{node}' ORDER BY sequence"),
     Question(
@@ -78,7 +79,7 @@ QUESTIONS = [
     ),
     Question("distinct", lambda node, place: "SELECT count(DISTINCT node_id) AS n FROM events"),
     Question("top 10", lambda node, place: f"SELECT {FEW} FROM events ORDER BY value DESC LIMIT 10"),
-    Question("SELECT *", lambda node, place: "SELECT * FROM events", 3, is_ordered=False),
+    Question("SELECT *", lambda node, place: ALL, is_ordered=False),
     Question(
         "group by kind, new text",
         lambda node, place: f"SELECT kind, count(*) AS n, avg(value) AS mean, {place} AS anew FROM events GROUP BY kind ORDER BY kind",
@@ -99,7 +100,7 @@ MIX = [question for question in QUESTIONS if question.in_mix]
 
 @dataclass
 class Found:
-    """Seconds of one question at each server, round by round."""
+    """Seconds of one question at each that answers it, round by round."""
 
     seconds: dict[str, list[float]] = field(default_factory=dict)
 
@@ -134,27 +135,29 @@ def evict(*folders: Path) -> None:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def ask_all(servers: Sequence[Peer], nodes: Sequence[str]) -> dict[str, Found]:
-    """Ask every server every question, warm; check each first answer against ours."""
+def ask_all(servers: Sequence[Asked], nodes: Sequence[str]) -> dict[str, Found]:
+    """Ask every question of all who answer it, warm; check each first answer against ours, the first of `servers`."""
     found: dict[str, Found] = {}
     with contextlib.ExitStack() as stack:
-        asks: dict[str, Query] = {server.name: stack.enter_context(server.connect()) for server in servers}
+        asks: list[tuple[Asked, Query]] = [(server, stack.enter_context(server.connect())) for server in servers]
         for question in QUESTIONS:
-            here = found[question.name] = Found({name: [] for name in asks})
+            here = found[question.name] = Found()
             for turn in range(-1 if question.is_ordered is False else -WARMING, question.rounds):
                 chance = random.Random(turn)
                 sql = question.sql(chance.choice(nodes), chance.randrange(ENTRIES - SLICE))
                 wanted = None
-                for name, ask in asks.items():
+                for server, ask in asks:
+                    if server.statements is not None and sql not in server.statements:
+                        continue
                     began = time.perf_counter()
                     answer = ask(sql)
                     seconds = time.perf_counter() - began
                     if turn >= 0:
-                        here.seconds[name].append(seconds)
+                        here.seconds.setdefault(server.name, []).append(seconds)
                     elif wanted is None:
                         wanted = answer
                     else:
-                        assert same(wanted, answer, question.is_ordered), (question.name, name)
+                        assert same(wanted, answer, question.is_ordered), (question.name, server.name)
                     del answer
     return found
 
@@ -206,22 +209,48 @@ def geometric(ratios: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
-def show(title: str, found: dict[str, Found], names: list[str]) -> None:
+def coloured(ratio: float, mark: float = 1.0) -> str:
+    return f"[{'green' if ratio >= mark else 'red'}]{ratio:.2f}[/]"
+
+
+def table_of(title: str, *headings: str) -> Table:
     table = Table(title=title, header_style="bold")
-    table.add_column("question")
-    table.add_column("ours, ms", justify="right")
-    for name in (*names, "fastest"):
-        table.add_column(name, justify="right")
+    for heading in ("question", "ours, ms", *headings):
+        table.add_column(heading, justify="left" if heading == "question" else "right")
+    return table
+
+
+def printed(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+def show(title: str, found: dict[str, Found], names: list[str]) -> None:
+    table = table_of(title, *names, "fastest")
     ratios = {question: [here.ratio(name) for name in names] for question, here in found.items()}
     mixed_in = [[*ratios[question.name], min(ratios[question.name])] for question in MIX if question.name in ratios]
     for question, here in found.items():
-        cells = [f"[{'green' if ratio >= 1 else 'red'}]{ratio:.2f}[/]" for ratio in (*ratios[question], min(ratios[question]))]
+        cells = [coloured(ratio) for ratio in (*ratios[question], min(ratios[question]))]
         table.add_row(question, f"{here.middle('flight_oplog') * 1000:,.1f}", *cells)
         if question == MIX[-1].name:
             table.add_section()
             table.add_row("geometric mean", "", *(f"{geometric(column):.2f}" for column in zip(*mixed_in, strict=True)), style="bold")
             table.add_section()
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    printed(table)
+
+
+def show_references(found: dict[str, Found], names: list[str]) -> None:
+    """Show the ratios to references, each with the mark it has to reach where there is one."""
+    table = table_of("the same rounds, beside references: above 1 we are faster", *names)
+
+    def cell(question: str, name: str) -> str:
+        if name not in found[question].seconds:
+            return ""
+        mark = MARKS.get((question, name))
+        return coloured(found[question].ratio(name), mark or 1.0) + (f" (mark {mark})" if mark else "")
+
+    for question, here in found.items():
+        table.add_row(question, f"{here.middle('flight_oplog') * 1000:,.1f}", *(cell(question, name) for name in names))
+    printed(table)
 
 
 def main() -> None:
@@ -242,8 +271,11 @@ def main() -> None:
             names = [server.name for server in servers[1:]]
             if "warm" in only:
                 title = f"{ENTRIES:,} entries, warm: a peer's time over ours, above 1 we are faster"
-                found = ask_all(servers, nodes)
+                with contextlib.ExitStack() as beside:
+                    references = [beside.enter_context(start()) for start in all_references(plain, folder)]
+                    found = ask_all([*servers, *references], nodes)
                 show(title, found, names)
+                show_references(found, [reference.name for reference in references])
                 if "chart" in only:
                     chart(title, {question: {name: here.ratio(name) for name in names} for question, here in found.items()}, CHART)
             if "mixed" in only:

@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 from adbc_driver_flightsql import DatabaseOptions, dbapi
 from pyarrow import flight
 
 TABLE = "events"
+ONE = "SELECT 1 AS one"
+ALL = f"SELECT * FROM {TABLE}"
 HOST = "127.0.0.1"
 BIN = Path(os.environ.get("PEERS_BIN", ".venv/peers/bin"))
 START_SECONDS = 300.0
@@ -31,14 +33,27 @@ ADBC_OPTIONS = {DatabaseOptions.WITH_MAX_MSG_SIZE.value: str(2**31 - 1)}
 Query = Callable[[str], pa.Table]
 
 
+class Asked(Protocol):
+    """Whatever answers SQL: every statement, or only some."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def statements(self) -> frozenset[str] | None: ...
+
+    def connect(self) -> contextlib.AbstractContextManager[Query]: ...
+
+
 @dataclass(frozen=True)
 class Peer:
-    """A server that runs: where it answers, and whether it speaks Flight SQL or only plain Flight."""
+    """A server that runs: where it answers, whether it speaks Flight SQL or only plain Flight, and if not all statements, which."""
 
     name: str
     uri: str
     process: int
     speaks_flight_sql: bool = True
+    statements: frozenset[str] | None = None
 
     @contextlib.contextmanager
     def connect(self) -> Iterator[Query]:
@@ -91,7 +106,7 @@ def running(name: str, command: list[str], folder: Path, port: int, then: str | 
             try:
                 socket.create_connection((HOST, port), 1).close()  # else gRPC would wait longer and longer
                 with peer.connect() as ask:
-                    ask("SELECT 1 AS one")
+                    ask(ONE)
                     if then is not None:
                         ask(then)
                 break
