@@ -6,7 +6,7 @@ DATA ?= oplog-data
 SEED ?= 1
 KILLS ?= 300
 
-.PHONY: help setup demo serve test clients check lint types bench bench-peers faults dist lock clean
+.PHONY: help setup demo serve test clients check lint types bench bench-peers bench-scale faults dist lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -47,6 +47,9 @@ bench: setup ## ratios to peers, all in one run (10 M entries; ENTRIES=n for few
 
 bench-peers: setup .venv/peers/ready ## our server and its peers asked the same questions, in one run (ENTRIES=n ROUNDS=n)
 	@PEERS_BIN=$(CURDIR)/.venv/peers/bin $(BIN)/python tests/bench/bench_peers.py
+
+bench-scale: setup ## what ten times the entries, 10,000 files and 100,000 records cost (ENTRIES=n FILES=n RECORDS=n)
+	@$(BIN)/python tests/bench/bench_scale.py
 
 .venv/peers/ready: .ci/peers.txt
 	@echo "setting up the peers in .venv/peers"
