@@ -21,7 +21,7 @@ import pyarrow as pa
 from bench import BATCH, events
 from bench_peers import at, evict, printed
 from many import FILE_ENTRIES, FILES, RECORD_ENTRIES, RECORDS, bench_many, many_files, many_records, timed
-from peers import ONE, TABLE, ours
+from peers import ALL, ONE, TABLE, ours
 from rich.table import Table
 
 from flight_oplog import OpLog
@@ -82,11 +82,13 @@ def with_rare(entries: int) -> Iterator[pa.RecordBatch]:
 
 
 def warm(folders: Sequence[tuple[int, Path]], question: Question) -> list[float]:
-    """Return the median of each log."""
+    """Return the median of each log, all of it in its server's memory."""
     seconds: list[list[float]] = [[] for _ in folders]
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(ours(folder, folder.with_suffix(".run"), *FLAGS)) for _, folder in folders]
         asks = [stack.enter_context(server.connect()) for server in servers]
+        for ask in asks:
+            ask(ALL)
         for turn in range(-WARMING, ROUNDS):
             for (entries, _), ask, found in zip(folders, asks, seconds, strict=True):
                 sql = question.sql(random.Random(turn), entries)
