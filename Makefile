@@ -6,7 +6,7 @@ DATA ?= oplog-data
 SEED ?= 1
 KILLS ?= 300
 
-.PHONY: help setup demo serve test clients check lint types bench bench-peers bench-scale faults dist lock clean
+.PHONY: help setup demo serve test clients check lint types bench bench-peers bench-scale bench-tpch faults dist lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ bench-peers: setup .venv/peers/ready ## our server and its peers asked the same 
 
 bench-scale: setup ## what ten times the entries, 10,000 files and 100,000 records cost (ENTRIES=n FILES=n RECORDS=n)
 	@$(BIN)/python tests/bench/bench_scale.py
+
+bench-tpch: setup ## TPC-H at our server and at DataFusion in process, in one run (SCALE=n)
+	@$(BIN)/python tests/bench/bench_tpch.py
 
 .venv/peers/ready: .ci/peers.txt
 	@echo "setting up the peers in .venv/peers"
