@@ -153,7 +153,8 @@ class StagedFile:
             size = f"{record.entries} entries take {record.content.size} bytes"
             raise TooLarge(f"topic {self.topic!r}: {size}, a record holds 2 GiB; nothing was written")
         full = self._pending_bytes + record.content.size > ROW_GROUP_BYTES or len(self._pending) >= ROW_GROUP_RECORDS
-        if self._pending and full:
+        is_alone = record.parts is not None  # its columns are read alone, which takes a row group of its own
+        if self._pending and (full or is_alone):
             self._flush()
         self.bounds.append(record.bounds)
         if record.content.size < LARGE_BYTES and len(self.fresh) < FRESH_RECORDS_MAX:
@@ -166,7 +167,7 @@ class StagedFile:
         else:
             self._lows.append(record.min_time)
             self._highs.append(record.max_time)
-        if self._pending_bytes >= ROW_GROUP_BYTES:
+        if is_alone or self._pending_bytes >= ROW_GROUP_BYTES:
             self._flush()
 
     def flush(self, bytes_min: int = 0) -> None:

@@ -269,6 +269,7 @@ class _Table(ds.Dataset):
         offsets = self.context.offsets
         files = self._topic.files if offsets is None else self._topic.files_within(*offsets)
         kept = files if filter is None or len(files) == 1 else self._prune_files(filter, files)
+        self._snapshot.store.prefetch(kept)
         found = [self._snapshot.records_of(self._topic, file, self._shows_rows) for file in kept]
         records: Sequence[RecordMeta] = list(itertools.chain.from_iterable(found))
         if offsets is not None:

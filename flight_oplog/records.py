@@ -140,7 +140,7 @@ def read_records(storage: Storage, file: DataFile, each: bool = False) -> tuple[
     """
     with _parquet(storage, file) as opened:
         try:
-            table = opened.read(columns=_META_COLUMNS)
+            table = opened.read(columns=_META_COLUMNS, use_threads=False)  # files are small as a rule, and there may be very many
             groups = _groups(opened.metadata)
             ours = opened.metadata.created_by == CREATED_BY
         except Exception as error:  # damaged bytes surface as errors of many kinds
@@ -319,7 +319,7 @@ def read_filters(storage: Storage, file: DataFile, records: Sequence[RecordMeta]
     groups = sorted({record.row_group for record in records})
     with _parquet(storage, file) as opened:
         try:
-            columns = {group: opened.read_row_group(group, columns=["filters"]).column(0) for group in groups}
+            columns = {group: opened.read_row_group(group, columns=["filters"], use_threads=False).column(0) for group in groups}
             found = {record.key: columns[record.row_group][record.place].as_py() for record in records}
         except Exception as error:  # damaged bytes surface as errors of many kinds
             raise _unreadable(file, error) from error
@@ -346,7 +346,7 @@ def _read_group(storage: Storage, record: RecordMeta) -> pa.ChunkedArray:
     """Return the content of all rows of a record's row group."""
     with _parquet(storage, record.file) as opened:
         try:
-            return opened.read_row_group(record.row_group, columns=["content"]).column(0)
+            return opened.read_row_group(record.row_group, columns=["content"], use_threads=False).column(0)
         except Exception as error:  # damaged bytes surface as errors of many kinds
             if is_refusal(error) or isinstance(error, FileNotFoundError):
                 raise _unreadable(record.file, error) from error

@@ -433,6 +433,13 @@ class Store:
             found = self._metas[file.path] = read_records(self._storage, file)
         return found
 
+    def prefetch(self, files: Sequence[DataFile]) -> None:
+        """Read the records of files that are not in memory, as many at once as the storage takes."""
+        missing = [file for file in files if file.path not in self._metas]
+        if len(missing) > 1:
+            for file, records in zip(missing, self._storage.each(lambda file: read_records(self._storage, file), missing), strict=True):
+                self._metas[file.path] = records
+
     def rows(self, file: DataFile, afresh: bool = False) -> tuple[RecordMeta, ...]:
         """Return the rows of a data file without their content, each as it is; from memory, if they are, unless `afresh`."""
         known = self._metas.get(file.path, ())

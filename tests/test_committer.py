@@ -116,7 +116,7 @@ def test_a_long_append_is_one_to_its_producer(folder: Path) -> None:
             for start in range(0, 1000, 100):
                 writer.write(batch(*range(start, start + 100)))
             assert writer.commit() == Receipt("t", 1, 1000, 2, 0, duplicate)
-        assert len(list(log.snapshot().records("t"))) == 11
+        assert sum(record.rows for record in log.snapshot().records("t")) == 11
     with OpLog.open(str(folder)) as log:
         assert log.append("t", batch(1), origin) == Receipt("t", 1, 1000, 2, 0, duplicate=True)
 

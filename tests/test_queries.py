@@ -92,9 +92,9 @@ def test_the_caches_hit_rate_is_told(log: OpLog, ask: Callable[[str], Rows]) -> 
     assert before["cache_bytes_max"] == Config().cache_bytes_max
     ask("SELECT sum(a) FROM t")
     middle = metrics()
-    assert (middle["cache_hits"], middle["cache_misses"]) == (before["cache_hits"], before["cache_misses"] + 10)
+    assert (middle["cache_hits"], middle["cache_misses"]) == (before["cache_hits"], before["cache_misses"] + 5)
     assert middle["cache_bytes"] > before["cache_bytes"]
     ask("SELECT max(a + 1) FROM t")
     after = metrics()
-    assert (after["cache_hits"], after["cache_misses"]) == (middle["cache_hits"] + 10, middle["cache_misses"])
+    assert (after["cache_hits"], after["cache_misses"]) == (middle["cache_hits"] + 5, middle["cache_misses"])
     assert after["queries"] == before["queries"] + 4

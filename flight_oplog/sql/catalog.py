@@ -18,7 +18,7 @@ from flight_oplog.provider import EntriesTable, RecordsTable, RowsTable, ScanCon
 from flight_oplog.sql.refusals import PUBLIC
 from flight_oplog.store import Snapshot
 
-SYSTEM = ("topics", "queries")
+SYSTEM = ("topics", "queries", "metrics")
 # What `system` shows, by table.
 System = Mapping[str, Callable[[Snapshot], pa.RecordBatch]]
 
