@@ -279,7 +279,9 @@ class _Table(ds.Dataset):
         if filter is not None:
             if offsets is None and len(records) >= _SPANS_FROM:
                 survivors = self._within_spans(filter, files if len(kept) == len(files) else kept, found, records)
-            survivors = self._prune_keys(filter, self._prune_records(filter, survivors))
+            if survivors is records or not self._spans_tell(filter):
+                survivors = self._prune_records(filter, survivors)
+            survivors = self._prune_keys(filter, survivors)
         self.counts.files += len(self._topic.files)
         self.counts.files_pruned += len(self._topic.files) - len(kept)
         considered = sum(map(_rows, records))
@@ -338,6 +340,10 @@ class _Table(ds.Dataset):
         """Prune records by the filters of their keys: those that cannot hold what the filter wants."""
         return records
 
+    def _spans_tell(self, filter: Filter) -> bool:
+        """Whether `_within_spans` leaves no more to be pruned."""
+        return False
+
     def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
         """What holds for every entry of a file, said of the columns `names`; None when nothing is known."""
         return None
@@ -393,6 +399,13 @@ class EntriesTable(_Table):
             if high is not None:
                 meets &= lows <= high
         return [records[place] for place in np.flatnonzero(meets).tolist()]
+
+    def _spans_tell(self, filter: Filter) -> bool:
+        if not filter.range:
+            return False
+        [name] = filter.keys
+        stored = {schema.field(name).type for schema in self._topic.schemas.values() if name in schema.names}
+        return stored <= {self._plain.field(name).type} and stored != {pa.uint64()}
 
     def _prune_keys(self, filter: Filter, records: Sequence[RecordMeta]) -> Sequence[RecordMeta]:
         for name in (name for name in self._topic.keys if name in filter.keys and is_key(self._plain.field(name).type)):

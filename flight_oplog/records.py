@@ -30,7 +30,7 @@ from flight_oplog.schema import FORMAT_VERSION, RECORD_SCHEMA
 from flight_oplog.storage import ALIGNED_BYTES, Storage
 
 CREATED_BY = f"flight_oplog version {FORMAT_VERSION} (build format_version {FORMAT_VERSION})"
-# Records of a row group are read as one up to so many entries, where all of its content is no more than so many bytes.
+# Records of a row group are read as one up to so many entries, and about so many bytes.
 TOGETHER_ENTRIES_MAX = 1 << 20
 TOGETHER_BYTES_MAX = 64 << 20
 
@@ -214,15 +214,16 @@ class _Rows:
         """Yield runs of rows that are read as one."""
         codes = self._columns["schema_id"].dictionary_encode().indices.to_numpy()
         follows = (self._firsts[1:] == self._ends[:-1]) & (np.diff(self._places) == 1)
-        large = np.array([group.rows == 1 or group.nbytes > TOGETHER_BYTES_MAX for group in self._groups])[self._group]
-        cuts = ~follows | (np.diff(self._group) != 0) | (np.diff(codes) != 0) | large[1:]
+        cuts = ~follows | (np.diff(self._group) != 0) | (np.diff(codes) != 0)
         edges = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(self._firsts)]
         for begin, end in itertools.pairwise(edges):
             start = begin
             while start < end:
+                group = self._groups[self._group[start]]
                 room = int(np.searchsorted(self._ends[start:end], self._firsts[start] + TOGETHER_ENTRIES_MAX, "right"))
-                yield start, start + max(1, room)
-                start += max(1, room)
+                step = max(1, min(room, group.rows * TOGETHER_BYTES_MAX // max(1, group.nbytes)))
+                yield start, min(end, start + step)
+                start += step
 
     def _record(self, start: int, end: int) -> RecordMeta:
         columns, rows = self._columns, end - start

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import flip, rows
+from deltalake import DeltaTable
 
 from flight_oplog import Config, OpLog, codec, records
 from flight_oplog.committer import Origin
@@ -69,8 +70,8 @@ def test_up_to_so_many_entries_are_one(folder: Path, monkeypatch: pytest.MonkeyP
             assert [record.rows for record in found] == expected
             assert sum(record.entries for record in found) == 95
     monkeypatch.undo()
-    for most, expected in ((10_000, [10]), (9_000, [1] * 10)):
-        monkeypatch.setattr(records, "TOGETHER_BYTES_MAX", most if most > 9_000 else 100)
+    for most, expected in ((1 << 20, [10]), (3_500, [5, 5]), (1, [1] * 10)):
+        monkeypatch.setattr(records, "TOGETHER_BYTES_MAX", most)
         with OpLog.open(str(folder)) as log:
             assert [record.rows for record in all_of(log)] == expected
 
@@ -177,3 +178,18 @@ def test_bounds_of_several_are_bounds_of_all(name: str) -> None:
         assert "min" not in found["c"], "what is text orders otherwise than what is a number, and bounds do not tell them apart"
     else:
         assert found == whole
+
+
+def test_a_log_that_another_program_compacted_is_read_at_once(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpLog.open(str(tmp_path / "log")) as log:
+        for number in range(40):
+            log.append("t", numbered(10 * number, 10))
+    DeltaTable(str(tmp_path / "log")).optimize.compact()
+    reads = []
+    read_group = records._read_group
+    monkeypatch.setattr(records, "_read_group", lambda *arguments: reads.append(arguments) or read_group(*arguments))
+    with OpLog.open(str(tmp_path / "log")) as log:
+        assert [record.rows for record in all_of(log)] == [40]
+        assert rows(engine, log.snapshot(), "SELECT count(*) AS n, sum(n) AS s FROM t WHERE s <> ''") == [{"n": 400, "s": 79_800}]
+        assert len(reads) == 1
+        assert log.verify() == []
