@@ -242,9 +242,11 @@ class Filters:
 def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str]) -> tuple[Decoded, int]:
     """Return columns of a record, and how many bytes of its content were read for them."""
     content, read = snapshot.store.columns(record, names)
+    if record.rows > 1:  # all of their row group was read: so all of their columns are kept
+        batches = pa.Table.from_batches(codec.decode(content, record.entries, record.where)).combine_chunks().to_batches()
+        columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names}
+        return Decoded([batch.num_rows for batch in batches], columns, sum(batch.nbytes for batch in batches)), read
     batches = codec.decode(content, record.entries, record.where, names)
-    if record.rows > 1:
-        batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
     is_whole = read in (0, content.size)  # 0: it was in memory
     if is_whole and all(_inside(content, array) for batch in batches for array in batch.columns):
         # Uncompressed content: every column is a view into the same bytes, so all of them cost no more than one.

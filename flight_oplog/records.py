@@ -81,7 +81,7 @@ class RecordMeta:
     known_appends: list[dict[str, Any]] | pa.Array
     known_bounds: codec.Bounds | _Bounds
     rows: int = 1
-    each: tuple[pa.Array, list[int]] | None = None  # digest and entries of each row, where there are several
+    each: tuple[pa.Array, list[int], list[int]] | None = None  # digest, entries and place of each row, where there are several
     key: str = field(init=False, repr=False)  # names this record among all records ever
 
     def __post_init__(self) -> None:
@@ -213,7 +213,7 @@ class _Rows:
     def _together(self) -> Iterator[Span]:
         """Yield runs of rows that are read as one."""
         codes = self._columns["schema_id"].dictionary_encode().indices.to_numpy()
-        follows = (self._firsts[1:] == self._ends[:-1]) & (np.diff(self._places) == 1)
+        follows = self._firsts[1:] == self._ends[:-1]
         cuts = ~follows | (np.diff(self._group) != 0) | (np.diff(codes) != 0)
         edges = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(self._firsts)]
         for begin, end in itertools.pairwise(edges):
@@ -230,12 +230,13 @@ class _Rows:
         group = self._groups[self._group[start]]
         low, high = (columns[name].slice(start, rows) for name in ("min_time", "max_time"))
         is_timed = not low.null_count and not high.null_count
+        places = (self._places[start:end] - group.first).tolist()  # another program's compaction keeps no order
         parts = columns["parts"][start].as_py() if "parts" in columns and rows == 1 else None
         return RecordMeta(
             file=self._file,
             row=int(self._places[start]),
             row_group=group.number,
-            place=int(self._places[start]) - group.first,
+            place=places[0],
             span=group.span,
             first_offset=int(self._firsts[start]),
             entries=int(self._ends[end - 1] - self._firsts[start]),
@@ -247,7 +248,7 @@ class _Rows:
             known_appends=columns["appends"].slice(start, rows),
             known_bounds=_Bounds(columns["bounds"].slice(start, rows), self._entries[start:end]),
             rows=rows,
-            each=(columns["digest"].slice(start, rows), self._entries[start:end].tolist()) if rows > 1 else None,
+            each=(columns["digest"].slice(start, rows), self._entries[start:end].tolist(), places) if rows > 1 else None,
         )
 
 
@@ -358,7 +359,8 @@ def _of_group(shared: pa.ChunkedArray, record: RecordMeta) -> list[pa.Buffer]:
     """Return the content of a record's rows, unchecked, out of that of its row group."""
     if not (pa.types.is_binary(shared.type) or pa.types.is_large_binary(shared.type)):
         raise CorruptLog(f"{record.where}: content is {shared.type}, not binary; restore the file")
-    found = [scalar.as_buffer() for scalar in shared.slice(record.place, record.rows)]
+    places = [record.place] if record.each is None else record.each[2]
+    found = [shared[place].as_buffer() for place in places if place < len(shared)]
     if len(found) != record.rows or any(each is None for each in found):
         raise CorruptLog(f"{record.where}: content is not there; restore the file")
     return found

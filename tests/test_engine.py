@@ -51,6 +51,7 @@ def test_information_schema_lists_tables_and_columns(log: OpLog, query: Query) -
         ("public", "events"),
         ("records", "_schemas"),
         ("records", "events"),
+        ("system", "metrics"),
         ("system", "queries"),
         ("system", "topics"),
     ]

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from flight_oplog import Config, OpLog
-from flight_oplog.errors import RequestError
+from flight_oplog.errors import CorruptLog, RequestError
 from flight_oplog.sql import queries
 from flight_oplog.sql.engine import Engine
 
@@ -98,3 +98,21 @@ def test_the_caches_hit_rate_is_told(log: OpLog, ask: Callable[[str], Rows]) -> 
     after = metrics()
     assert (after["cache_hits"], after["cache_misses"]) == (middle["cache_hits"] + 5, middle["cache_misses"])
     assert after["queries"] == before["queries"] + 4
+
+
+@pytest.mark.parametrize("where", ["k = 'a' OR k = 'b'", "k NOT IN ('a', 'b', 'c', 'd', 'e')"])
+def test_explain_plans_again_where_arrow_cannot_filter(log: OpLog, ask: Callable[[str], Rows], where: str) -> None:
+    log.append("u", pa.table({"k": ["a", "b"]}))
+    for explain in ("EXPLAIN", "EXPLAIN ANALYZE", "EXPLAIN VERBOSE"):
+        shown = ask(f"{explain} SELECT k, count(*) FROM u WHERE {where} GROUP BY k")
+        assert not any("error" in str(row["plan_type"]) or "Traceback" in str(row["plan"]) for row in shown)
+        assert shown[-1]["plan_type"] == "scan of public.u"
+
+
+def test_explain_of_a_damaged_log_is_its_error(tmp_path: Path, engine: Engine) -> None:
+    with OpLog.open(str(tmp_path / "damaged")) as log:
+        log.append("u", pa.table({"k": ["a", "b"]}))
+    [path] = (tmp_path / "damaged" / "topic=u").glob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    with OpLog.open(str(tmp_path / "damaged")) as log, pytest.raises(CorruptLog, match="is not readable Parquet; restore it"):
+        list(engine.run("EXPLAIN SELECT k FROM u WHERE k = 'a'", log.snapshot()).batches)

@@ -87,7 +87,10 @@ class Planner:
                 frame = shaped(session, frame)
                 if asked.offsets is None and _SORTS.search(asked.sql):
                     context.top = top_of(frame.optimized_logical_plan())
-                return frame, frame.execute_stream(), context
+                stream = frame.execute_stream()
+                if context.failures:  # an EXPLAIN shows what went wrong as a row, as Python prints it
+                    raise context.failures[0]
+                return frame, stream, context
             except Exception as error:
                 if not cannot_filter(error, context):
                     raise translated(error, context) from error
