@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import operator
 import re
 from collections.abc import Iterable, Sequence
@@ -84,8 +85,8 @@ class Filter:
         Each number that a column is compared with may be such an end; Arrow has to find that nothing passes beyond it.
         """
         if self.range:
-            lows = [value for compared, value in self.range if compared in (">", ">=")]
-            highs = [value for compared, value in self.range if compared in ("<", "<=")]
+            lows = [_beside(value, 1) if compared == ">" else value for compared, value in self.range if compared in (">", ">=")]
+            highs = [_beside(value, -1) if compared == "<" else value for compared, value in self.range if compared in ("<", "<=")]
             return {self.keys[0]: (max(lows, default=None), min(highs, default=None))}
         found: dict[str, tuple[Any, Any]] = {}
         for name, _, text in _COMPARISON.findall(str(self.expression))[:COMPARISONS_MAX]:
@@ -150,6 +151,13 @@ class Filter:
         passes = acero.Declaration.from_sequence(plan).to_table(use_threads=False).column("passes")
         parts = [_truths(chunk) for chunk in pc.fill_null(passes, False).chunks]
         return np.flatnonzero(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+
+
+def _beside(value: Any, direction: int) -> Any:
+    """Return the next number, or the one before."""
+    if isinstance(value, float):
+        return math.nextafter(value, direction * math.inf)
+    return min(max(value + direction, -(1 << 63)), (1 << 63) - 1)
 
 
 def _bind(filter: pc.Expression, schema: pa.Schema) -> None:

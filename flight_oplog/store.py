@@ -463,6 +463,10 @@ class Store:
             self._fresh_bytes -= self._fresh.popitem(last=False)[1].size
 
     @property
+    def is_local(self) -> bool:
+        return self._storage.is_local
+
+    @property
     def reads_ahead(self) -> int:
         """How many records are best read while another is looked at."""
         return self._storage.reads_ahead

@@ -210,6 +210,9 @@ class Engine:
         key = self._repeated.key(asked)
         if key is not None and (answered := self._repeated.answered(key, asked)) is not None:
             return answered
+        if (whole := self._planner.whole(asked)) is not None:
+            schema, batches, context = whole
+            return Running(schema, paced(batches, self._config.message_bytes_max), context.counts)
         began = time.monotonic()
         frame, stream, context = self._planner.start(asked)
         schema = schema_of(frame, context)

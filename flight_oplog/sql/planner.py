@@ -9,7 +9,7 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,11 @@ from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import RequestError, TooLarge, Unsupported
 from flight_oplog.provider import ScanContext
 from flight_oplog.sql import lexer
-from flight_oplog.sql.catalog import TIME_TRAVEL, Catalog, Shelf, System, register_time_travel
+from flight_oplog.sql.catalog import TIME_TRAVEL, Catalog, Shelf, System, register_time_travel, table_of
 from flight_oplog.sql.parameters import Values
-from flight_oplog.sql.plans import top_of
+from flight_oplog.sql.plans import chain, top_of
 from flight_oplog.sql.refusals import APPEND_ONLY, CATALOG, CHANGES, CHANGING, PUBLIC, REFUSED, SERVED, cannot_filter, translated
-from flight_oplog.sql.stream import Pulled, Puller, Stopped, pulled
+from flight_oplog.sql.stream import Pulled, Puller, Stopped, pulled, scanned, schema_of
 from flight_oplog.sql.views import Views
 from flight_oplog.store import Snapshot
 
@@ -42,6 +42,7 @@ _SETTINGS = {
     "datafusion.catalog.default_schema": "public",
 }
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
+_WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+[\w.\"]+\s*;?\s*", re.IGNORECASE)
 _SORTS = re.compile(r"\bORDER\s+BY\b.*\bLIMIT\b", re.IGNORECASE | re.DOTALL)
 
 
@@ -95,6 +96,26 @@ class Planner:
                 if not cannot_filter(error, context):
                     raise translated(error, context) from error
         raise AssertionError("a statement whose filters stay in DataFusion cannot fail for them")
+
+    def whole(self, asked: Asked) -> tuple[pa.Schema, Iterator[pa.RecordBatch], ScanContext] | None:
+        """Return what `SELECT * FROM topic` asks for, read without DataFusion, which only would hand each batch on; None for any other.
+
+        From a folder alone: there is no giving up on a read here, and a folder's takes no time worth it.
+        """
+        if asked.offsets is not None or not _WHOLE.fullmatch(asked.sql) or not asked.snapshot.store.is_local:
+            return None
+        _, frame, context = self.plan(asked)
+        nodes, kinds = chain(frame.logical_plan())
+        if kinds != ["Projection", "TableScan"]:
+            return None
+        _, db_schema, name = nodes[-1].to_variant().fqn()
+        db_schema = db_schema or asked.db_schema
+        if db_schema not in (PUBLIC, "log") or name not in asked.snapshot.topics:
+            return None
+        context = ScanContext(self.cache, 1)
+        table = table_of(asked.snapshot, db_schema, name, context, self._system)
+        schema = schema_of(frame, context)
+        return schema, scanned(table, context, schema, asked.deadline, self._config.statement_seconds_max, asked.stopped), context
 
     def plan(self, asked: Asked, views: bool = False, push_filters: bool = True) -> tuple[SessionContext, Any, ScanContext]:
         """Return a query's plan as a frame, the session it is of, and what its scans share. Raises what planning raises."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 
 from flight_oplog import codec
 from flight_oplog.cache import ScanCounts
@@ -63,6 +64,23 @@ def pulled(
                     raise RequestError(f"the query's values do not fit its columns: {' '.join(str(error).split())[:200]}") from error
     finally:
         puller.close()
+
+
+def scanned(
+    table: ds.Dataset, context: ScanContext, schema: pa.Schema, deadline: float, seconds_max: int, stopped: Stopped
+) -> Iterator[pa.RecordBatch]:
+    """Yield all of a table as `schema` says, until `stopped` is true or the deadline has come."""
+    try:
+        for fragment in table.get_fragments():
+            for batch in fragment.scanner(columns=schema.names).to_batches():
+                if time.monotonic() > deadline:
+                    raise TooLarge(f"the query ran longer than statement_seconds_max ({seconds_max}); ask for less")
+                if stopped():
+                    raise Cancelled("the query was stopped")
+                if batch.num_rows:
+                    yield to_wire(batch, schema)
+    except Exception as error:
+        raise translated(error, context) from error
 
 
 def at_once(stream: Any, context: ScanContext, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
