@@ -70,7 +70,7 @@ class ColumnCache:
         self, snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts, held: Decoded | None = None
     ) -> Decoded:
         """Return at least `names` of the record's stored columns: from those `held`, from memory, or freshly decoded."""
-        if held is not None and all(name in held.columns for name in names):
+        if held is not None and held.has(names):
             return held
         key = (record.key,)
         with self._lock:
@@ -104,7 +104,7 @@ class ColumnCache:
         """Whether columns of a record are in memory."""
         with self._lock:
             known: Any = self._records.get((record.key,))
-        return known is not None and all(name in known.columns for name in names)
+        return known is not None and bool(known.has(names))
 
     def index(self, record: RecordMeta, name: str, texts: Sequence[pa.Array], may_make: bool) -> TextIndex | None:
         """Return the index of a record's texts; it is made when it is wanted for the second time, and `may_make`."""
@@ -226,6 +226,9 @@ class Decoded:
     lengths: list[int]
     columns: dict[str, list[pa.Array]]
     nbytes: int
+
+    def has(self, names: Sequence[str]) -> bool:
+        return all(name in self.columns for name in names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -365,7 +365,7 @@ class EntriesTable(_Table):
     def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext, with_log_columns: bool) -> None:
         schema = pa.schema([*topic.schema, *LOG_FIELDS]) if with_log_columns else topic.schema
         super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
-        self._read: dict[str, int] = {}  # rows of the records that were read, by their keys
+        self._read: set[str] = set()
         self._held: dict[str, Decoded | None] = {}  # what is known of the records that partitions look at just now
         if context.views:
             self._schema = pa.schema([f.with_type(pa.string_view()) if self._looks_short(f) else f for f in schema])
@@ -506,8 +506,7 @@ class EntriesTable(_Table):
 
     def _fetch(self, record: RecordMeta, names: Sequence[str]) -> Future[Decoded] | None:
         """Begin to read columns of a record, unless they are in memory."""
-        stored, cache = self._stored(record), self.context.cache
-        of_entries = [name for name in names if name in stored.names and name not in _LOG_NAMES]
+        of_entries, cache = self._of_entries(record, names), self.context.cache
         if not of_entries or cache.holds(record, of_entries):
             return None
         return cache.readers.submit(cache.columns, self._snapshot, record, of_entries, self.counts)
@@ -554,14 +553,18 @@ class EntriesTable(_Table):
         for place in range(len(columns.lengths)):
             yield pa.RecordBatch.from_arrays([columns.array(name, place) for name in names], schema=schema)
 
+    def _of_entries(self, record: RecordMeta, names: Sequence[str]) -> list[str]:
+        """Return those of some columns that a record's content has."""
+        stored = self._stored(record)
+        return [name for name in names if name in stored.names and name not in _LOG_NAMES]
+
     def columns(self, record: RecordMeta, names: Sequence[str]) -> _Columns:
         """Return columns of a record, from memory or decoded now."""
-        stored = self._stored(record)
-        of_entries = [name for name in names if name in stored.names and name not in _LOG_NAMES]
+        of_entries = self._of_entries(record, names)
         if not of_entries:
             return _Columns(self._plain, [record.entries], {}, _log_columns(record, names))
         if record.key not in self._read:
-            self._read[record.key] = record.rows
+            self._read.add(record.key)
             self.counts.records_read += record.rows
         decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts, self._held.get(record.key))
         if record.key in self._held:
@@ -586,8 +589,7 @@ class RecordsTable(_Table):
         for start in range(0, len(records), step):
             if self.context.stopped.is_set():
                 return
-            some = records[start : start + step]
-            rows = [self._row(record, wanted, contents) for record in some]
+            rows = [self._row(record, wanted, contents) for record in records[start : start + step]]
             arrays = [
                 binary_array([row["content"] for row in rows]) if f.name == "content" else pa.array([row[f.name] for row in rows], f.type)
                 for f in schema

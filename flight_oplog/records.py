@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from flight_oplog import codec
 from flight_oplog.errors import CorruptLog, OplogError
 from flight_oplog.files import allocate, is_refusal, reading_error
-from flight_oplog.parts import Parts
+from flight_oplog.parts import Parts, Span
 from flight_oplog.schema import FORMAT_VERSION, RECORD_SCHEMA
 from flight_oplog.storage import ALIGNED_BYTES, Storage
 
@@ -39,8 +39,6 @@ _PAGE_HEAD_BYTES_MAX = 64
 _META_COLUMNS = [name for name in RECORD_SCHEMA.names if name not in ("topic", "filters", "content")]
 # Any decimal in bounds is written like this; a text may be.
 _DECIMAL = re.compile(r"-?\d+(\.\d+)?(E[+-]?\d+)?")
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)

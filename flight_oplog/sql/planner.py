@@ -42,7 +42,7 @@ _SETTINGS = {
     "datafusion.catalog.default_schema": "public",
 }
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
-_WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+[\w.\"]+\s*;?\s*", re.IGNORECASE)
+_WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+([\w.\"]+)\s*;?\s*", re.IGNORECASE)
 _SORTS = re.compile(r"\bORDER\s+BY\b.*\bLIMIT\b", re.IGNORECASE | re.DOTALL)
 
 
@@ -102,8 +102,12 @@ class Planner:
 
         From a folder alone: there is no giving up on a read here, and a folder's takes no time worth it.
         """
-        if asked.offsets is not None or not _WHOLE.fullmatch(asked.sql) or not asked.snapshot.store.is_local:
+        found = _WHOLE.fullmatch(asked.sql)
+        if asked.offsets is not None or found is None or not asked.snapshot.store.is_local:
             return None
+        written = found[1].rpartition(".")[2].strip('"')
+        if not {written, written.lower()} & asked.snapshot.topics.keys():
+            return None  # a view, perhaps, or a table of the log's own: it is planned once
         _, frame, context = self.plan(asked)
         nodes, kinds = chain(frame.logical_plan())
         if kinds != ["Projection", "TableScan"]:

@@ -51,7 +51,7 @@ def pulled(
                 batch = puller.next(lambda: stopped() or time.monotonic() > deadline)
             except Cancelled:
                 if time.monotonic() > deadline:
-                    raise TooLarge(f"the query ran longer than statement_seconds_max ({seconds_max}); ask for less") from None
+                    raise _overdue(seconds_max) from None
                 raise
             except Exception as error:
                 raise translated(error, context) from error
@@ -66,6 +66,10 @@ def pulled(
         puller.close()
 
 
+def _overdue(seconds_max: int) -> TooLarge:
+    return TooLarge(f"the query ran longer than statement_seconds_max ({seconds_max}); ask for less")
+
+
 def scanned(
     table: ds.Dataset, context: ScanContext, schema: pa.Schema, deadline: float, seconds_max: int, stopped: Stopped
 ) -> Iterator[pa.RecordBatch]:
@@ -74,7 +78,7 @@ def scanned(
         for fragment in table.get_fragments():
             for batch in fragment.scanner(columns=schema.names).to_batches():
                 if time.monotonic() > deadline:
-                    raise TooLarge(f"the query ran longer than statement_seconds_max ({seconds_max}); ask for less")
+                    raise _overdue(seconds_max)
                 if stopped():
                     raise Cancelled("the query was stopped")
                 if batch.num_rows:
