@@ -63,6 +63,7 @@ class ColumnCache:
         self._limits: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
         self._of_all: dict[tuple[int, str, str], tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
         self._times: dict[int, tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
+        self._files: dict[str, tuple[int, Sequence[DataFile]]] = {}
         self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex | Filters] = OrderedDict()
         self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what an index was wanted of, and whether it has none
 
@@ -90,6 +91,19 @@ class ColumnCache:
             counts.content_bytes += read
         self._keep(key, decoded)
         return decoded
+
+    def let_go(self, topic: str, table_version: int, files: Sequence[DataFile]) -> None:
+        """Keep nothing of files that a topic has no more as of a newer version: while it is kept, their place on the disk may be taken."""
+        known_version, known = self._files.get(topic, (-1, ()))
+        if table_version <= known_version or files is known:
+            return
+        self._files[topic] = table_version, files
+        if not known or (len(files) >= len(known) and files[0] is known[0] and files[len(known) - 1] is known[-1]):
+            return  # files were added, and that was all
+        gone = {file.path for file in known} - {file.path for file in files}
+        with self._lock:
+            for key in [key for key in self._records if key[0].rpartition("#")[0] in gone]:
+                self._bytes -= self._records.pop(key).nbytes
 
     def metrics(self) -> dict[str, int]:
         """Return how often it was asked and how full it is, by the names that `system.metrics` explains."""

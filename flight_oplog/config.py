@@ -64,6 +64,7 @@ class Config:
     message_bytes_max: int = setting(3 * MIB, "one result batch on the wire; clients refuse more than 4 MiB", least=1)
     cache_bytes_max: int = setting(128 * MIB, "decoded columns kept in memory", least=0)
     state_bytes_max: int = setting(64 * MIB, "what is kept of aggregates that were asked before", least=0)
+    map_files: bool = setting(True, "map files on a local disk instead of reading them; a disk that fails in use then ends the server")
     refresh_ms: int = setting(500, "what another server committed to an object store is seen this much later at most", least=0)
     drain_seconds_max: int = setting(30, "calls under way may finish this long after SIGTERM", least=0)
 

@@ -89,7 +89,7 @@ class OpLog:
         Raises NotALog when something else is there or a newer format_version.
         """
         config = config or Config(data=uri)
-        return cls(Store.open(uri, refresh_seconds=config.refresh_ms / 1000), config)
+        return cls(Store.open(uri, refresh_seconds=config.refresh_ms / 1000, map_files=config.map_files), config)
 
     def append(self, topic: str, entries: Appendable, origin: Origin = _ANONYMOUS) -> Receipt:
         """Append all of `entries` as one append and return its receipt: durable, whole, visible to the next snapshot.

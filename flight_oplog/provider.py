@@ -267,6 +267,7 @@ class _Table(ds.Dataset):
 
     def _surviving(self, filter: Filter | None) -> Sequence[RecordMeta]:
         offsets = self.context.offsets
+        self.context.cache.let_go(self._topic.name, self._snapshot.table_version, self._topic.files)
         files = self._topic.files if offsets is None else self._topic.files_within(*offsets)
         kept = files if filter is None or len(files) == 1 else self._prune_files(filter, files)
         self._snapshot.store.prefetch(kept)

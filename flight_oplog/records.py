@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
-import mmap
 import os
 import re
 import struct
@@ -213,6 +212,9 @@ class _Rows:
         codes = self._columns["schema_id"].dictionary_encode().indices.to_numpy()
         follows = self._firsts[1:] == self._ends[:-1]
         cuts = ~follows | (np.diff(self._group) != 0) | (np.diff(codes) != 0)
+        if "parts" in self._columns:  # the digest of such a row is of its parts, and it is large
+            alone = self._columns["parts"].is_valid().to_numpy(zero_copy_only=False)
+            cuts |= alone[1:] | alone[:-1]
         edges = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(self._firsts)]
         for begin, end in itertools.pairwise(edges):
             start = begin
@@ -303,13 +305,11 @@ def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> 
     if not 0 < start - record.span[0] <= _PAGE_HEAD_BYTES_MAX:
         raise _altered(record)
     spans = parts.spans(names, storage.gap_bytes)
-    memory = mmap.mmap(-1, parts.size)
     try:
-        is_there = storage.scatter(record.file.path, start, spans, memoryview(memory))
+        content = storage.some(record.file.path, start, parts.size, spans)
     except OSError as error:
         raise _unreadable(record.file, error) from error
-    content = pa.py_buffer(memory)
-    if not is_there or not parts.check(content, names):
+    if content is None or not parts.check(content, names):
         raise _altered(record)
     return content, sum(end - first for first, end in spans)
 

@@ -15,6 +15,7 @@ import contextlib
 import datetime
 import errno
 import io
+import mmap
 import os
 import re
 import tempfile
@@ -32,6 +33,7 @@ import pyarrow as pa
 
 from flight_oplog.errors import NotALog
 from flight_oplog.files import OutputFile, allocate
+from flight_oplog.maps import Maps
 
 ALIGNED_BYTES = 64
 LEFT_BEHIND_SECONDS = 3600
@@ -98,8 +100,11 @@ class Storage(abc.ABC):
         """
 
     @abc.abstractmethod
-    def scatter(self, path: str, start: int, spans: Sequence[tuple[int, int]], memory: memoryview) -> bool:
-        """Read spans of a file, counted from `start`, to the same places of `memory`; whether all of it is there."""
+    def some(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> pa.Buffer | None:
+        """Return `size` bytes of a file from `start` on, of which only `spans`, counted from there, need to be there.
+
+        None where they are not: the file ends before.
+        """
 
     def read_each(self, paths: Iterable[str]) -> Iterator[bytes | None]:
         """Yield the bytes of each file, None for one that is not there."""
@@ -157,12 +162,16 @@ class Storage(abc.ABC):
     def sweep(self) -> None:
         """Remove what a crash in `create` has left behind."""
 
+    @abc.abstractmethod
+    def let_go(self, paths: Iterable[str] | None = None) -> None:
+        """Hold on to nothing of some files, or of any: somebody may want their place on the disk."""
 
-def storage_at(uri: str) -> Storage:
+
+def storage_at(uri: str, map_files: bool = True) -> Storage:
     """Return the storage at a folder's path, a file:// URI or an object store's URI. Raises NotALog for any other."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     if scheme is None or scheme[1] == "file":
-        return Folder(uri.removeprefix("file://"))
+        return Folder(uri.removeprefix("file://"), map_files)
     if scheme[1] not in OBJECT_STORES:
         raise NotALog(f"{uri}: is not a folder, nor on an object store that is known here ({', '.join(OBJECT_STORES)})")
     return Bucket(uri)
@@ -177,10 +186,11 @@ class Folder(Storage):
     gap_bytes = 32 << 10
     reads_ahead = 2
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, map_files: bool = True) -> None:
         self.uri, self.options = os.path.abspath(root), {}
         if os.path.exists(self.uri) and not os.path.isdir(self.uri):
             raise NotALog(f"{self.uri}: is a file, not a folder; choose an empty or a new folder")
+        self._maps = Maps(self.uri) if map_files else None
 
     def _full(self, path: str) -> str:
         return os.path.join(self.uri, path)
@@ -218,12 +228,19 @@ class Folder(Storage):
         finally:
             os.close(handle)
 
-    def scatter(self, path: str, start: int, spans: Sequence[tuple[int, int]], memory: memoryview) -> bool:
-        handle = os.open(self._full(path), os.O_RDONLY | os.O_CLOEXEC)
+    def some(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> pa.Buffer | None:
+        full = self._full(path)
+        mapped = self._maps.view(full, start, size, spans) if self._maps and start % ALIGNED_BYTES == 0 else None
+        if mapped is not None:
+            return mapped
+        memory = mmap.mmap(-1, size)  # of which only the spans are ever touched
+        view = memoryview(memory)
+        handle = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return all(_fill(handle, memory[low:high], start + low) == high - low for low, high in spans)
+            is_there = all(_fill(handle, view[low:high], start + low) == high - low for low, high in spans)
         finally:
             os.close(handle)
+        return pa.py_buffer(memory) if is_there else None
 
     def open(self, path: str, size: int) -> Any:
         return pa.OSFile(self._full(path), "rb")
@@ -273,6 +290,7 @@ class Folder(Storage):
             raise OSError(errno.ESTALE, "the file was taken for an orphan and removed")
 
     def delete(self, path: str) -> None:
+        self.let_go([path])
         os.unlink(self._full(path))
 
     def delete_old(self, path: str, before: float) -> bool:
@@ -282,6 +300,7 @@ class Folder(Storage):
         if os.stat(aside).st_mtime > before:
             os.rename(aside, full)
             return False
+        self.let_go([path])
         os.unlink(aside)
         return True
 
@@ -300,6 +319,10 @@ class Folder(Storage):
             with contextlib.suppress(OSError):
                 if name.startswith(".") and name.endswith(_STAGED_SUFFIX) and os.path.getmtime(full) < time.time() - LEFT_BEHIND_SECONDS:
                     os.unlink(full)
+
+    def let_go(self, paths: Iterable[str] | None = None) -> None:
+        if self._maps:
+            self._maps.forget(None if paths is None else map(self._full, paths))
 
 
 def _fill(handle: int, memory: memoryview, start: int) -> int:
@@ -395,15 +418,17 @@ class Bucket(Storage):
                 return pa.py_buffer(content).slice(start)
             return pa.py_buffer(obstore.get_range(self._store, path, start=start, end=end))
 
-    def scatter(self, path: str, start: int, spans: Sequence[tuple[int, int]], memory: memoryview) -> bool:
+    def some(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> pa.Buffer | None:
         starts, ends = [start + low for low, _ in spans], [start + high for _, high in spans]
         with _as_oserror():
             found = obstore.get_ranges(self._store, path, starts=starts, ends=ends)
+        memory = mmap.mmap(-1, size)
+        view = memoryview(memory)
         for (low, high), piece in zip(spans, found, strict=True):
             if len(piece) != high - low:
-                return False
-            memory[low:high] = memoryview(piece).cast("B")
-        return True
+                return None
+            view[low:high] = memoryview(piece).cast("B")
+        return pa.py_buffer(memory)
 
     def open(self, path: str, size: int) -> Any:
         if size <= WHOLE_BYTES:
@@ -478,6 +503,9 @@ class Bucket(Storage):
 
     def sweep(self) -> None:
         """Nothing to do: an object is put whole."""
+
+    def let_go(self, paths: Iterable[str] | None = None) -> None:
+        """Nothing to do: what was fetched is a copy."""
 
 
 class _Remote(io.RawIOBase):

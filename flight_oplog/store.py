@@ -169,17 +169,18 @@ class Store:
         numbers, snapshot = deltalog.numbers(self._storage, table.version()), self._load(table)
         with self._lock:
             self._numbers, self._protocol = numbers, table.protocol()
+        self._storage.let_go()
         self._remember(snapshot)
 
     # Opening
 
     @classmethod
-    def open(cls, uri: str, create: bool = True, refresh_seconds: float = REFRESH_SECONDS) -> Store:
+    def open(cls, uri: str, create: bool = True, refresh_seconds: float = REFRESH_SECONDS, map_files: bool = True) -> Store:
         """Open the log in a folder or at an object store's URI; with `create`, make one there when nothing is there.
 
         Raises NotALog when something else is there or a newer format, TryAgain when it cannot be reached.
         """
-        storage = storage_at(uri)
+        storage = storage_at(uri, map_files)
         where = storage.uri
         try:
             if not deltalog.is_there(storage):
@@ -361,6 +362,7 @@ class Store:
         snapshot = self._after(base, base.table_version + 1, changes)
         with self._lock:
             self._numbers.update(changes.numbers)
+        self._storage.let_go(changes.removed)
         self._remember(snapshot)
 
     def _load(self, table: DeltaTable) -> Snapshot:

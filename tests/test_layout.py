@@ -10,6 +10,7 @@ ORDER = [
     "errors",
     "config",
     "files",
+    "maps",
     "storage",
     "schema",
     "codec",

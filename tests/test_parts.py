@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import SEED, flip, rows
+from deltalake import DeltaTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_codec import ARRAYS
@@ -203,6 +204,17 @@ def test_verify_finds_parts_that_are_elsewhere(tmp_path: Path) -> None:
         assert problem.what == "its parts are not where its columns are"
 
 
+def test_records_with_parts_that_another_program_compacted_are_read(wide_log: OpLog, folder: Path) -> None:
+    wide_log.append("wide", wide(6 * ENTRIES, 10))  # and a small one beside them
+    DeltaTable(str(folder)).optimize.compact(partition_filters=[("topic", "=", "wide")])
+    with OpLog.open(str(folder)) as log:
+        assert len(log.snapshot().topics["wide"].files) == 1
+        total = 6 * ENTRIES + 10
+        found = rows(Engine(Config()), log.snapshot(), "SELECT sum(n) AS s, count(payload) AS c FROM wide")
+        assert found == [{"s": total * (total - 1) // 2, "c": total}]
+        assert log.verify() == []
+
+
 # Reading ahead
 
 
@@ -212,20 +224,20 @@ class Watched:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, pause: float) -> None:
         self.now = self.most = self.total = 0
         self._lock = threading.Lock()
-        scatter = Folder.scatter
+        some = Folder.some
 
-        def watched(*arguments: Any) -> bool:
+        def watched(*arguments: Any) -> pa.Buffer | None:
             with self._lock:
                 self.now, self.total = self.now + 1, self.total + 1
                 self.most = max(self.most, self.now)
             time.sleep(pause)
             try:
-                return scatter(*arguments)
+                return some(*arguments)
             finally:
                 with self._lock:
                     self.now -= 1
 
-        monkeypatch.setattr(Folder, "scatter", watched)
+        monkeypatch.setattr(Folder, "some", watched)
 
 
 def one_partition(cache: int = 1 << 30) -> Engine:

@@ -1,0 +1,91 @@
+"""Files of a local disk as the system's page cache has them: mapped, not copied.
+
+Reading a file copies it into memory of this process, and on a virtual machine touching new memory takes several times as
+long as the copy. A map shows the pages that the system has anyway, and the system may take them back when it is short.
+
+Touching a mapped page that cannot be read kills a process (SIGBUS). So pages are read in before anybody looks at them, by a
+call that says when it fails (MADV_POPULATE_READ, Linux 5.14; https://man7.org/linux/man-pages/man2/madvise.2.html), and
+file systems over a network are not mapped: what another machine removes there is gone under a map.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+import pyarrow as pa
+
+# A map of a removed file keeps its bytes on the disk: no more than these are kept for the next record of the same file.
+MAPS_KEPT = 64
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+_LOCAL = frozenset(("bcachefs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"))
+_MADV_WILLNEED, _MADV_POPULATE_READ = 3, 22
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class Maps:
+    """Maps of the files below one folder. Thread-safe."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, pa.Buffer] = OrderedDict()
+        self._can_map: bool | None = None
+
+    def view(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> pa.Buffer | None:
+        """Return `size` bytes of a file from `start` on, of which `spans`, counted from there, are read in.
+
+        None where that cannot be had from a map: then the file has to be read, which tells what is wrong, if anything is.
+        """
+        if self._can_map is None:
+            self._can_map = sys.platform == "linux" and _file_system(self._root) in _LOCAL
+        whole = self._whole(path) if self._can_map else None
+        if whole is None or start + size > whole.size:
+            return None
+        found = whole.slice(start, size)
+        ranges = [_pages(found.address + low, high - low) for low, high in spans]
+        for pages in ranges:  # all are begun before the first is waited for
+            _LIBC.madvise(*pages, _MADV_WILLNEED)
+        return found if all(_LIBC.madvise(*pages, _MADV_POPULATE_READ) == 0 for pages in ranges) else None
+
+    def forget(self, paths: Iterable[str] | None) -> None:
+        """Let go of some files, or of all."""
+        with self._lock:
+            for path in list(self._kept) if paths is None else paths:
+                self._kept.pop(path, None)
+
+    def _whole(self, path: str) -> pa.Buffer | None:
+        with self._lock:
+            found = self._kept.pop(path, None)
+            if found is None:
+                try:
+                    with pa.memory_map(path) as file:  # what was read outlives it, without a handle of the system's
+                        found = file.read_buffer()
+                except OSError:
+                    return None
+            self._kept[path] = found
+            while len(self._kept) > MAPS_KEPT:
+                self._kept.popitem(last=False)
+            return found
+
+
+def _pages(address: int, size: int) -> tuple[ctypes.c_void_p, ctypes.c_size_t]:
+    lead = address % PAGE_BYTES
+    return ctypes.c_void_p(address - lead), ctypes.c_size_t(size + lead)
+
+
+def _file_system(folder: str) -> str | None:
+    """Return the type of the file system that a folder is on, None where it cannot be told."""
+    try:
+        device = os.stat(folder).st_dev
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:
+            mounts = [line.split() for line in file]
+    except OSError:
+        return None
+    name = f"{os.major(device)}:{os.minor(device)}"
+    return next((fields[fields.index("-") + 1] for fields in mounts if fields[2] == name), None)
