@@ -75,6 +75,7 @@ class ScanContext:
     offsets: tuple[int, int] | None = None  # show only entries within [first, last)
     top: Top | None = None  # the statement wants no more than these, of its only table
     indexing_seconds: float = 0.0
+    entries: int = 0  # of the records that its scans have to look at
     stopped: threading.Event = field(default_factory=threading.Event)
     failures: list[Exception] = field(default_factory=list)
     counts: dict[str, ScanCounts] = field(default_factory=dict)
@@ -263,6 +264,7 @@ class _Table(ds.Dataset):
         except Exception as error:
             self.context.failures.append(error)
             raise
+        self.context.entries += sum(record.entries for record in records)
         return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, self.context.partitions)])
 
     def _surviving(self, filter: Filter | None) -> Sequence[RecordMeta]:

@@ -120,3 +120,31 @@ def test_a_text_is_measured_with_strings_and_comments_aside() -> None:
     assert lexer.names('SELECT "A""b", c FROM Log.t, LOG.u') == {
         **{"select": 1, 'A"b': 1, "c": 1, "from": 1, "log": 2, "t": 1, "u": 1},
     }
+
+
+@pytest.mark.parametrize(
+    ("sql", "plain"),
+    [
+        ("SELECT * FROM t WHERE a = 1 AND (b IN ('x', 'y') OR NOT (c < 2 * (d + 1)))", True),
+        ("SELECT count(*), sum(a) FROM t WHERE ts >= CAST('2026-01-01' AS TIMESTAMP WITH TIME ZONE)", True),
+        ("SELECT a, avg(b) FROM log.t GROUP BY a ORDER BY a LIMIT 3", True),
+        ("SELECT 'a LIKE b, repeat(c)' FROM t -- regexp_like(x)", True),
+        ("SELECT a FROM t WHERE b LIKE '%a%b%'", False),
+        ("SELECT a FROM t WHERE b ~ '(a+)+$'", False),
+        ("SELECT regexp_replace(a, 'x', 'y') FROM t", False),
+        ('SELECT "repeat" (a, 1000000000) FROM t', False),
+        ("SELECT repeat(a, 1000000000) FROM t", False),
+        ("SELECT sum(a) OVER (ORDER BY b) FROM t", False),
+        ("SELECT count(DISTINCT a) FROM t, u", False),
+        ("SELECT a FROM t JOIN u USING (a)", False),
+        ("SELECT a FROM (SELECT a FROM t)", False),
+        ("WITH u AS (SELECT a FROM t) SELECT a FROM u", False),
+        ("SELECT value FROM generate_series(1, 1000000000)", False),
+        ("SELECT a FROM t UNION SELECT a FROM t", False),
+        ("SELECT 1", False),
+        ("EXPLAIN SELECT a FROM t", False),
+        ("SELECT a FROM t" + " " * lexer.REMEMBERED_CHARACTERS, False),
+    ],
+)
+def test_a_plain_text_can_only_take_long_over_many_entries(sql: str, plain: bool) -> None:
+    assert lexer.is_plain(sql) is plain

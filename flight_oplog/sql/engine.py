@@ -25,8 +25,8 @@ from flight_oplog.provider import ScanContext, topics_table
 from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, System, table_of, tables
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
-from flight_oplog.sql.planner import Asked, Planner
-from flight_oplog.sql.plans import followed, is_constant
+from flight_oplog.sql.planner import Asked, Planner, groups
+from flight_oplog.sql.plans import followed, is_constant, is_literal
 from flight_oplog.sql.queries import Queries, explained, metrics_table
 from flight_oplog.sql.refusals import CATALOG, PUBLIC, SERVED, cannot_filter, check_declared, in_public, keys_of, translated
 from flight_oplog.sql.repeated import REMEMBERED_CHARACTERS, Repeated, registry
@@ -36,6 +36,11 @@ from flight_oplog.store import Snapshot
 NO_PARAMETERS = pa.schema([])
 # Statements whose result's schema is remembered.
 PREPARED_KEPT = 1000
+# Answers of statements that say them themselves, as SELECT 1 does: pools of connections ask such before each use.
+CONSTANTS_KEPT = 100
+CONSTANT_CHARACTERS = 200
+# A plain query over so many entries takes milliseconds.
+SHORT_ENTRIES = 1 << 19
 # What a statement that changes something returns: how many entries it appended.
 CHANGED = pa.schema([pa.field("count", pa.int64())])
 
@@ -81,6 +86,7 @@ class Engine:
         }
         self._planner = Planner(config, self._system)
         self._repeated = Repeated(self._planner, config)
+        self._constants: OrderedDict[str, tuple[pa.Schema, list[pa.RecordBatch]]] = OrderedDict()
         self._prepared: OrderedDict[tuple[Any, ...], tuple[pa.Schema, pa.Schema, bool]] = OrderedDict()
 
     def prepare(self, sql: str, snapshot: Snapshot, values: pa.RecordBatch | None = None, db_schema: str = PUBLIC) -> Statement:
@@ -107,7 +113,8 @@ class Engine:
     def _prepare(self, sql: str, snapshot: Snapshot, values: pa.RecordBatch | None, db_schema: str) -> Statement:
         is_update = self._planner.check(sql)
         text, names = lexer.numbered(sql)
-        session, context = self._planner.session(text, snapshot, PUBLIC if is_update else db_schema)
+        views = not is_update and groups(text)
+        session, context = self._planner.session(text, snapshot, PUBLIC if is_update else db_schema, views)
         parameters = parameters_of(session, text, names)
         if is_update:
             self._change(session, context, text, nulls_of(parameters))
@@ -119,6 +126,8 @@ class Engine:
             if not names:
                 raise
             frame = self._planner.frame(session, context, text, nulls_of(parameters))  # some texts need to know every type
+        if not names:
+            self._planner.keep(Asked(text, snapshot, lambda: False, math.inf, None, db_schema), (session, frame, context))
         return Statement(snapshot, schema_of(frame, context), parameters)
 
     def views(self, snapshot: Snapshot) -> dict[str, str]:
@@ -207,6 +216,8 @@ class Engine:
         return Running(first.schema, each() if bound.num_rows > 1 else first.batches, first.counts)
 
     def _run(self, asked: Asked) -> Running:
+        if (constant := self._constants.get(asked.sql)) is not None and asked.values is None:
+            return Running(constant[0], iter(constant[1]))
         key = self._repeated.key(asked)
         if key is not None and (answered := self._repeated.answered(key, asked)) is not None:
             return answered
@@ -217,8 +228,18 @@ class Engine:
         frame, stream, context = self._planner.start(asked)
         schema = schema_of(frame, context)
         if not _READS.search(asked.sql) and is_constant(frame.logical_plan()):
-            return Running(schema, paced(at_once(stream, context, schema), self._config.message_bytes_max))
-        batches = self._planner.pulled(stream, context, schema, asked)
+            batches = paced(at_once(stream, context, schema), self._config.message_bytes_max)
+            if asked.values is None and len(asked.sql) <= CONSTANT_CHARACTERS and is_literal(frame.logical_plan()):
+                kept = self._constants[asked.sql] = schema, list(batches)
+                while len(self._constants) > CONSTANTS_KEPT:
+                    with contextlib.suppress(KeyError):  # another thread may have been here
+                        self._constants.popitem(last=False)
+                return Running(schema, iter(kept[1]))
+            return Running(schema, batches)
+        if self._is_short(asked, context):
+            batches = at_once(stream, context, schema)
+        else:
+            batches = self._planner.pulled(stream, context, schema, asked)
         del frame, stream  # the frame holds the plan, the plan holds running tasks
 
         def noted() -> Iterator[pa.RecordBatch]:
@@ -231,6 +252,10 @@ class Engine:
                 yield from explained(context.counts, schema)
 
         return Running(schema, paced(noted(), self._config.message_bytes_max), context.counts)
+
+    def _is_short(self, asked: Asked, context: ScanContext) -> bool:
+        """Whether a query that has begun takes no time worth stopping it, which takes a detour of a millisecond."""
+        return context.entries <= SHORT_ENTRIES and asked.snapshot.store.is_local and lexer.is_plain(asked.sql)
 
     def change(
         self,

@@ -8,6 +8,7 @@ sqlparser's generic dialect does; where that cannot be told, the text is refused
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -79,6 +80,10 @@ _ENDS_FROM = frozenset(
     ("SELECT", "WHERE", "GROUP", "HAVING", "WINDOW", "ORDER", "LIMIT", "UNION", "INTERSECT", "EXCEPT", "MINUS", "VALUES")
 )
 REMEMBERED_CHARACTERS = 4096
+# What a plain text may have before a parenthesis, and between operands; and what it has nowhere.
+_SHORT_CALLS = frozenset(("COUNT", "SUM", "MIN", "MAX", "AVG", "CAST", "IN", "AND", "OR", "NOT", "WHERE", "BETWEEN", "BY", "SELECT"))
+_SHORT_OPERATORS = frozenset(("=", "<", ">", "<=", ">=", "<>", "!=", "+", "-", "*", "/", "%"))
+_LONG = frozenset(("LIKE", "ILIKE", "SIMILAR", "OVER", "UNION", "INTERSECT", "EXCEPT"))
 _UNENDED = "the SQL text has a string, a quoted name or a comment that does not end"
 
 
@@ -189,6 +194,17 @@ def _measured(sql: str) -> Measure:
 
 # A dashboard asks the same over and over.
 _remembered = functools.lru_cache(maxsize=1024)(_measured)
+
+
+def is_plain(sql: str) -> bool:
+    """Whether a text reads one table once, and asks nothing of an entry that could take long: it compares, reckons and sums up."""
+    if len(sql) > REMEMBERED_CHARACTERS or measure(sql).first != "SELECT" or measure(sql).tables != 1:
+        return False
+    found = list(tokens(sql))
+    words = [token.text.upper() for token in found if token.kind == "word"]
+    calls = {one.text.upper() for one, other in itertools.pairwise(found) if one.kind in ("word", "quoted") and other.text == "("}
+    operators = {token.text for token in found if token.kind == "operator"}
+    return words.count("SELECT") == 1 and calls <= _SHORT_CALLS and operators <= _SHORT_OPERATORS and not _LONG & set(words)
 
 
 def keywords(sql: str) -> set[str]:

@@ -6,9 +6,12 @@ Each statement gets a session of its own: 0.2 ms, and nothing a client says can 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import re
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,10 @@ from flight_oplog.sql.stream import Pulled, Puller, Stopped, pulled, scanned, sc
 from flight_oplog.sql.views import Views
 from flight_oplog.store import Snapshot
 
+# Plans of statements that were prepared, until they are run.
+PLANS_KEPT = 32
+PLAN_SECONDS = 1.0
+
 _READ_ONLY = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)
 _SETTINGS = {
     "datafusion.execution.batch_size": "32768",
@@ -43,6 +50,8 @@ _SETTINGS = {
 }
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
 _WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+([\w.\"]+)\s*;?\s*", re.IGNORECASE)
+# What a plan takes the time of its making for.
+_DATED = re.compile(r"\b(?:now|today|current_\w+)\b", re.IGNORECASE)
 _SORTS = re.compile(r"\bORDER\s+BY\b.*\bLIMIT\b", re.IGNORECASE | re.DOTALL)
 
 
@@ -72,6 +81,8 @@ class Planner:
         self._config = config
         self._system = system
         self._partitions = os.cpu_count() or 1
+        self._lock = threading.Lock()
+        self._planned: OrderedDict[tuple[str, str], tuple[float, Snapshot, tuple[SessionContext, Any, ScanContext]]] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
 
@@ -80,7 +91,7 @@ class Planner:
     ) -> tuple[Any, Any, ScanContext]:
         """Start a query, or what `shaped` makes of it, in the fastest way its filters allow; the last way allows any."""
         ways = [(False, True), (False, False)]
-        if _GROUPS.search(asked.sql):
+        if groups(asked.sql):
             ways.insert(0, (True, True))
         for views, push_filters in ways:
             session, frame, context = self.plan(asked, views, push_filters)
@@ -123,12 +134,33 @@ class Planner:
 
     def plan(self, asked: Asked, views: bool = False, push_filters: bool = True) -> tuple[SessionContext, Any, ScanContext]:
         """Return a query's plan as a frame, the session it is of, and what its scans share. Raises what planning raises."""
+        if push_filters and (planned := self._taken(asked, views)) is not None:
+            return planned
         if self.check(asked.sql):
             raise RequestError("the statement is no query; nothing was written")
         session, context = self.session(asked.sql, asked.snapshot, asked.db_schema, views, asked.offsets)
         if not push_filters:
             session.remove_optimizer_rule("push_down_filter")
         return session, self.frame(session, context, asked.sql, asked.values), context
+
+    def keep(self, asked: Asked, planned: tuple[SessionContext, Any, ScanContext]) -> None:
+        """Keep the plan of a statement that was prepared, in the way it is first run, for the run that is about to follow."""
+        if not _DATED.search(asked.sql):
+            with self._lock:
+                self._planned[asked.sql, asked.db_schema] = time.monotonic(), asked.snapshot, planned
+                while len(self._planned) > PLANS_KEPT:
+                    self._planned.popitem(last=False)
+
+    def _taken(self, asked: Asked, views: bool) -> tuple[SessionContext, Any, ScanContext] | None:
+        """Return the plan that was kept of a statement, for this use alone."""
+        if asked.values is not None or asked.offsets is not None:
+            return None
+        with self._lock:
+            made, snapshot, planned = self._planned.get((asked.sql, asked.db_schema), (-math.inf, None, None))
+            if planned is None or snapshot is not asked.snapshot or planned[2].views != views:
+                return None
+            del self._planned[asked.sql, asked.db_schema]
+        return planned if time.monotonic() - made < PLAN_SECONDS else None
 
     def pulled(self, stream: Any, context: ScanContext, schema: pa.Schema, asked: Asked) -> Pulled:
         """Return the batches of a stream, as they come. Let go of the stream and of its frame: they hold running tasks."""
@@ -194,6 +226,11 @@ class Planner:
         if found.first in REFUSED:
             raise Unsupported(f"{found.first} is not served: {SERVED}")
         return found.first in CHANGES
+
+
+def groups(sql: str) -> bool:
+    """Whether a statement groups: then it is planned with short texts as views first."""
+    return _GROUPS.search(sql) is not None
 
 
 def _new_session(db_schema: str, partitions: int, runtime: RuntimeEnvBuilder, catalog: Catalog | Shelf) -> SessionContext:

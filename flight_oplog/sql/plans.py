@@ -53,6 +53,15 @@ def is_constant(plan: Any) -> bool:
     return kinds == ["Projection", "EmptyRelation"]
 
 
+def is_literal(plan: Any) -> bool:
+    """Whether a constant plan's expressions are values as they are written: no function may give another the next time."""
+
+    def value(expression: Any) -> Any:
+        return value(expression.to_variant().expr()) if expression.variant_name() == "Alias" else expression
+
+    return all(value(each).variant_name() == "Literal" for each in plan.to_variant().projections())
+
+
 _EACH_BY_ITSELF = frozenset(("Projection", "Filter", "SubqueryAlias", "TableScan"))
 
 
