@@ -118,7 +118,7 @@ def _add_settings(parser: argparse.ArgumentParser, names: list[str]) -> None:
     for field in SETTINGS:
         if field.name in names:
             flag = "--" + field.name.replace("_", "-")
-            if isinstance(field.default, bool):
+            if field.default is False:
                 parser.add_argument(flag, dest=field.name, action="store_const", const=True, help=field.metadata["help"])
             else:
                 text = f"{field.metadata['help']} (default: {field.default})"

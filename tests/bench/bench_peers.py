@@ -284,7 +284,8 @@ def main() -> None:
                     mine_over = rates["flight_oplog"] / rate
                     print(f"{CLIENTS} clients, mixed: {name} {rate:,.0f} queries a second; ours over it {mine_over:.2f}")
             for server in servers:
-                print(f"peak memory: {server.name} {server.peak_mib():,.0f} MiB")
+                peak, files = server.peak_mib()
+                print(f"peak memory: {server.name} {peak:,.0f} MiB, {files:,.0f} of them pages of files")
         if "cold" in only:
             starts = dict(
                 zip(["flight_oplog", *names], [lambda: ours(data, folder / "ours", *flags), *all_peers(plain, folder)], strict=True)

@@ -75,10 +75,11 @@ class Peer:
 
             yield by_flight
 
-    def peak_mib(self) -> float:
-        """The most memory the process has had resident."""
+    def peak_mib(self) -> tuple[float, float]:
+        """The most memory the process has had resident, and how much of it are pages of files, which are the system's to take back."""
         status = Path(f"/proc/{self.process}/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
+        peak, files = (int(status.split(f"{name}:")[1].split()[0]) / 1024 for name in ("VmHWM", "RssFile"))
+        return peak, files
 
 
 def has(program: str) -> bool:
