@@ -32,9 +32,12 @@ CREATED_BY = f"flight_oplog version {FORMAT_VERSION} (build format_version {FORM
 # Records of a row group are read as one up to so many entries, and about so many bytes.
 TOGETHER_ENTRIES_MAX = 1 << 20
 TOGETHER_BYTES_MAX = 64 << 20
+# The rows of so many row groups are read by several threads.
+THREADS_FROM_GROUPS = 16
 
 # A page's header, and the length of its only value.
 _PAGE_HEAD_BYTES_MAX = 64
+_OF_FIRST = ("schema_id", "min_time", "max_time", "digest", "parts")
 _META_COLUMNS = [name for name in RECORD_SCHEMA.names if name not in ("topic", "filters", "content")]
 # Any decimal in bounds is written like this; a text may be.
 _DECIMAL = re.compile(r"-?\d+(\.\d+)?(E[+-]?\d+)?")
@@ -137,7 +140,8 @@ def read_records(storage: Storage, file: DataFile, each: bool = False) -> tuple[
     """
     with _parquet(storage, file) as opened:
         try:
-            table = opened.read(columns=_META_COLUMNS, use_threads=False)  # files are small as a rule, and there may be very many
+            # Files are small as a rule, and there may be very many.
+            table = opened.read(columns=_META_COLUMNS, use_threads=opened.num_row_groups >= THREADS_FROM_GROUPS)
             groups = _groups(opened.metadata)
             ours = opened.metadata.created_by == CREATED_BY
         except Exception as error:  # damaged bytes surface as errors of many kinds
@@ -204,8 +208,12 @@ class _Rows:
         return bool(follows.all() and (np.diff(ends[places]) == self._entries).all())
 
     def records(self, each: bool) -> Iterator[RecordMeta]:
-        for start, end in itertools.pairwise(range(len(self._firsts) + 1)) if each else self._together():
-            yield self._record(start, end)
+        runs = list(itertools.pairwise(range(len(self._firsts) + 1)) if each else self._together())
+        begins = pa.array([start for start, _ in runs], pa.int64())
+        of_first = {name: self._columns[name].take(begins).to_pylist() for name in _OF_FIRST if name in self._columns}
+        of_first |= {name: [None] * len(runs) for name in _OF_FIRST if name not in self._columns}
+        for (start, end), *first in zip(runs, *of_first.values(), strict=True):
+            yield self._record(start, end, dict(zip(of_first, first, strict=True)))
 
     def _together(self) -> Iterator[Span]:
         """Yield runs of rows that are read as one."""
@@ -225,13 +233,18 @@ class _Rows:
                 yield start, min(end, start + step)
                 start += step
 
-    def _record(self, start: int, end: int) -> RecordMeta:
+    def _record(self, start: int, end: int, first: dict[str, Any]) -> RecordMeta:
+        """Return rows as one record; of the first of them there are the values that do not have to be put together."""
         columns, rows = self._columns, end - start
         group = self._groups[self._group[start]]
-        low, high = (columns[name].slice(start, rows) for name in ("min_time", "max_time"))
-        is_timed = not low.null_count and not high.null_count
         places = (self._places[start:end] - group.first).tolist()  # another program's compaction keeps no order
-        parts = columns["parts"][start].as_py() if "parts" in columns and rows == 1 else None
+        if rows > 1:
+            low, high = (columns[name].slice(start, rows) for name in ("min_time", "max_time"))
+            is_timed = not low.null_count and not high.null_count
+            first |= {"digest": "", "parts": None, "min_time": None, "max_time": None}
+            first |= {"min_time": pc.min(low).as_py(), "max_time": pc.max(high).as_py()} if is_timed else {}
+        elif first["min_time"] is None or first["max_time"] is None:
+            first |= {"min_time": None, "max_time": None}
         return RecordMeta(
             file=self._file,
             row=int(self._places[start]),
@@ -240,11 +253,7 @@ class _Rows:
             span=group.span,
             first_offset=int(self._firsts[start]),
             entries=int(self._ends[end - 1] - self._firsts[start]),
-            schema_id=columns["schema_id"][start].as_py(),
-            min_time=pc.min(low).as_py() if is_timed else None,
-            max_time=pc.max(high).as_py() if is_timed else None,
-            digest=columns["digest"][start].as_py() if rows == 1 else "",
-            parts=parts,
+            **first,
             known_appends=columns["appends"].slice(start, rows),
             known_bounds=_Bounds(columns["bounds"].slice(start, rows), self._entries[start:end]),
             rows=rows,
