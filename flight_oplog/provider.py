@@ -60,6 +60,8 @@ INDEXING_SECONDS = 0.03
 _RUNS_FROM = 16
 _SPANS_FROM = 32
 VIEW_BYTES = 12
+# Records of fewer entries on average are not dealt out over the cores.
+SHARED_ENTRIES = 4096
 
 _FORMAT = ds.IpcFileFormat()
 _FILESYSTEM = LocalFileSystem()
@@ -264,8 +266,11 @@ class _Table(ds.Dataset):
         except Exception as error:
             self.context.failures.append(error)
             raise
-        self.context.entries += sum(record.entries for record in records)
-        return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, self.context.partitions)])
+        entries = sum(record.entries for record in records)
+        self.context.entries += entries
+        # Small records are a Python thread's work, not a core's: two would wait for each other.
+        partitions = self.context.partitions if entries >= SHARED_ENTRIES * len(records) else 1
+        return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, partitions)])
 
     def _surviving(self, filter: Filter | None) -> Sequence[RecordMeta]:
         offsets = self.context.offsets
@@ -510,7 +515,7 @@ class EntriesTable(_Table):
     def _fetch(self, record: RecordMeta, names: Sequence[str]) -> Future[Decoded] | None:
         """Begin to read columns of a record, unless they are in memory."""
         of_entries, cache = self._of_entries(record, names), self.context.cache
-        if not of_entries or cache.holds(record, of_entries):
+        if not of_entries or cache.holds(record, of_entries) or self._snapshot.store.reads_at_once(record):
             return None
         return cache.readers.submit(cache.columns, self._snapshot, record, of_entries, self.counts)
 
@@ -722,6 +727,8 @@ _TOPICS_SCHEMA = pa.schema(
 
 def _log_columns(record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array]:
     """Return the log's own columns for all entries of a record."""
+    if _LOG_NAMES.isdisjoint(names):
+        return {}
     counts = [owner["entries"] for owner in record.appends]
     found: dict[str, pa.Array] = {}
     for name in (name for name in names if name in _LOG_NAMES):

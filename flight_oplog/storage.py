@@ -117,13 +117,14 @@ class Storage(abc.ABC):
 
         return self.each(read, paths)
 
-    def each(self, request: Callable[[Any], Any], of: Iterable[Any]) -> Iterator[Any]:
-        """Yield the answer of a request for each thing; as many at once as the storage takes."""
+    def each(self, request: Callable[[Any], Any], of: Iterable[Any], least: int = 1) -> Iterator[Any]:
+        """Yield the answer of a request for each thing; as many at once as the storage takes, or as `least` says."""
         things = list(of)
-        if self.requests_at_once == 1 or len(things) < 2:
+        at_once = min(len(things), max(self.requests_at_once, least))
+        if at_once < 2:
             yield from map(request, things)
             return
-        with ThreadPoolExecutor(min(len(things), self.requests_at_once), "storage") as pool:
+        with ThreadPoolExecutor(at_once, "storage") as pool:
             yield from pool.map(request, things)
 
     @abc.abstractmethod

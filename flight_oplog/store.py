@@ -36,6 +36,7 @@ from flight_oplog.datafile import StagedFile
 from flight_oplog.deltalog import Changes
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
 from flight_oplog.files import reading_error, storage_error
+from flight_oplog.parts import PARTS_FROM_BYTES
 from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records
 from flight_oplog.schema import (
     FORMAT_VERSION,
@@ -63,6 +64,9 @@ FOLLOWED_MAX = 200
 # Content that was committed here just now, small records only: the next query need not read it.
 FRESH_BYTES = 32 << 20
 REFRESH_SECONDS = 0.5
+# The records of more files than a few are read by so many threads: Arrow does more than half of it without Python's lock.
+READERS = 3
+FEW_FILES = 8
 # The Delta protocol of the tables made here, for readers and for writers.
 PROTOCOL = (1, 2)
 FORMAT_KEY = "oplog.formatVersion"
@@ -439,7 +443,8 @@ class Store:
         """Read the records of files that are not in memory, as many at once as the storage takes."""
         missing = [file for file in files if file.path not in self._metas]
         if len(missing) > 1:
-            for file, records in zip(missing, self._storage.each(lambda file: read_records(self._storage, file), missing), strict=True):
+            found = self._storage.each(lambda file: read_records(self._storage, file), missing, READERS if len(missing) > FEW_FILES else 1)
+            for file, records in zip(missing, found, strict=True):
                 self._metas[file.path] = records
 
     def rows(self, file: DataFile, afresh: bool = False) -> tuple[RecordMeta, ...]:
@@ -472,6 +477,10 @@ class Store:
     def reads_ahead(self) -> int:
         """How many records are best read while another is looked at."""
         return self._storage.reads_ahead
+
+    def reads_at_once(self, record: RecordMeta) -> bool:
+        """Whether reading a record takes less than asking another thread for it."""
+        return self.is_local and record.span is not None and record.span[1] - record.span[0] < PARTS_FROM_BYTES
 
     def columns(self, record: RecordMeta, names: Sequence[str]) -> tuple[pa.Buffer, int]:
         """Return content of which some columns can be decoded, checked; and how many bytes were read for it."""

@@ -13,11 +13,13 @@ import pytest
 from conftest import flip, rows
 from deltalake import DeltaTable
 
-from flight_oplog import Config, OpLog, codec, records
+from flight_oplog import Config, OpLog, codec, provider, records
+from flight_oplog.cache import ColumnCache
 from flight_oplog.committer import Origin
 from flight_oplog.errors import CorruptLog
-from flight_oplog.records import RecordMeta, _Bounds
+from flight_oplog.records import RecordMeta, _Bounds, _Rows, read_records
 from flight_oplog.sql.engine import Engine
+from flight_oplog.store import FEW_FILES
 
 SMALL = Config(record_entries_max=10, compression="none")
 
@@ -193,3 +195,60 @@ def test_a_log_that_another_program_compacted_is_read_at_once(tmp_path: Path, en
         assert rows(engine, log.snapshot(), "SELECT count(*) AS n, sum(n) AS s FROM t WHERE s <> ''") == [{"n": 400, "s": 79_800}]
         assert len(reads) == 1
         assert log.verify() == []
+
+
+# Many small files
+
+
+def test_the_only_record_of_a_file_is_read_as_one_of_many_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpLog.open(str(tmp_path / "log")) as log:
+        log.append("t", numbered(0, 10))
+        log.append("u", pa.record_batch({"at": pa.array([1, None], pa.timestamp("us", "UTC")), "x": ["a", None]}), Origin("p", 0, 0))
+        files = [file for topic in log.snapshot().topics.values() for file in topic.files]
+        storage = log._store._storage
+        found = [read_records(storage, file) for file in files]
+        monkeypatch.setattr(records, "_only", lambda file, table, group, ours: tuple(_Rows(file, table, [group]).records(True)))
+        assert len(found) >= 2
+        for (one,), (other,) in zip(found, [read_records(storage, file) for file in files], strict=True):
+            assert [getattr(one, name) for name in SHOWN] == [getattr(other, name) for name in SHOWN]
+
+
+SHOWN = ("key", "row", "row_group", "place", "span", "first_offset", "entries", "schema_id", "min_time", "max_time", "digest", "parts")
+SHOWN += ("rows", "each", "appends", "bounds")
+
+
+@pytest.mark.parametrize("change", [{"first_offset": 1}, {"first_offset": -1}, {"entries": 9}, {"entries": None}, {"appends": None}])
+def test_an_only_record_that_does_not_add_up_is_damage(tmp_path: Path, change: dict[str, Any]) -> None:
+    with OpLog.open(str(tmp_path / "log")) as log:
+        log.append("t", numbered(0, 10))
+        [file] = log.snapshot().topics["t"].files
+        storage, path = log._store._storage, tmp_path / "log" / file.path
+        table = pq.ParquetFile(path).read()
+        row = table.to_pylist()[0] | change
+        pq.write_table(pa.Table.from_pylist([row], pa.schema([f.with_nullable(True) for f in table.schema])), path)
+        if change == {"first_offset": 1}:
+            [found] = read_records(storage, file)
+            assert found.first_offset == 1, "another program's compaction leaves gaps"
+        else:
+            with pytest.raises(CorruptLog, match=r"file .* (holds records that do not add up|does not hold records); restore it"):
+                read_records(storage, file)
+
+
+def test_small_records_are_one_threads_work(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    dealt: list[int] = []
+    deal = provider._deal
+    monkeypatch.setattr(provider, "_deal", lambda records, partitions: dealt.append(partitions) or deal(records, partitions))
+    monkeypatch.setattr(
+        ColumnCache, "readers", property(lambda cache: pytest.fail("no thread is asked"), lambda cache, readers: None), False
+    )
+    alone = Engine(Config())
+    alone._planner._partitions = 4
+    with OpLog.open(str(tmp_path / "log")) as log:
+        for number in range(FEW_FILES + 2):  # the records of more files than a few are read side by side
+            log.append("t", numbered(10 * number, 10))
+    with OpLog.open(str(tmp_path / "log")) as log:
+        total = 10 * (FEW_FILES + 2)
+        assert rows(alone, log.snapshot(), "SELECT sum(n) AS s FROM t WHERE s <> ''") == [{"s": total * (total - 1) // 2}]
+        monkeypatch.setattr(provider, "SHARED_ENTRIES", 10)
+        assert rows(alone, log.snapshot(), "SELECT sum(n) AS s FROM t WHERE s <> ' '") == [{"s": total * (total - 1) // 2}]
+    assert dealt == [1, 4]
