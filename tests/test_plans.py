@@ -48,9 +48,11 @@ def test_a_statement_is_planned_once(log: OpLog, engine: Engine, sessions: list[
 
 
 def test_no_plan_is_kept_for_long(log: OpLog, engine: Engine, sessions: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planner, "PLAN_SECONDS", 0.0)
+    monkeypatch.setattr(planner, "PLAN_SECONDS", -1.0)
     assert asked(engine, log, "SELECT 1 + 1 AS two") == [{"two": 2}]
     assert len(sessions) == 2
+    assert not engine._planner._planned, "nor one that nobody came for"
+    monkeypatch.undo()
     engine.prepare("SELECT now() AS t", log.snapshot())
     assert not any("now" in sql for sql, _ in engine._planner._planned), "its time is that of its making"
 

@@ -146,9 +146,11 @@ class Planner:
     def keep(self, asked: Asked, planned: tuple[SessionContext, Any, ScanContext]) -> None:
         """Keep the plan of a statement that was prepared, in the way it is first run, for the run that is about to follow."""
         if not _DATED.search(asked.sql):
+            now = time.monotonic()
             with self._lock:
-                self._planned[asked.sql, asked.db_schema] = time.monotonic(), asked.snapshot, planned
-                while len(self._planned) > PLANS_KEPT:
+                self._planned.pop((asked.sql, asked.db_schema), None)
+                self._planned[asked.sql, asked.db_schema] = now, asked.snapshot, planned
+                while self._planned and (len(self._planned) > PLANS_KEPT or next(iter(self._planned.values()))[0] < now - PLAN_SECONDS):
                     self._planned.popitem(last=False)
 
     def _taken(self, asked: Asked, views: bool) -> tuple[SessionContext, Any, ScanContext] | None:
