@@ -34,7 +34,7 @@ class Maps:
     def __init__(self, root: str) -> None:
         self._root = root
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, pa.Buffer] = OrderedDict()
+        self._kept: OrderedDict[str, tuple[int | None, pa.Buffer | None]] = OrderedDict()
         self._can_map: bool | None = None
 
     def view(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> pa.Buffer | None:
@@ -60,18 +60,20 @@ class Maps:
                 self._kept.pop(path, None)
 
     def _whole(self, path: str) -> pa.Buffer | None:
-        with self._lock:
-            found = self._kept.pop(path, None)
-            if found is None:
-                try:
+        """Return a file's map, the one that is kept if it is still of the file that has this name."""
+        try:
+            status = os.stat(path)
+            with self._lock:
+                number, found = self._kept.pop(path, (None, None))
+                if found is None or number != status.st_ino:
                     with pa.memory_map(path) as file:  # what was read outlives it, without a handle of the system's
                         found = file.read_buffer()
-                except OSError:
-                    return None
-            self._kept[path] = found
-            while len(self._kept) > MAPS_KEPT:
-                self._kept.popitem(last=False)
-            return found
+                self._kept[path] = status.st_ino, found
+                while len(self._kept) > MAPS_KEPT:
+                    self._kept.popitem(last=False)
+                return found
+        except OSError:
+            return None
 
 
 def _pages(address: int, size: int) -> tuple[ctypes.c_void_p, ctypes.c_size_t]:

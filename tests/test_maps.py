@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import rows
+from conftest import flip, rows
 from deltalake import DeltaTable
 from test_parts import ENTRIES, wide
 
@@ -79,6 +79,21 @@ def test_a_file_cut_short_is_an_error(tmp_path: Path) -> None:
         os.truncate(tmp_path / "log" / record.file.path, PAGE_BYTES)
         with pytest.raises(CorruptLog, match=r"topic 'wide', file .*, offset 0: content does not match its digest; restore the file"):
             rows(Engine(Config()), log.snapshot(), "SELECT min(payload) AS p FROM wide")
+
+
+def test_a_file_that_is_restored_is_read(tmp_path: Path) -> None:
+    with OpLog.open(str(tmp_path / "log"), Config(compression="none")) as log:
+        log.append("wide", wide(0))
+        [record] = log.snapshot().records("wide")
+        path = tmp_path / "log" / record.file.path
+        whole = path.read_bytes()
+        flip(path, record.span[1] - PAGE_BYTES if record.span else 0)
+        engine, sql = Engine(Config()), "SELECT count(half) AS c, count(payload) AS p FROM wide WHERE half >= 0 AND payload <> X'00'"
+        with pytest.raises(CorruptLog):
+            rows(engine, log.snapshot(), sql)
+        (tmp_path / "backup").write_bytes(whole)
+        (tmp_path / "backup").rename(path)
+        assert rows(engine, log.snapshot(), sql) == [{"c": ENTRIES, "p": ENTRIES}]
 
 
 def test_the_place_of_removed_files_is_given_back(tmp_path: Path) -> None:
