@@ -60,7 +60,7 @@ INDEXING_SECONDS = 0.03
 _RUNS_FROM = 16
 _SPANS_FROM = 32
 VIEW_BYTES = 12
-# Records of fewer entries on average are not dealt out over the cores.
+# Records of fewer entries on average are not dealt out over the cores; nor are texts of files with fewer shown as views.
 SHARED_ENTRIES = 4096
 
 _FORMAT = ds.IpcFileFormat()
@@ -375,7 +375,7 @@ class EntriesTable(_Table):
         super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
         self._read: set[str] = set()
         self._held: dict[str, Decoded | None] = {}  # what is known of the records that partitions look at just now
-        if context.views:
+        if context.views and topic.entries >= SHARED_ENTRIES * len(topic.files):  # showing a small file's texts so costs more than it saves
             self._schema = pa.schema([f.with_type(pa.string_view()) if self._looks_short(f) else f for f in schema])
 
     @property

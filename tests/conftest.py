@@ -62,10 +62,11 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def eager() -> Iterator[None]:
-    """Every aggregate is worth a state, every text an index."""
+    """Every aggregate is worth a state, every text an index, and records are as if they were large."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repeated, "STATE_SECONDS", -1.0)
         patch.setattr(provider, "INDEXING_SECONDS", 1e9)
+        patch.setattr(provider, "SHARED_ENTRIES", 0)
         yield
 
 
