@@ -53,7 +53,7 @@ class Maps:
             _LIBC.madvise(*pages, _MADV_WILLNEED)
         return found if all(_LIBC.madvise(*pages, _MADV_POPULATE_READ) == 0 for pages in ranges) else None
 
-    def forget(self, paths: Iterable[str] | None) -> None:
+    def let_go(self, paths: Iterable[str] | None) -> None:
         """Let go of some files, or of all."""
         with self._lock:
             for path in list(self._kept) if paths is None else paths:

@@ -266,11 +266,12 @@ class _Table(ds.Dataset):
         except Exception as error:
             self.context.failures.append(error)
             raise
-        entries = sum(record.entries for record in records)
+        before = np.cumsum([record.entries for record in records])
+        entries = int(before[-1]) if len(records) else 0
         self.context.entries += entries
         # Small records are a Python thread's work, not a core's: two would wait for each other.
         partitions = self.context.partitions if entries >= SHARED_ENTRIES * len(records) else 1
-        return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, partitions)])
+        return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, before, partitions)])
 
     def _surviving(self, filter: Filter | None) -> Sequence[RecordMeta]:
         offsets = self.context.offsets
@@ -771,11 +772,10 @@ def _between(name: str, low: pa.Scalar, high: pa.Scalar) -> pc.Expression:
     return ((column >= low) | column.is_null()) & ((column <= high) | column.is_null())
 
 
-def _deal(records: Sequence[RecordMeta], partitions: int) -> list[Sequence[RecordMeta]]:
-    """Split records into at most `partitions` runs of neighbours with about the same number of entries."""
+def _deal(records: Sequence[RecordMeta], before: np.ndarray, partitions: int) -> list[Sequence[RecordMeta]]:
+    """Split records into at most `partitions` runs of neighbours with about the same number of entries; `before` adds these up."""
     if partitions <= 1 or len(records) <= 1:
         return [records]
-    before = np.cumsum([record.entries for record in records])
     shares = [before[-1] * part / partitions for part in range(1, partitions)]
     cuts = [0, *(np.searchsorted(before, shares) + 1).tolist(), len(records)]
     return [records[start:end] for start, end in itertools.pairwise(cuts) if end > start]

@@ -190,10 +190,14 @@ def _only(file: DataFile, table: pa.Table, group: _Group, ours: bool) -> tuple[R
     gap, appends = row["first_offset"] - file.first_offset, row.pop("appends")
     if (gap != 0 if ours else gap < 0) or sum(owner["entries"] for owner in appends) != row["entries"]:
         return ()
-    if row["min_time"] is None or row["max_time"] is None:
-        row |= {"min_time": None, "max_time": None}
-    row |= {"known_appends": appends, "known_bounds": json.loads(row.pop("bounds") or "{}"), "parts": row.get("parts")}
+    row |= _times_of(row) | {"known_appends": appends, "known_bounds": json.loads(row.pop("bounds") or "{}"), "parts": row.get("parts")}
     return (RecordMeta(file=file, row=0, row_group=group.number, place=0, span=group.span, **row),)
+
+
+def _times_of(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the bounds of a row's times: both, or none."""
+    times = {name: row[name] for name in ("min_time", "max_time")}
+    return dict.fromkeys(times) if None in times.values() else times
 
 
 class _Rows:
@@ -224,8 +228,8 @@ class _Rows:
     def records(self, each: bool) -> Iterator[RecordMeta]:
         runs = list(itertools.pairwise(range(len(self._firsts) + 1)) if each else self._together())
         begins = pa.array([start for start, _ in runs], pa.int64())
-        of_first = {name: self._columns[name].take(begins).to_pylist() for name in _OF_FIRST if name in self._columns}
-        of_first |= {name: [None] * len(runs) for name in _OF_FIRST if name not in self._columns}
+        nothing = [None] * len(runs)
+        of_first = {name: self._columns[name].take(begins).to_pylist() if name in self._columns else nothing for name in _OF_FIRST}
         for (start, end), *first in zip(runs, *of_first.values(), strict=True):
             yield self._record(start, end, dict(zip(of_first, first, strict=True)))
 
@@ -257,8 +261,8 @@ class _Rows:
             is_timed = not low.null_count and not high.null_count
             first |= {"digest": "", "parts": None, "min_time": None, "max_time": None}
             first |= {"min_time": pc.min(low).as_py(), "max_time": pc.max(high).as_py()} if is_timed else {}
-        elif first["min_time"] is None or first["max_time"] is None:
-            first |= {"min_time": None, "max_time": None}
+        else:
+            first |= _times_of(first)
         return RecordMeta(
             file=self._file,
             row=int(self._places[start]),

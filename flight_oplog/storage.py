@@ -323,7 +323,7 @@ class Folder(Storage):
 
     def let_go(self, paths: Iterable[str] | None = None) -> None:
         if self._maps:
-            self._maps.forget(None if paths is None else map(self._full, paths))
+            self._maps.let_go(None if paths is None else map(self._full, paths))
 
 
 def _fill(handle: int, memory: memoryview, start: int) -> int:

@@ -147,4 +147,4 @@ def test_a_text_is_measured_with_strings_and_comments_aside() -> None:
     ],
 )
 def test_a_plain_text_can_only_take_long_over_many_entries(sql: str, plain: bool) -> None:
-    assert lexer.is_plain(sql) is plain
+    assert lexer.measure(sql).is_plain is plain

@@ -11,6 +11,7 @@ from flight_oplog.sql import engine as sql_engine
 from flight_oplog.sql import planner
 from flight_oplog.sql.engine import CONSTANT_CHARACTERS, CONSTANTS_KEPT, Engine
 from flight_oplog.sql.planner import Planner
+from flight_oplog.sql.statements import Statements
 
 
 @pytest.fixture
@@ -55,6 +56,12 @@ def test_no_plan_is_kept_for_long(log: OpLog, engine: Engine, sessions: list[str
     monkeypatch.undo()
     engine.prepare("SELECT now() AS t", log.snapshot())
     assert not any("now" in sql for sql, _ in engine._planner._planned), "its time is that of its making"
+
+
+def test_no_plan_of_a_dated_view_is_kept(log: OpLog, engine: Engine) -> None:
+    Statements(log, engine, Config()).execute("CREATE VIEW v AS SELECT now() AS t")
+    engine.prepare("SELECT t FROM v", log.snapshot())
+    assert not engine._planner._planned
 
 
 def test_not_many_plans_are_kept(log: OpLog, engine: Engine) -> None:

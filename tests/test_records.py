@@ -237,7 +237,7 @@ def test_an_only_record_that_does_not_add_up_is_damage(tmp_path: Path, change: d
 def test_small_records_are_one_threads_work(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     dealt: list[int] = []
     deal = provider._deal
-    monkeypatch.setattr(provider, "_deal", lambda records, partitions: dealt.append(partitions) or deal(records, partitions))
+    monkeypatch.setattr(provider, "_deal", lambda *given: dealt.append(given[-1]) or deal(*given))
     monkeypatch.setattr(
         ColumnCache, "readers", property(lambda cache: pytest.fail("no thread is asked"), lambda cache, readers: None), False
     )

@@ -104,10 +104,7 @@ class Engine:
         if found is None:
             made = self._prepare(sql, snapshot, None, db_schema)
             found = made.schema, made.parameters, made.is_update
-        self._prepared[key] = found
-        while len(self._prepared) > PREPARED_KEPT:
-            with contextlib.suppress(KeyError):  # another thread may have been here
-                self._prepared.popitem(last=False)
+        _remember(self._prepared, key, found, PREPARED_KEPT)
         return Statement(snapshot, *found)
 
     def _prepare(self, sql: str, snapshot: Snapshot, values: pa.RecordBatch | None, db_schema: str) -> Statement:
@@ -127,7 +124,7 @@ class Engine:
                 raise
             frame = self._planner.frame(session, context, text, nulls_of(parameters))  # some texts need to know every type
         if not names:
-            self._planner.keep(Asked(text, snapshot, lambda: False, math.inf, None, db_schema), (session, frame, context))
+            self._planner.keep(text, snapshot, db_schema, (session, frame, context))
         return Statement(snapshot, schema_of(frame, context), parameters)
 
     def views(self, snapshot: Snapshot) -> dict[str, str]:
@@ -230,11 +227,9 @@ class Engine:
         if not _READS.search(asked.sql) and is_constant(frame.logical_plan()):
             batches = paced(at_once(stream, context, schema), self._config.message_bytes_max)
             if asked.values is None and len(asked.sql) <= CONSTANT_CHARACTERS and is_literal(frame.logical_plan()):
-                kept = self._constants[asked.sql] = schema, list(batches)
-                while len(self._constants) > CONSTANTS_KEPT:
-                    with contextlib.suppress(KeyError):  # another thread may have been here
-                        self._constants.popitem(last=False)
-                return Running(schema, iter(kept[1]))
+                kept = list(batches)
+                _remember(self._constants, asked.sql, (schema, kept), CONSTANTS_KEPT)
+                batches = iter(kept)
             return Running(schema, batches)
         if self._is_short(asked, context):
             batches = at_once(stream, context, schema)
@@ -255,7 +250,7 @@ class Engine:
 
     def _is_short(self, asked: Asked, context: ScanContext) -> bool:
         """Whether a query that has begun takes no time worth stopping it, which takes a detour of a millisecond."""
-        return context.entries <= SHORT_ENTRIES and asked.snapshot.store.is_local and lexer.is_plain(asked.sql)
+        return context.entries <= SHORT_ENTRIES and asked.snapshot.store.is_local and lexer.measure(asked.sql).is_plain
 
     def change(
         self,
@@ -363,6 +358,13 @@ class Engine:
         if kind in ("DropTable", "DropView"):
             return Change("DROP TABLE" if kind == "DropTable" else "DROP VIEW", in_public(found.name()), tolerant=found.if_exists()), None
         raise Unsupported(f"{' '.join(sql.split()[:2]).upper()[:40]} is not served: {SERVED}")
+
+
+def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
+    kept[key] = value
+    while len(kept) > most:
+        with contextlib.suppress(KeyError):  # another thread may have been here
+            kept.popitem(last=False)
 
 
 _READS = re.compile(r"\b(?:FROM|SHOW|DESCRIBE|DESC|EXPLAIN)\b", re.IGNORECASE)

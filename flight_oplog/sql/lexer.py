@@ -11,8 +11,8 @@ import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from flight_oplog.errors import RequestError
 
@@ -147,23 +147,35 @@ def _after_comment(sql: str, place: int) -> int:
 
 @dataclass(frozen=True)
 class Measure:
-    """What a text looks like: its first word, how many operators it has and how many tables it reads."""
+    """What a text looks like: its first word, how many operators it has, how many tables it reads, and whether it is plain.
+
+    A plain text reads one table once, and asks nothing of an entry that could take long: it compares, reckons and sums up.
+    """
 
     first: str
     operators: int
     tables: int
+    is_plain: bool = False
 
 
 def measure(sql: str) -> Measure:
     """Measure a text. Every word that stands where an operator may counts as one, known or not, but for a few."""
-    return _remembered(sql) if len(sql) <= REMEMBERED_CHARACTERS else _measured(sql)
+    return _remembered(sql) if len(sql) <= REMEMBERED_CHARACTERS else _measured(tokens(sql))
 
 
-def _measured(sql: str) -> Measure:
+# A dashboard asks the same over and over.
+@functools.lru_cache(maxsize=1024)
+def _remembered(sql: str) -> Measure:
+    found = list(tokens(sql))
+    measured = _measured(found)
+    return replace(measured, is_plain=_is_plain(found, measured))
+
+
+def _measured(found: Iterable[Token]) -> Measure:
     first, operators, tables = "", 0, 0
     after_operand = False
     in_from = [False]  # for each open parenthesis: whether a comma there separates tables
-    for token in tokens(sql):
+    for token in found:
         word = token.text.upper() if token.kind == "word" else ""
         if word:
             first = first or word
@@ -192,15 +204,9 @@ def _measured(sql: str) -> Measure:
     return Measure(first, operators, tables)
 
 
-# A dashboard asks the same over and over.
-_remembered = functools.lru_cache(maxsize=1024)(_measured)
-
-
-def is_plain(sql: str) -> bool:
-    """Whether a text reads one table once, and asks nothing of an entry that could take long: it compares, reckons and sums up."""
-    if len(sql) > REMEMBERED_CHARACTERS or measure(sql).first != "SELECT" or measure(sql).tables != 1:
+def _is_plain(found: Sequence[Token], measured: Measure) -> bool:
+    if measured.first != "SELECT" or measured.tables != 1:
         return False
-    found = list(tokens(sql))
     words = [token.text.upper() for token in found if token.kind == "word"]
     calls = {one.text.upper() for one, other in itertools.pairwise(found) if one.kind in ("word", "quoted") and other.text == "("}
     operators = {token.text for token in found if token.kind == "operator"}

@@ -55,6 +55,10 @@ _DATED = re.compile(r"\b(?:now|today|current_\w+)\b", re.IGNORECASE)
 _SORTS = re.compile(r"\bORDER\s+BY\b.*\bLIMIT\b", re.IGNORECASE | re.DOTALL)
 
 
+# A statement's session, its plan as a frame of DataFusion's, and what its scans share.
+Plan = tuple[SessionContext, Any, ScanContext]
+
+
 @dataclass(frozen=True)
 class Asked:
     """A query to be run: its text with numbered parameters and their values, of which snapshot, and until when.
@@ -82,7 +86,7 @@ class Planner:
         self._system = system
         self._partitions = os.cpu_count() or 1
         self._lock = threading.Lock()
-        self._planned: OrderedDict[tuple[str, str], tuple[float, Snapshot, tuple[SessionContext, Any, ScanContext]]] = OrderedDict()
+        self._planned: OrderedDict[tuple[str, str], tuple[float, Snapshot, Plan]] = OrderedDict()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
 
@@ -132,7 +136,7 @@ class Planner:
         schema = schema_of(frame, context)
         return schema, scanned(table, context, schema, asked.deadline, self._config.statement_seconds_max, asked.stopped), context
 
-    def plan(self, asked: Asked, views: bool = False, push_filters: bool = True) -> tuple[SessionContext, Any, ScanContext]:
+    def plan(self, asked: Asked, views: bool = False, push_filters: bool = True) -> Plan:
         """Return a query's plan as a frame, the session it is of, and what its scans share. Raises what planning raises."""
         if push_filters and (planned := self._taken(asked, views)) is not None:
             return planned
@@ -143,17 +147,17 @@ class Planner:
             session.remove_optimizer_rule("push_down_filter")
         return session, self.frame(session, context, asked.sql, asked.values), context
 
-    def keep(self, asked: Asked, planned: tuple[SessionContext, Any, ScanContext]) -> None:
+    def keep(self, sql: str, snapshot: Snapshot, db_schema: str, planned: Plan) -> None:
         """Keep the plan of a statement that was prepared, in the way it is first run, for the run that is about to follow."""
-        if not _DATED.search(asked.sql):
+        if not any(map(_DATED.search, (sql, *self.views.of(snapshot).values()))):
             now = time.monotonic()
             with self._lock:
-                self._planned.pop((asked.sql, asked.db_schema), None)
-                self._planned[asked.sql, asked.db_schema] = now, asked.snapshot, planned
+                self._planned.pop((sql, db_schema), None)
+                self._planned[sql, db_schema] = now, snapshot, planned
                 while self._planned and (len(self._planned) > PLANS_KEPT or next(iter(self._planned.values()))[0] < now - PLAN_SECONDS):
                     self._planned.popitem(last=False)
 
-    def _taken(self, asked: Asked, views: bool) -> tuple[SessionContext, Any, ScanContext] | None:
+    def _taken(self, asked: Asked, views: bool) -> Plan | None:
         """Return the plan that was kept of a statement, for this use alone."""
         if asked.values is not None or asked.offsets is not None:
             return None
