@@ -7,11 +7,12 @@ import contextlib
 import csv
 import dataclasses
 import gc
+import getpass
 import json
-import logging
 import math
 import os
 import resource
+import secrets
 import signal
 import sys
 import time
@@ -27,17 +28,20 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 
-from flight_oplog import __version__
-from flight_oplog.client import Client
+from flight_oplog import __version__, logs
+from flight_oplog.accounts import Accounts, add_token, add_user, remove_token, remove_user
+from flight_oplog.auth import Gate
+from flight_oplog.client import Client, Login
 from flight_oplog.config import SETTINGS, Config, load, parse
 from flight_oplog.errors import OplogError, RequestError, TryAgain
 from flight_oplog.oplog import OpLog
-from flight_oplog.server import Server, check_listen
+from flight_oplog.server import Server, check_listen, check_tls, lacking
 from flight_oplog.sql.engine import Engine
 from flight_oplog.store import Store
 
 DEFAULT_SERVER = "grpc://127.0.0.1:8815"
 ROWS_SHOWN = 100
+TOKEN_DAYS = 90.0
 AGAIN_SECONDS = 1.0
 GARBAGE_OBJECTS = 50_000
 # A file may be published, and its commit not be there yet: twice as long as it is taken to be fresh.
@@ -48,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     parser = build_parser()
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.begin("text")
     try:
         command: Callable[[argparse.Namespace], int] = options.command
         return command(options)
@@ -81,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     ingest = commands.add_parser("ingest", help="append files to a topic: Parquet, CSV, NDJSON, Arrow; each file is one append")
     ingest.add_argument("topic")
     ingest.add_argument("files", nargs="+", metavar="FILE")
-    ingest.add_argument("--server", default=DEFAULT_SERVER, help=f"address of the server (default: {DEFAULT_SERVER})")
+    _add_server(ingest, ingest)
     ingest.set_defaults(command=_ingest)
 
     tail = commands.add_parser("tail", help="print a topic's entries in order, one JSON object a line; --follow waits for more")
@@ -90,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     tail.add_argument("--from", dest="start", default="earliest", metavar="PLACE", help="an offset, earliest or latest (default: earliest)")
     tail.add_argument("--columns", metavar="A,B", help="only these columns")
     tail.add_argument("--where", metavar="CONDITION", help="only entries that meet an SQL condition")
-    tail.add_argument("--server", default=DEFAULT_SERVER, help=f"address of the server (default: {DEFAULT_SERVER})")
+    _add_server(tail, tail)
     tail.set_defaults(command=_tail)
 
     topics = commands.add_parser("topics", help="list the topics")
@@ -107,10 +111,44 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verify.set_defaults(command=_verify)
 
+    _add_accounts(commands)
+
     config = commands.add_parser("config", help="show every setting, its value and what it means")
     _add_settings(config, [field.name for field in SETTINGS])
+    config.add_argument("--check", action="store_true", help="instead, try the settings and the files they name")
     config.set_defaults(command=_config)
     return parser
+
+
+def _add_accounts(commands: Any) -> None:
+    user = commands.add_parser("user", help="add, remove and list those who log in with a password")
+    users = user.add_subparsers(required=True, metavar="ACTION")
+    added = users.add_parser("add", help="add a user, or give one another password, which is asked for or read from standard input")
+    added.add_argument("name")
+    _add_settings(added, ["users"])
+    added.set_defaults(command=_add_user)
+    removed = users.add_parser("remove", help="remove a user; a login of theirs is not good any more within a second")
+    removed.add_argument("name")
+    _add_settings(removed, ["users"])
+    removed.set_defaults(command=_remove_user)
+    listed = users.add_parser("list", help="list the users")
+    _add_settings(listed, ["users"])
+    listed.set_defaults(command=_list_users)
+
+    token = commands.add_parser("token", help="add, remove and list API tokens")
+    tokens = token.add_subparsers(required=True, metavar="ACTION")
+    added = tokens.add_parser("add", help="make a token for a principal, and show it this once")
+    added.add_argument("principal")
+    added.add_argument("--days", type=float, default=TOKEN_DAYS, help=f"how long it is good, 0 for ever (default: {TOKEN_DAYS})")
+    _add_settings(added, ["users"])
+    added.set_defaults(command=_add_token)
+    removed = tokens.add_parser("remove", help="revoke a token; it is not good any more within a second")
+    removed.add_argument("id")
+    _add_settings(removed, ["users"])
+    removed.set_defaults(command=_remove_token)
+    listed = tokens.add_parser("list", help="list the tokens, without what makes them good")
+    _add_settings(listed, ["users"])
+    listed.set_defaults(command=_list_tokens)
 
 
 def _add_settings(parser: argparse.ArgumentParser, names: list[str]) -> None:
@@ -142,8 +180,43 @@ def _orphan_seconds(text: str) -> int:
 
 def _add_where(parser: argparse.ArgumentParser) -> None:
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--server", default=DEFAULT_SERVER, help=f"address of the server (default: {DEFAULT_SERVER})")
+    _add_server(parser, where)
     where.add_argument("--data", help="folder of the log, to read without a server")
+
+
+def _add_server(parser: argparse.ArgumentParser, where: Any) -> None:
+    where.add_argument("--server", default=DEFAULT_SERVER, help=f"address of the server (default: {DEFAULT_SERVER})")
+    parser.add_argument("--user", help="log in by this name; the password is asked for, or read from standard input")
+    parser.add_argument("--token-file", metavar="FILE", help="file with a bearer to send: an API token or a JWT")
+    parser.add_argument(
+        "--tls-ca", metavar="FILE", help="PEM file of the authorities that may vouch for the server, instead of the system's"
+    )
+    parser.add_argument("--tls-cert", dest="client_cert", metavar="FILE", help="PEM file of a certificate to show to the server")
+    parser.add_argument("--tls-key", dest="client_key", metavar="FILE", help="PEM file of its key")
+
+
+def _login(options: argparse.Namespace) -> Login:
+    """Return what to show a server. Raises RequestError for a file that cannot be read."""
+    login = getattr(options, "login", None)
+    if login is None:
+        password = None if options.user is None else _password(f"password of {options.user}: ")
+        token = None if options.token_file is None else _file(options.token_file).decode("utf-8", "replace").strip()
+        files = (options.tls_ca, options.client_cert, options.client_key)
+        login = options.login = Login(options.user, password, token, *(None if file is None else _file(file) for file in files))
+    return login
+
+
+def _file(name: str) -> bytes:
+    try:
+        with open(name, "rb") as stream:
+            return stream.read()
+    except OSError as error:
+        raise RequestError(f"{name}: {error.strerror}") from None
+
+
+def _password(words: str) -> str:
+    """Ask for a password, unseen, or read the first line of standard input where no person sits."""
+    return getpass.getpass(words) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
 
 
 # serve
@@ -160,8 +233,11 @@ def _serve(options: argparse.Namespace) -> int:
             os._exit(128 + number)  # a second signal ends at once; what was acknowledged is on disk
         signals.append(number)
 
+    wanted: list[int] = []  # reloads
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
+    signal.signal(signal.SIGHUP, lambda number, frame: wanted.append(number))
+    logs.begin(config.log_format)
     check_listen(config)
     with OpLog.open(config.data, config) as oplog:
         server = Server(oplog, config)
@@ -172,16 +248,26 @@ def _serve(options: argparse.Namespace) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each stream has a connection and perhaps a file
         gc.set_threshold(GARBAGE_OBJECTS)
         print(server.uri, flush=True)
-        if config.insecure:
-            print("warning: --insecure: anybody who reaches this address may read and append", file=sys.stderr)
+        if config.insecure and (missing := lacking(config)):
+            print(f"warning: --insecure: there is no {missing}: {_RISKS[missing]}", file=sys.stderr)
         while not signals:
             time.sleep(0.1)
+            if wanted:
+                wanted.clear()
+                server.reload()
         drained = server.drain(config.drain_seconds_max)
     if not drained:
         print("flight-oplog: stopped before every call had ended; nothing acknowledged was lost", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # gRPC threads of a stalled client would hold the interpreter up
+
+
+_RISKS = {
+    "authentication and no TLS": "anybody who reaches this address may read and append, and listen to others",
+    "authentication": "anybody who reaches this address may read and append",
+    "TLS": "anybody on the way may read along, passwords too, and change what is sent",
+}
 
 
 # sql, tail, topics
@@ -199,7 +285,7 @@ def _tail(options: argparse.Namespace) -> int:
     columns = options.columns.split(",") if options.columns else None
     while True:
         try:
-            with Client(options.server) as client:
+            with Client(options.server, _login(options)) as client:
                 for batch, next_offset in client.follow(options.topic, start, options.follow, columns, options.where):
                     _print_json(batch.schema, iter([batch]), 0)
                     sys.stdout.flush()
@@ -233,7 +319,7 @@ def _result(options: argparse.Namespace, query: str) -> Iterator[tuple[pa.Schema
     from adbc_driver_manager import Error
 
     try:
-        with adbc.connect(options.server, autocommit=True) as connection, connection.cursor() as cursor:
+        with adbc.connect(options.server, _login(options).adbc(), autocommit=True) as connection, connection.cursor() as cursor:
             cursor.execute(query)
             reader = cursor.fetch_record_batch()
             yield reader.schema, reader
@@ -333,7 +419,7 @@ _PRINTERS = {"table": _print_table, "csv": _print_csv, "json": _print_json, "arr
 
 
 def _ingest(options: argparse.Namespace) -> int:
-    with Client(options.server) as client:
+    with Client(options.server, _login(options)) as client:
         for file in options.files:
             schema, batches = _open_file(file)
             with _progress(file) as advance:
@@ -443,8 +529,62 @@ def _verify(options: argparse.Namespace) -> int:
     return 1 if errors else 0
 
 
+def _add_user(options: argparse.Namespace) -> int:
+    file = _users_file(options)
+    password = _password(f"password for {options.name}: ")
+    if sys.stdin.isatty() and password != _password("once more: "):
+        raise RequestError("the two passwords are not the same; nothing was changed")
+    is_new = add_user(file, options.name, password)
+    print(f"user {options.name}: " + ("added" if is_new else "has another password"))
+    return 0
+
+
+def _remove_user(options: argparse.Namespace) -> int:
+    remove_user(_users_file(options), options.name)
+    print(f"user {options.name}: removed")
+    return 0
+
+
+def _list_users(options: argparse.Namespace) -> int:
+    for name, user in sorted(Accounts.load(_users_file(options)).users.items()):
+        print(f"{name}\tadded {user.added}")
+    return 0
+
+
+def _add_token(options: argparse.Namespace) -> int:
+    print(add_token(_users_file(options), options.principal, options.days or None))
+    return 0
+
+
+def _remove_token(options: argparse.Namespace) -> int:
+    remove_token(_users_file(options), options.id)
+    print(f"token {options.id}: removed")
+    return 0
+
+
+def _list_tokens(options: argparse.Namespace) -> int:
+    for name, token in sorted(Accounts.load(_users_file(options)).tokens.items(), key=lambda item: item[1].added):
+        until = "for ever" if token.expires is None else f"until {token.expires}" + (", expired" if token.is_expired else "")
+        print(f"{name}\t{token.principal}\tadded {token.added}\tgood {until}")
+    return 0
+
+
+def _users_file(options: argparse.Namespace) -> str:
+    file = _settings(options).users
+    if not file:
+        raise RequestError("the setting users names no file: add --users FILE")
+    return file
+
+
 def _config(options: argparse.Namespace) -> int:
-    values = dataclasses.asdict(_settings(options))
+    config = _settings(options)
+    if options.check:
+        check_listen(config)
+        check_tls(config)
+        # Nothing is signed here, so the log, which keeps the secret where no file does, need not be there.
+        print(f"good: {Gate(config, secrets.token_bytes(32)).check()}")
+        return 0
+    values = dataclasses.asdict(config)
     table = Table(header_style="bold")
     for heading in ("setting", "value", "default"):
         table.add_column(heading, no_wrap=True)

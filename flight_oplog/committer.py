@@ -59,6 +59,7 @@ class Origin:
     epoch: int = 0
     sequence: int | None = None
     expected_offset: int | None = None
+    principal: str | None = None
 
     def check(self, topic: str) -> None:
         """Raise RequestError for a name or number that cannot be one."""
@@ -201,6 +202,8 @@ def check_data(topic: str, batches: Sequence[pa.RecordBatch], full: bool = True)
 def owner_of(origin: Origin, entries: int, started: datetime.datetime) -> dict[str, Any]:
     """Return one element of a record's `appends`."""
     owner: dict[str, Any] = {"entries": entries, "timestamp": started}
+    if origin.principal is not None:
+        owner["principal"] = origin.principal
     if origin.producer is not None:
         owner |= {"producer": origin.producer, "epoch": origin.epoch, "sequence": origin.sequence}
     return owner

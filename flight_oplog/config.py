@@ -30,7 +30,20 @@ class Config:
 
     data: str = setting("oplog-data", "folder or s3://bucket/prefix that holds the log; created when it does not exist")
     listen: str = setting("grpc://127.0.0.1:8815", "address to serve on; port 0 picks a free one")
-    insecure: bool = setting(False, "serve beyond loopback although there is no authentication")
+    tls_cert: str = setting("", "PEM file of the certificate, and those above it, to serve TLS with")
+    tls_key: str = setting("", "PEM file of the certificate's key")
+    client_ca: str = setting("", "PEM file of authorities: every client shows a certificate of theirs, whose name is its principal")
+    users: str = setting("", "file of users and API tokens; see flight-oplog user, flight-oplog token")
+    jwt_keys: str = setting("", "file or https:// address of the keys (JWKS) that JWT bearers are signed with")
+    jwt_issuer: str = setting("", "whom JWT bearers must be from: their claim iss")
+    jwt_audience: str = setting("", "for whom JWT bearers must be: their claim aud")
+    jwt_principal_claim: str = setting("sub", "claim of a JWT bearer that names its principal")
+    jwt_roles_claim: str = setting("roles", "claim of a JWT bearer that names its roles, a.b for one within another")
+    jwt_skew_seconds: int = setting(60, "how far the clock of who signs JWT bearers may be from this one's", least=0)
+    login_seconds_max: int = setting(3600, "the bearer that a login with a password returns is good this long", least=1)
+    secret: str = setting("", "file of the secret that tickets, handles and logins are signed with; without one, the log's own")
+    grants: str = setting("", "TOML file of who may do what; without one, who has credentials may do everything")
+    insecure: bool = setting(False, "serve beyond loopback without TLS or without credentials")
     compression: str = setting(
         "auto", "compression inside new records; auto is lz4 where it saves at least a fifth", choices=("auto", "none", "lz4", "zstd")
     )
@@ -66,6 +79,8 @@ class Config:
     state_bytes_max: int = setting(64 * MIB, "what is kept of aggregates that were asked before", least=0)
     map_files: bool = setting(True, "map files on a local disk instead of reading them; a disk that fails in use then ends the server")
     refresh_ms: int = setting(500, "what another server committed to an object store is seen this much later at most", least=0)
+    log_format: str = setting("text", "how the server's log is written: for people, or as one JSON object a line", choices=("text", "json"))
+    log_calls: str = setting("failed", "calls that the server's log has a line for", choices=("none", "failed", "all"))
     drain_seconds_max: int = setting(30, "calls under way may finish this long after SIGTERM", least=0)
 
     def __post_init__(self) -> None:

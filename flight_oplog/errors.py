@@ -5,7 +5,9 @@
     │   ├── SchemaMismatch  the append's schema is refused by the topic's rule
     │   ├── TooLarge        a limit from the settings table was passed
     │   └── OutOfOrder      the append does not follow what is there: a gap, an older epoch, another end
-    ├── NotFound            the topic, table or handle does not exist
+    ├── Unauthenticated     nobody knows who is calling: no credentials, or wrong ones
+    ├── Forbidden           it is known who is calling, and they may not do this
+    ├── NotFound            the topic, table or handle does not exist, for this caller at least
     ├── Unsupported         well formed, and this server does not do it
     ├── TryAgain            nothing was written; the same request may succeed later
     ├── Cancelled           the caller went away or asked to stop; nothing was written
@@ -40,6 +42,14 @@ class TooLarge(RequestError):
 
 class OutOfOrder(RequestError):
     pass
+
+
+class Unauthenticated(OplogError):
+    status = "UNAUTHENTICATED"
+
+
+class Forbidden(OplogError):
+    status = "PERMISSION_DENIED"
 
 
 class NotFound(OplogError):

@@ -12,8 +12,9 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import pyarrow as pa
 
@@ -90,6 +91,9 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
+Seen: TypeAlias = Callable[[Snapshot], Snapshot]
+
+
 @dataclass(frozen=True)
 class Run:
     """Some entries, or what a statement made of them, and the offset that comes after them.
@@ -127,12 +131,14 @@ class Follower:
         except RequestError:
             return None
 
-    def read(self, request: TopicRead, stopped: Stopped, sql: str | None = None) -> tuple[pa.Schema, Iterator[Run]]:
-        """Return the schema and the runs of a topic.
+    def read(
+        self, request: TopicRead, stopped: Stopped, sql: str | None = None, seen: Seen = lambda snapshot: snapshot
+    ) -> tuple[pa.Schema, Iterator[Run]]:
+        """Return the schema and the runs of a topic; `seen` gives of each snapshot what the reader may see by then.
 
         Raises what `schema` does, NotFound for an offset that is gone, RequestError for one that is not there yet.
         """
-        snapshot = self._oplog.snapshot()
+        snapshot = seen(self._oplog.snapshot())
         schema = self.schema(request, snapshot, sql)
         topic, start = request.topic, request.start
         found = snapshot.topic(topic)
@@ -141,13 +147,13 @@ class Follower:
         if place > found.next_offset:
             raise RequestError(f"topic {topic!r} ends at offset {found.next_offset}; offset {place} is not there yet")
         _check_there(found, place)
-        runs = self._runs(snapshot, request, sql or request.sql, schema, place, stopped)
+        runs = self._runs(snapshot, request, sql or request.sql, schema, place, stopped, seen)
         if request.follow and start == "latest":  # the place, before anything else: whoever is cut off now can come back to it
             runs = itertools.chain([Run(codec.empty(schema), place)], runs)
         return schema, runs
 
     def _runs(
-        self, snapshot: Snapshot, request: TopicRead, sql: str | None, schema: pa.Schema, place: int, stopped: Stopped
+        self, snapshot: Snapshot, request: TopicRead, sql: str | None, schema: pa.Schema, place: int, stopped: Stopped, seen: Seen
     ) -> Iterator[Run]:
         quiet_since, told = time.monotonic(), place
         topic, shown = request.topic, snapshot.topic(request.topic).schema
@@ -168,7 +174,7 @@ class Follower:
             if time.monotonic() - quiet_since >= self._config.keep_alive_seconds:
                 yield Run(codec.empty(schema), place)
                 quiet_since = time.monotonic()
-            snapshot = self._newer(snapshot, topic, stopped)
+            snapshot = seen(self._newer(snapshot, topic, stopped))
 
     def _present(
         self, snapshot: Snapshot, request: TopicRead, sql: str | None, schema: pa.Schema, place: int, stopped: Stopped

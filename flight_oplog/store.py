@@ -36,6 +36,7 @@ from flight_oplog.datafile import StagedFile
 from flight_oplog.deltalog import Changes
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
 from flight_oplog.files import reading_error, storage_error
+from flight_oplog.grants import ANYBODY, Principal
 from flight_oplog.parts import PARTS_FROM_BYTES
 from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records
 from flight_oplog.schema import (
@@ -54,6 +55,8 @@ from flight_oplog.storage import Found, Storage, storage_at
 log = logging.getLogger("flight_oplog.store")
 
 SNAPSHOTS_KEPT = 64
+# Principals for whom a snapshot remembers what they see of it.
+VIEWERS_KEPT = 64
 # The key that the servers of a log share. Delta passes over names that begin with _.
 SECRET_PATH = "_oplog_key"
 CHECKPOINT_INTERVAL = 100
@@ -115,6 +118,25 @@ class Topic:
         return self.files[start:end]
 
 
+class _Some(Mapping[str, Topic]):
+    """Those of some topics whose names pass."""
+
+    def __init__(self, topics: Mapping[str, Topic], passes: Callable[[str], bool]) -> None:
+        self._topics = topics
+        self._passes = passes
+
+    def __getitem__(self, name: str) -> Topic:
+        if not self._passes(name):
+            raise KeyError(name)
+        return self._topics[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return filter(self._passes, self._topics)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The log as of one commit. Immutable; safe to share between threads; pins nothing but its own small metadata."""
@@ -123,6 +145,31 @@ class Snapshot:
     topics: Mapping[str, Topic]
     store: Store = field(repr=False, compare=False)
     ended: Mapping[str, Topic] = field(default_factory=dict)  # dropped, and not begun again
+    viewer: Principal = ANYBODY
+    writable: Mapping[str, Topic] = field(default_factory=dict, repr=False)  # not to be read, but to be appended to
+    _whole: Snapshot | None = field(default=None, repr=False, compare=False)
+    _seen: OrderedDict[Principal, Snapshot] = field(default_factory=OrderedDict, repr=False, compare=False)
+
+    @property
+    def whole(self) -> Snapshot:
+        """The same with all its topics, whoever looks at it."""
+        return self if self._whole is None else self._whole
+
+    def seen_by(self, viewer: Principal) -> Snapshot:
+        """Return the same with only those topics that a principal may read."""
+        if viewer is self.viewer:
+            return self
+        whole = self.whole
+        found = whole._seen.get(viewer)
+        if found is None:
+            shown = _Some(whole.topics, lambda name: viewer.may("read", name))
+            writable = _Some(whole.topics, lambda name: viewer.may("append", name) and name not in shown)
+            found = Snapshot(whole.table_version, shown, whole.store, {}, viewer, writable, whole)
+            whole._seen[viewer] = found
+            while len(whole._seen) > VIEWERS_KEPT:
+                with contextlib.suppress(KeyError):  # another thread may have been here
+                    whole._seen.popitem(last=False)
+        return found
 
     def topic(self, name: str) -> Topic:
         """Raises NotFound when the log has no such topic."""

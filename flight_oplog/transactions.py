@@ -77,11 +77,11 @@ class Transactions:
         self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._watching = False
 
-    def begin(self, sessions: Sequence[str]) -> bytes:
-        """Begin a transaction and return its id; an append of one of these sessions may be found to be its own."""
+    def begin(self, sessions: Sequence[str], principal: str | None = None) -> bytes:
+        """Begin a principal's transaction and return its id; an append of one of these sessions may be found to be its own."""
         with self._changed:
             self._begun += 1
-            name = self._name(self._begun)
+            name = self._name(self._begun, principal)
             self._register(sessions, name)
         return name.encode()
 
@@ -130,13 +130,13 @@ class Transactions:
             found.seen = time.monotonic()
             return None if found.transaction is None else found.transaction.encode()
 
-    def check(self, transaction_id: bytes) -> None:
+    def check(self, transaction_id: bytes, principal: str | None = None) -> None:
         """Raise RequestError for a transaction that takes no more appends, TooLarge when there is no room for one."""
         with self._changed:
-            self._checked(transaction_id)
+            self._checked(transaction_id, principal)
 
-    def _checked(self, transaction_id: bytes) -> str:
-        name = self._known(transaction_id)
+    def _checked(self, transaction_id: bytes, principal: str | None) -> str:
+        name = self._known(transaction_id, principal)
         if self._closed:
             raise TryAgain("the server is shutting down; nothing was written; try again when it is back")
         if name in self._committing:
@@ -150,7 +150,7 @@ class Transactions:
             raise TooLarge(f"the transaction would hold more than transaction_appends_max ({self._config.transaction_appends_max}) appends")
         return name
 
-    def hold(self, transaction_id: bytes, append: AppendWriter) -> int:
+    def hold(self, transaction_id: bytes, append: AppendWriter, principal: str | None = None) -> int:
         """Take over an append that got all its entries, until the transaction ends; return how many.
 
         Raises what went wrong with it, or with the transaction; abandon the append then.
@@ -158,7 +158,7 @@ class Transactions:
         entries = append.complete()
         append.check()
         with self._changed:
-            name = self._checked(transaction_id)
+            name = self._checked(transaction_id, principal)
             if name not in self._open:
                 self._open[name] = _Open(time.monotonic() + self._config.transaction_seconds_max)
                 if not self._watching:
@@ -167,13 +167,13 @@ class Transactions:
             self._open[name].appends.append(append.hand_over())
         return entries
 
-    def commit(self, transaction_id: bytes, sessions: Sequence[str] = ()) -> list[Receipt]:
+    def commit(self, transaction_id: bytes, sessions: Sequence[str] = (), principal: str | None = None) -> list[Receipt]:
         """Commit all that the transaction holds, or nothing; return the receipts in the order of its appends.
 
         Raises what one of its appends is refused for: then nothing of the transaction was written, and it has ended.
         """
         with self._changed:
-            name = self._known(transaction_id)
+            name = self._known(transaction_id, principal)
             self._leave(name, sessions)
             under_way = self._committing.get(name)
             ended = self._ended.get(name)
@@ -205,14 +205,14 @@ class Transactions:
                 self._end(name, outcome)
                 del self._committing[name]
 
-    def rollback(self, transaction_id: bytes, sessions: Sequence[str] = ()) -> None:
+    def rollback(self, transaction_id: bytes, sessions: Sequence[str] = (), principal: str | None = None) -> None:
         """Drop all that the transaction holds. One that this server does not know is no error: nothing of it is held.
 
         Raises RequestError when it is committed, or being committed.
         """
         with self._changed:
             try:
-                name = self._known(transaction_id)
+                name = self._known(transaction_id, principal)
             except RequestError:
                 return
             self._leave(name, sessions)
@@ -243,21 +243,22 @@ class Transactions:
         for _, each in found:
             _drop(each)
 
-    def _known(self, transaction_id: bytes) -> str:
+    def _known(self, transaction_id: bytes, principal: str | None) -> str:
         found = re.fullmatch(rb"([0-9]{1,18})/[0-9a-f]{32}", transaction_id)
         number = int(found[1]) if found else 0
-        name = self._name(number)
+        name = self._name(number, principal)
         if not hmac.compare_digest(name.encode(), transaction_id):
             raise RequestError(
-                "the transaction was not begun at this server, or the server was started again since; nothing of it was written; "
+                "the transaction was not begun by you at this server, or the server was started again since; nothing of it was written; "
                 "roll it back and begin another"
             )
         if number <= self._forgotten and name not in self._open and name not in self._ended:
             raise RequestError("the transaction is too old to be known; roll it back and begin another")
         return name
 
-    def _name(self, number: int) -> str:
-        return f"{number}/{hmac.digest(self._key, str(number).encode(), hashlib.sha256)[:16].hex()}"
+    def _name(self, number: int, principal: str | None) -> str:
+        """Return the id of a transaction; no other principal can make it out, and none of theirs is valid for this one."""
+        return f"{number}/{hmac.digest(self._key, f'{number} {principal!r}'.encode(), hashlib.sha256)[:16].hex()}"
 
     def _end(self, name: str, outcome: str) -> None:
         self._ended[name] = outcome

@@ -1,7 +1,8 @@
 """Sealed handles: what a ticket or a prepared statement stands for, carried by the client itself.
 
 A handle is one version byte, an HMAC-SHA256 tag and a JSON body with its kind and expiry. The server keeps nothing,
-so no client can make it forget or fill up; a client cannot alter what it carries.
+so no client can make it forget or fill up; a client cannot alter what it carries, and nobody but the principal it was
+made for can use it: the tag is of its name too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from flight_oplog.errors import NotFound, RequestError
 
-_VERSION = b"\x01"
+_VERSION = b"\x02"
 _TAG_BYTES = 32
 
 
@@ -25,23 +26,23 @@ class Sealer:
     def __init__(self, key: bytes) -> None:
         self._key = key
 
-    def seal(self, kind: str, body: dict[str, Any], seconds: float) -> bytes:
-        """Return a handle that `open` accepts for `seconds` from now.
+    def seal(self, kind: str, body: dict[str, Any], holder: str | None, seconds: float) -> bytes:
+        """Return a handle that `open` accepts from its holder, a principal's name, for `seconds` from now.
 
         It has an id of its own, but for a body that `open` gave: that one is renewed, and what is said of either is said of both.
         """
         whole = {"id": secrets.token_hex(8), **body, "kind": kind, "expires": time.time() + seconds}
         text = json.dumps(whole, separators=(",", ":")).encode()
-        return _VERSION + self._tag(text) + text
+        return _VERSION + self._tag(text, holder) + text
 
-    def open(self, kind: str, handle: bytes) -> dict[str, Any]:
+    def open(self, kind: str, handle: bytes, holder: str | None) -> dict[str, Any]:
         """Return the body of a handle, with its `id`.
 
-        Raises RequestError for what was not sealed by a server of this log, NotFound when it expired.
+        Raises RequestError for what was not sealed by a server of this log for this holder, NotFound when it expired.
         """
         tag, text = handle[1 : 1 + _TAG_BYTES], handle[1 + _TAG_BYTES :]
-        if handle[:1] != _VERSION or not hmac.compare_digest(tag, self._tag(text)):
-            raise RequestError(f"the {kind} handle was not made by a server of this log, or was altered; ask for a new one")
+        if handle[:1] != _VERSION or not hmac.compare_digest(tag, self._tag(text, holder)):
+            raise RequestError(f"the {kind} handle was not made by a server of this log for you, or was altered; ask for a new one")
         body: dict[str, Any] = json.loads(text)
         if body.pop("kind") != kind:
             raise RequestError(f"the handle is not a {kind} handle; ask for a new one")
@@ -56,5 +57,6 @@ class Sealer:
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
-    def _tag(self, text: bytes) -> bytes:
-        return hmac.digest(self._key, text, hashlib.sha256)
+    def _tag(self, text: bytes, holder: str | None) -> bytes:
+        whose = b"" if holder is None else holder.encode()
+        return hmac.digest(self._key, b"%d %b%b" % (-1 if holder is None else len(whose), whose, text), hashlib.sha256)

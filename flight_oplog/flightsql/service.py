@@ -23,12 +23,14 @@ from typing import Any
 import pyarrow as pa
 
 from flight_oplog import __version__, codec
+from flight_oplog.auth import Gate, derived
 from flight_oplog.committer import Origin, Role
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
 from flight_oplog.follow import Follower, Place, TopicRead, words
+from flight_oplog.grants import ANYBODY, Principal, forbidden
 from flight_oplog.oplog import OpLog
 from flight_oplog.schema import check_topic, schema_id
 from flight_oplog.sql.catalog import moment
@@ -52,12 +54,13 @@ _TRANSACTION_SUPPORT = 8
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls: the names of their session, whether their ingests leave out which transaction they belong to, where what
-    they append comes from, and as of when they ask, a table_version or a time.
+    """Who calls, and for whom: the names of their session, whether their ingests leave out which transaction they belong to,
+    where what they append comes from, and as of when they ask, a table_version or a time.
 
     `options` is the session's, sealed, as the client keeps it in a cookie; `keep` gives it another, None when it keeps none.
     """
 
+    principal: Principal = ANYBODY
     sessions: tuple[str, ...] = ()
     leaves_out: bool = False
     origin: Origin = field(default_factory=Origin)
@@ -65,6 +68,15 @@ class Caller:
     at: int | datetime.datetime | None = None
     options: str | None = None
     keep: Callable[[str], None] | None = None
+
+    @property
+    def name(self) -> str | None:
+        return self.principal.name
+
+    def check(self, permission: str, name: str) -> None:
+        """Raise Forbidden unless the caller has a permission for a topic or view, in words that do not tell whether there is one."""
+        if not self.principal.may(permission, name):
+            raise forbidden(self.principal, permission, name)
 
 
 @dataclass(frozen=True)
@@ -120,11 +132,12 @@ class Service:
     """Flight SQL over one open log. Thread-safe; keeps nothing between calls but what transactions hold, and a little
     for clients that ignore the handles they are given."""
 
-    def __init__(self, oplog: OpLog, engine: Engine, config: Config) -> None:
+    def __init__(self, oplog: OpLog, engine: Engine, config: Config, gate: Gate) -> None:
         self._oplog = oplog
+        self._gate = gate
         self._engine = engine
         self.config = config
-        self._sealer = Sealer(oplog.secret())
+        self._sealer = Sealer(derived(gate.secret, "handles"))
         self._statements = Statements(oplog, engine, config)
         self._bound: OrderedDict[bytes, str] = OrderedDict()
         self._bound_bytes = 0
@@ -144,7 +157,7 @@ class Service:
         elif caller.leaves_out:
             self.transactions.saw(caller.sessions)
         if follow is not None:
-            return self._follow_sql(self._sql_of(message), follow)
+            return self._follow_sql(self._sql_of(message, caller), follow, caller)
         return self._route(message, "flight_info")(self, message, command, caller)
 
     def schema(self, command: bytes, caller: Caller) -> pa.Schema:
@@ -153,15 +166,16 @@ class Service:
         if isinstance(message, wire.CommandStatementQuery):
             return self._prepare(message.query, caller).schema
         if isinstance(message, wire.CommandPreparedStatementQuery):
-            body = self._prepared(message.prepared_statement_handle)
-            return self._prepare(body["sql"], caller, self._values(message.prepared_statement_handle, body)).schema
+            body = self._prepared(message.prepared_statement_handle, caller)
+            return self._prepare(body["sql"], caller, self._values(message.prepared_statement_handle, body, caller)).schema
         planned: Planned = self._route(message, "flight_info")(self, message, command, caller)
         return planned.schema
 
-    def get(self, ticket: bytes, stopped: Stopped) -> Result:
-        """Fetch what a ticket stands for; see `Engine.run` for `stopped`."""
+    def get(self, ticket: bytes, caller: Caller) -> Result:
+        """Fetch what a ticket stands for; see `Engine.run` for the caller's `stopped`."""
         message = wire.unpack(ticket)
-        return self._route(message, "get")(self, message, stopped)
+        found: Result = self._route(message, "get")(self, message, caller)
+        return found
 
     def put(self, command: bytes, caller: Caller) -> Put | Update:
         """Return where the entries after the command in a DoPut descriptor go, or what is done with the values there."""
@@ -208,15 +222,20 @@ class Service:
         if at is None and AT_TIMESTAMP in options:
             at = moment(options[AT_TIMESTAMP])
         if at is None:
-            return self._oplog.snapshot()
-        return self._oplog.snapshot_at(at) if isinstance(at, int) else self._oplog.snapshot_as_of(at)
+            return self.newest(caller)
+        found = self._oplog.snapshot_at(at) if isinstance(at, int) else self._oplog.snapshot_as_of(at)
+        return found.seen_by(caller.principal)
+
+    def newest(self, caller: Caller) -> Snapshot:
+        """Return the log as of now, as a caller may see it."""
+        return self._oplog.snapshot().seen_by(caller.principal)
 
     def _plan_sql(self, sql: str, caller: Caller, parameters: str | None = None, transaction: str | None = None) -> Planned:
         """Plan a query, or carry out what is none; `parameters` and `transaction` are as handles carry them."""
         statement = self._prepare(sql, caller, parameters)
         if statement.is_update:
             count = self._execute(sql, caller, _loaded(parameters), None if transaction is None else transaction.encode())
-            handle = self._sealer.seal("count", {"count": count}, self.config.ticket_seconds_max)
+            handle = self._sealer.seal("count", {"count": count}, caller.name, self.config.ticket_seconds_max)
         else:
             if statement.parameters and parameters is None:
                 raise RequestError("the statement has parameters and none is bound")
@@ -225,32 +244,32 @@ class Service:
                 body["parameters"] = parameters
             if (db_schema := self._options(caller).get("schema", PUBLIC)) != PUBLIC:
                 body["schema"] = db_schema
-            handle = self._sealer.seal("statement", body, self.config.ticket_seconds_max)
+            handle = self._sealer.seal("statement", body, caller.name, self.config.ticket_seconds_max)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
     def _execute(self, sql: str, caller: Caller, parameters: pa.RecordBatch | None, transaction_id: bytes | None) -> int:
         if transaction_id is not None:
-            self.transactions.check(transaction_id)
-        hold = None if transaction_id is None else lambda append: self.transactions.hold(transaction_id, append)
+            self.transactions.check(transaction_id, caller.name)
+        hold = None if transaction_id is None else lambda append: self.transactions.hold(transaction_id, append, caller.name)
         options = self._options(caller)
         if caller.at is not None or options.keys() & {AT_VERSION, AT_TIMESTAMP}:
             raise RequestError("the past is not changed: leave out oplog-at-version and oplog-at-timestamp; nothing was written")
         with self._turns.turn(caller.stopped):
-            return self._statements.execute(sql, caller.stopped, parameters, caller.origin, hold)
+            return self._statements.execute(sql, caller.stopped, parameters, caller.origin, hold, caller.principal)
 
-    def _sql_of(self, message: Any) -> str:
+    def _sql_of(self, message: Any, caller: Caller) -> str:
         """Return the text of a statement that may be followed."""
         if isinstance(message, wire.CommandStatementQuery):
             return message.query
         if isinstance(message, wire.CommandPreparedStatementQuery):
-            sql: str = self._prepared(message.prepared_statement_handle)["sql"]
+            sql: str = self._prepared(message.prepared_statement_handle, caller)["sql"]
             return sql
         raise Unsupported(f"{type(message).__name__} cannot be followed: only a SELECT can")
 
-    def _follow_sql(self, sql: str, start: Place) -> Planned:
-        statement, topic = self._engine.prepare_run(sql, self._oplog.snapshot())
+    def _follow_sql(self, sql: str, start: Place, caller: Caller) -> Planned:
+        statement, topic = self._engine.prepare_run(sql, self.newest(caller))
         body = {"sql": sql, "topic": topic, "from": start, "schema_id": schema_id(statement.schema)}
-        handle = self._sealer.seal("follow", body, self.config.ticket_seconds_max)
+        handle = self._sealer.seal("follow", body, caller.name, self.config.ticket_seconds_max)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
     def _plan_statement(self, message: wire.CommandStatementQuery, command: bytes, caller: Caller) -> Planned:
@@ -259,22 +278,23 @@ class Service:
 
     def _plan_prepared(self, message: wire.CommandPreparedStatementQuery, command: bytes, caller: Caller) -> Planned:
         handle = message.prepared_statement_handle
-        body = self._prepared(handle)
-        return self._plan_sql(body["sql"], caller, self._values(handle, body), body.get("transaction"))
+        body = self._prepared(handle, caller)
+        return self._plan_sql(body["sql"], caller, self._values(handle, body, caller), body.get("transaction"))
 
-    def _get_statement(self, message: wire.TicketStatementQuery, stopped: Stopped) -> Result:
+    def _get_statement(self, message: wire.TicketStatementQuery, caller: Caller) -> Result:
         kind = self._sealer.kind(message.statement_handle)
         if kind == "follow":
-            body = self._sealer.open("follow", message.statement_handle)
-            followed = self.read(TopicRead(body["topic"], body["from"], follow=True), stopped, body["sql"])
+            body = self._sealer.open("follow", message.statement_handle, caller.name)
+            followed = self.read(TopicRead(body["topic"], body["from"], follow=True), caller, body["sql"])
             if schema_id(followed.schema) != body["schema_id"]:
                 raise TryAgain(f"topic {body['topic']!r}: its schema has changed since the statement was planned; plan it again")
             return followed
         if kind == "count":
-            count = self._sealer.open("count", message.statement_handle)["count"]
+            count = self._sealer.open("count", message.statement_handle, caller.name)["count"]
             return Result(CHANGED, iter([(pa.RecordBatch.from_pydict({"count": [count]}, CHANGED), None)]))
-        body = self._sealer.open("statement", message.statement_handle)
-        snapshot = self._oplog.snapshot_at(body["table_version"])
+        body = self._sealer.open("statement", message.statement_handle, caller.name)
+        snapshot = self._oplog.snapshot_at(body["table_version"]).seen_by(caller.principal)
+        stopped = caller.stopped
         cancelled = self._begin_running(body["id"])
         held = contextlib.ExitStack()
         held.callback(self._end_running, body["id"], cancelled)
@@ -306,14 +326,14 @@ class Service:
                 del self._running[name]
                 _remember(self._ended, name)
 
-    def _cancel(self, tickets: Sequence[bytes]) -> int:
+    def _cancel(self, tickets: Sequence[bytes], caller: Caller) -> int:
         """Stop what the tickets stand for; return a CancelStatus. One that has not begun here will not begin."""
         names = []
         for ticket in tickets:
             message = wire.unpack(ticket)
             if not isinstance(message, wire.TicketStatementQuery) or self._sealer.kind(message.statement_handle) != "statement":
                 return _NOT_CANCELLABLE
-            names.append(self._sealer.open("statement", message.statement_handle)["id"])
+            names.append(self._sealer.open("statement", message.statement_handle, caller.name)["id"])
         with self._lock:
             running = [event for name in names for event in self._running.get(name, ())]
             for event in running:
@@ -326,10 +346,10 @@ class Service:
         return _CANCELLING if unknown else _NOT_CANCELLABLE
 
     def _cancel_info(self, message: wire.CancelFlightInfoRequest, caller: Caller) -> list[bytes]:
-        return [wire.encode(wire.CancelFlightInfoResult(self._cancel(_tickets(message.info))))]
+        return [wire.encode(wire.CancelFlightInfoResult(self._cancel(_tickets(message.info), caller)))]
 
     def _cancel_query(self, message: wire.ActionCancelQueryRequest, caller: Caller) -> list[bytes]:
-        status = self._cancel(_tickets(wire.decode(message.info, wire.FlightInfo)))
+        status = self._cancel(_tickets(wire.decode(message.info, wire.FlightInfo)), caller)
         return [wire.pack(wire.ActionCancelQueryResult(status))]
 
     def _renew(self, message: wire.RenewFlightEndpointRequest, caller: Caller) -> list[bytes]:
@@ -339,9 +359,9 @@ class Service:
         if not isinstance(ticket, wire.TicketStatementQuery):
             return [wire.encode(endpoint)]  # a command is its own ticket, and lasts
         kind = self._sealer.kind(ticket.statement_handle) or "statement"
-        body = self._sealer.open(kind, ticket.statement_handle)
+        body = self._sealer.open(kind, ticket.statement_handle, caller.name)
         seconds = self.config.ticket_seconds_max
-        renewed = wire.pack(wire.TicketStatementQuery(self._sealer.seal(kind, body, seconds)))
+        renewed = wire.pack(wire.TicketStatementQuery(self._sealer.seal(kind, body, caller.name, seconds)))
         until = wire.Timestamp(int(time.time() + seconds), 0)
         return [wire.encode(replace(endpoint, ticket=wire.Ticket(renewed), expiration_time=until))]
 
@@ -351,7 +371,7 @@ class Service:
         if caller.options is None:
             return {}
         try:
-            body = self._sealer.open("session", base64.urlsafe_b64decode(caller.options))
+            body = self._sealer.open("session", base64.urlsafe_b64decode(caller.options), caller.name)
         except (ValueError, OplogError):
             raise RequestError("the session's options are not readable any more; connect again and set them again") from None
         options: dict[str, str] = body["options"]
@@ -383,7 +403,7 @@ class Service:
 
     def _keep_options(self, caller: Caller, options: dict[str, str]) -> None:
         assert caller.keep is not None
-        caller.keep(base64.urlsafe_b64encode(self._sealer.seal("session", {"options": options}, SESSION_SECONDS)).decode())
+        caller.keep(base64.urlsafe_b64encode(self._sealer.seal("session", {"options": options}, caller.name, SESSION_SECONDS)).decode())
 
     def _get_options(self, message: wire.GetSessionOptionsRequest, caller: Caller) -> list[bytes]:
         options = {"catalog": CATALOG, "schema": PUBLIC} | self._options(caller)
@@ -397,14 +417,17 @@ class Service:
 
     # Topics
 
-    def plan_read(self, request: TopicRead) -> tuple[pa.Schema, Topic]:
+    def plan_read(self, request: TopicRead, caller: Caller) -> tuple[pa.Schema, Topic]:
         """Return what the batches of a topic's ticket will look like, and the topic."""
-        snapshot = self._oplog.snapshot()
+        snapshot = self.newest(caller)
         return self._follower.schema(request, snapshot), snapshot.topic(request.topic)
 
-    def read(self, request: TopicRead, stopped: Stopped, sql: str | None = None) -> Result:
-        """Read a topic in offset order; each batch says in its app_metadata which offset comes next."""
-        schema, runs = self._follower.read(request, stopped, sql)
+    def read(self, request: TopicRead, caller: Caller, sql: str | None = None) -> Result:
+        """Read a topic in offset order; each batch says in its app_metadata which offset comes next.
+
+        Whoever follows it for long sees it for as long as they have the right to.
+        """
+        schema, runs = self._follower.read(request, caller.stopped, sql, lambda s: s.seen_by(self._gate.again(caller.principal)))
         return Result(schema, ((run.batch, words(run)) for run in runs))
 
     def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest, caller: Caller) -> list[bytes]:
@@ -412,35 +435,35 @@ class Service:
         body = {"sql": message.query}
         if message.transaction_id:
             body["transaction"] = message.transaction_id.decode("utf-8", "replace")
-        handle = self._sealer.seal("prepared statement", body, self.config.ticket_seconds_max)
+        handle = self._sealer.seal("prepared statement", body, caller.name, self.config.ticket_seconds_max)
         schema, parameters = (s.serialize().to_pybytes() for s in (statement.schema, _as_asked_for(statement.parameters)))
         # JDBC takes a statement with an empty dataset schema for an update, and others look at is_update alone.
         answer = wire.ActionCreatePreparedStatementResult(handle, b"" if statement.is_update else schema, parameters, statement.is_update)
         return [wire.pack(answer)]
 
     def _close_prepared(self, message: wire.ActionClosePreparedStatementRequest, caller: Caller) -> list[bytes]:
-        self._keep(message.prepared_statement_handle, None)
+        self._keep(message.prepared_statement_handle, None, caller)
         return []  # the client carries the statement; there is nothing else to free
 
-    def _prepared(self, handle: bytes) -> dict[str, Any]:
-        return self._sealer.open("prepared statement", handle)
+    def _prepared(self, handle: bytes, caller: Caller) -> dict[str, Any]:
+        return self._sealer.open("prepared statement", handle, caller.name)
 
     def _bind(self, message: wire.CommandPreparedStatementQuery, caller: Caller) -> Update:
         """Values for a query ride in the handle that is given in answer."""
-        body = self._prepared(message.prepared_statement_handle)
+        body = self._prepared(message.prepared_statement_handle, caller)
 
         def perform(parameters: pa.RecordBatch | None) -> bytes:
             handle = message.prepared_statement_handle
             packed = None if parameters is None else _packed(parameters, self.config)
-            self._keep(handle, packed)
+            self._keep(handle, packed, caller)
             bound = {name: value for name, value in body.items() if name != "parameters"} | ({"parameters": packed} if packed else {})
-            renewed = self._sealer.seal("prepared statement", bound, self.config.ticket_seconds_max)
+            renewed = self._sealer.seal("prepared statement", bound, caller.name, self.config.ticket_seconds_max)
             return wire.encode(wire.DoPutPreparedStatementResult(renewed))
 
         return Update(True, perform)
 
-    def _keep(self, handle: bytes, packed: str | None) -> None:
-        key = hashlib.sha256(handle).digest()
+    def _keep(self, handle: bytes, packed: str | None, caller: Caller) -> None:
+        key = _key_of(handle, caller)
         with self._lock:
             self._bound_bytes -= len(self._bound.pop(key, ""))
             if packed is not None:
@@ -449,10 +472,10 @@ class Service:
             while len(self._bound) > BOUND_KEPT or self._bound_bytes > BOUND_BYTES:
                 self._bound_bytes -= len(self._bound.popitem(last=False)[1])
 
-    def _values(self, handle: bytes, body: dict[str, Any]) -> str | None:
+    def _values(self, handle: bytes, body: dict[str, Any], caller: Caller) -> str | None:
         """Return what is bound to a prepared statement: what came last for this handle, or what rides in it."""
         with self._lock:
-            return self._bound.get(hashlib.sha256(handle).digest()) or body.get("parameters")
+            return self._bound.get(_key_of(handle, caller)) or body.get("parameters")
 
     def _update(self, message: wire.CommandStatementUpdate, caller: Caller) -> Update:
         transaction_id = message.transaction_id or None
@@ -460,13 +483,13 @@ class Service:
 
     def _update_prepared(self, message: wire.CommandPreparedStatementUpdate, caller: Caller) -> Update:
         handle = message.prepared_statement_handle
-        body = self._prepared(handle)
+        body = self._prepared(handle, caller)
         transaction = body.get("transaction")
         transaction_id = None if transaction is None else transaction.encode()
 
         def perform(parameters: pa.RecordBatch | None) -> bytes:
             """Values come with the command, or were bound before it, as for a query."""
-            bound = parameters if parameters is not None else _loaded(self._values(handle, body))
+            bound = parameters if parameters is not None else _loaded(self._values(handle, body, caller))
             return self._changed(body["sql"], caller, bound, transaction_id)
 
         return Update(True, perform)
@@ -479,13 +502,13 @@ class Service:
     # Appends
 
     def _begin(self, message: wire.ActionBeginTransactionRequest, caller: Caller) -> list[bytes]:
-        return [wire.pack(wire.ActionBeginTransactionResult(self.transactions.begin(caller.sessions)))]
+        return [wire.pack(wire.ActionBeginTransactionResult(self.transactions.begin(caller.sessions, caller.name)))]
 
     def _end(self, message: wire.ActionEndTransactionRequest, caller: Caller) -> list[bytes]:
         if message.action == _COMMIT:
-            self.transactions.commit(message.transaction_id, caller.sessions)
+            self.transactions.commit(message.transaction_id, caller.sessions, caller.name)
         elif message.action == _ROLLBACK:
-            self.transactions.rollback(message.transaction_id, caller.sessions)
+            self.transactions.rollback(message.transaction_id, caller.sessions, caller.name)
         else:
             raise RequestError("EndTransaction says neither commit nor rollback; the transaction is as it was")
         return []
@@ -493,14 +516,17 @@ class Service:
     def _ingest(self, message: wire.CommandStatementIngest, caller: Caller) -> Put:
         name = message.table
         check_topic(name)
+        caller.check("append", name)
         transaction_id = message.transaction_id or (self.transactions.of(caller.sessions) if caller.leaves_out else None)
         if transaction_id is not None:
-            self.transactions.check(transaction_id)
+            self.transactions.check(transaction_id, caller.name)
         if message.temporary:
             raise Unsupported(f"topic {name!r}: temporary tables are not served; nothing was written")
         if message.catalog not in (None, "", CATALOG) or message.schema not in (None, "", "public"):
             raise RequestError(f"topic {name!r}: entries go to {CATALOG}.public, not to another catalog or schema; nothing was written")
         options = message.table_definition_options or wire.TableDefinitionOptions()
+        if options.if_exists == _IF_EXISTS_REPLACE:
+            caller.check("admin", name)
         snapshot = self._oplog.snapshot()
         exists = name in snapshot.topics
         creates = options.if_exists == _IF_EXISTS_FAIL
@@ -514,12 +540,12 @@ class Service:
 
     # Metadata
 
-    def _db_schemas(self, message: wire.CommandGetDbSchemas) -> pa.RecordBatch:
-        names = {db_schema for db_schema, _, _ in self._engine.tables(self._oplog.snapshot())}
+    def _db_schemas(self, message: wire.CommandGetDbSchemas, caller: Caller) -> pa.RecordBatch:
+        names = {db_schema for db_schema, _, _ in self._engine.tables(self.newest(caller))}
         return metadata.db_schemas(message, names | {PUBLIC})
 
-    def _tables(self, message: wire.CommandGetTables) -> pa.RecordBatch:
-        snapshot = self._oplog.snapshot()
+    def _tables(self, message: wire.CommandGetTables, caller: Caller) -> pa.RecordBatch:
+        snapshot = self.newest(caller)
 
         def schema_of(db_schema: str, name: str) -> pa.Schema:
             try:
@@ -529,7 +555,7 @@ class Service:
 
         return metadata.tables(message, self._engine.tables(snapshot), schema_of)
 
-    def _sql_info(self, message: wire.CommandGetSqlInfo) -> pa.RecordBatch:
+    def _sql_info(self, message: wire.CommandGetSqlInfo, caller: Caller) -> pa.RecordBatch:
         config = self.config
         return metadata.sql_info(
             message,
@@ -547,7 +573,7 @@ class Route:
     """How a command is served; None where the protocol has no such use of it."""
 
     flight_info: Callable[[Service, Any, bytes, Caller], Planned] | None = None
-    get: Callable[[Service, Any, Stopped], Result] | None = None
+    get: Callable[[Service, Any, Caller], Result] | None = None
     put: Callable[[Service, Any, Caller], Put | Update] | None = None
     refused: str | None = None
 
@@ -567,6 +593,11 @@ def _refusing(message: type[Any], sentence: str) -> Act:
         raise Unsupported(sentence)
 
     return Act(message, refuse, refused=sentence)
+
+
+def _key_of(handle: bytes, caller: Caller) -> bytes:
+    """Return what values bound to a handle are kept under: nobody else's reach them."""
+    return hashlib.sha256(repr(caller.name).encode() + handle).digest()
 
 
 def _remember(names: OrderedDict[str, None], name: str) -> None:
@@ -599,15 +630,15 @@ def _problem(name: str, value: str | None, is_unset: bool) -> int | None:
         return _INVALID_VALUE
 
 
-def _fixed(answer: Callable[[Service, Any], pa.RecordBatch]) -> Route:
+def _fixed(answer: Callable[[Service, Any, Caller], pa.RecordBatch]) -> Route:
     """Route of a command whose ticket is the command itself and whose result is one small batch."""
 
-    def get(service: Service, message: Any, stopped: Stopped) -> Result:
-        batch = answer(service, message)
+    def get(service: Service, message: Any, caller: Caller) -> Result:
+        batch = answer(service, message, caller)
         pieces = codec.cut(batch, service.config.message_bytes_max, batch.num_rows) if batch.num_rows else iter([batch])
         return Result(batch.schema, ((piece, None) for piece in pieces))
 
-    return Route(lambda service, message, command, caller: Planned(answer(service, message).schema, command), get)
+    return Route(lambda service, message, command, caller: Planned(answer(service, message, caller).schema, command), get)
 
 
 def _as_asked_for(parameters: pa.Schema) -> pa.Schema:
@@ -657,15 +688,15 @@ ROUTES: dict[type[Any], Route] = {
     wire.CommandPreparedStatementUpdate: Route(put=Service._update_prepared),
     wire.CommandStatementIngest: Route(put=Service._ingest),
     wire.CommandStatementSubstraitPlan: Route(refused=_NO_SUBSTRAIT),
-    wire.CommandGetCatalogs: _fixed(lambda service, message: metadata.catalogs()),
+    wire.CommandGetCatalogs: _fixed(lambda service, message, caller: metadata.catalogs()),
     wire.CommandGetDbSchemas: _fixed(Service._db_schemas),
     wire.CommandGetTables: _fixed(Service._tables),
-    wire.CommandGetTableTypes: _fixed(lambda service, message: metadata.table_types()),
-    wire.CommandGetPrimaryKeys: _fixed(lambda service, message: metadata.primary_keys()),
-    wire.CommandGetImportedKeys: _fixed(lambda service, message: metadata.foreign_keys()),
-    wire.CommandGetExportedKeys: _fixed(lambda service, message: metadata.foreign_keys()),
-    wire.CommandGetCrossReference: _fixed(lambda service, message: metadata.foreign_keys()),
-    wire.CommandGetXdbcTypeInfo: _fixed(lambda service, message: metadata.xdbc_type_info(message)),
+    wire.CommandGetTableTypes: _fixed(lambda service, message, caller: metadata.table_types()),
+    wire.CommandGetPrimaryKeys: _fixed(lambda service, message, caller: metadata.primary_keys()),
+    wire.CommandGetImportedKeys: _fixed(lambda service, message, caller: metadata.foreign_keys()),
+    wire.CommandGetExportedKeys: _fixed(lambda service, message, caller: metadata.foreign_keys()),
+    wire.CommandGetCrossReference: _fixed(lambda service, message, caller: metadata.foreign_keys()),
+    wire.CommandGetXdbcTypeInfo: _fixed(lambda service, message, caller: metadata.xdbc_type_info(message)),
     wire.CommandGetSqlInfo: _fixed(Service._sql_info),
 }
 ACTIONS: dict[str, Act] = {

@@ -15,10 +15,12 @@ from datafusion.catalog import CatalogProvider, SchemaProvider
 
 from flight_oplog.errors import NotFound, OplogError, RequestError
 from flight_oplog.provider import EntriesTable, RecordsTable, RowsTable, ScanContext
-from flight_oplog.sql.refusals import PUBLIC
+from flight_oplog.sql.refusals import CATALOG, PUBLIC, no_table
 from flight_oplog.store import Snapshot
 
 SYSTEM = ("topics", "queries", "metrics")
+# Those that only an operator sees: they tell of what others do.
+OVERSEEN = ("metrics",)
 # What `system` shows, by table.
 System = Mapping[str, Callable[[Snapshot], pa.RecordBatch]]
 
@@ -28,7 +30,8 @@ def tables(snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
     own = sorted(snapshot.topics)
     yield from (("public", name, "TABLE") for name in own if not name.startswith("_"))
     yield from ((db_schema, name, "TABLE") for db_schema in ("log", "records") for name in own)
-    yield from (("system", name, "SYSTEM TABLE") for name in SYSTEM)
+    oversees = snapshot.viewer.rights.oversees
+    yield from (("system", name, "SYSTEM TABLE") for name in SYSTEM if oversees or name not in OVERSEEN)
 
 
 def table_of(snapshot: Snapshot, db_schema: str, name: str, context: ScanContext, system: System) -> ds.Dataset:
@@ -40,14 +43,33 @@ def table_of(snapshot: Snapshot, db_schema: str, name: str, context: ScanContext
     return EntriesTable(snapshot, topic, context, with_log_columns=db_schema == "log")
 
 
+class UnreadTable(EntriesTable):
+    """A topic that may be appended to and not be read: to whoever would read it, it does not exist."""
+
+    def __init__(self, snapshot: Snapshot, name: str, context: ScanContext) -> None:
+        super().__init__(snapshot.whole, snapshot.writable[name], context, with_log_columns=False)
+        self._unread = name
+
+    def get_fragments(self, filter: Any = None) -> Any:
+        error = no_table(f"{CATALOG}.{PUBLIC}.{self._unread}")
+        self._context.failures.append(error)
+        raise error
+
+
 BOUND = "_bound"
 
 
 class Catalog(CatalogProvider):
-    def __init__(self, snapshot: Snapshot, context: ScanContext, system: System, bound: pa.RecordBatch | None = None) -> None:
+    """What one statement sees of a snapshot. One that inserts also names topics that may only be appended to."""
+
+    def __init__(
+        self, snapshot: Snapshot, context: ScanContext, system: System, bound: pa.RecordBatch | None = None, inserts: bool = False
+    ) -> None:
+        self.inserts = inserts
         names: dict[str, list[str]] = {"public": [], "log": [], "records": [], "system": []}
         for db_schema, name, _ in tables(snapshot):
             names[db_schema].append(name)
+        self.hides = not snapshot.viewer.may("read", "*")
         self.views: dict[str, Any] = {}
         self.broken: dict[str, RequestError] = {}
         self._schemas: dict[str, Any] = {
@@ -99,13 +121,16 @@ class _PublicSchema(_Schema):
 
     def table(self, name: str) -> Any:
         found = super().table(name)
+        if found is None and self._catalog.inserts and name in self._snapshot.writable:
+            return UnreadTable(self._snapshot, name, self._context)
         if found is None and name in self._catalog.broken:
             self._context.failures.append(self._catalog.broken[name])
             raise self._catalog.broken[name]
         return self._catalog.views.get(name) if found is None else found
 
     def table_exist(self, name: str) -> bool:
-        return super().table_exist(name) or name in self._catalog.views or name in self._catalog.broken
+        known = name in self._names or name in self._catalog.views or name in self._catalog.broken
+        return known or (self._catalog.inserts and name in self._snapshot.writable)
 
 
 class _BoundSchema(SchemaProvider):
@@ -175,11 +200,11 @@ def register_time_travel(session: SessionContext, snapshot: Snapshot, context: S
             raise RequestError("at_version takes a table_version, a number from 0 up")
         if value > snapshot.table_version:
             raise NotFound(f"table_version {value} is not committed yet")
-        return snapshot.store.snapshot_at(value)
+        return snapshot.store.snapshot_at(value).seen_by(snapshot.viewer)
 
     def time_of(text: Any) -> Snapshot:
         found = snapshot.store.snapshot_as_of(moment(text))
-        return found if found.table_version <= snapshot.table_version else snapshot
+        return found.seen_by(snapshot.viewer) if found.table_version <= snapshot.table_version else snapshot
 
     session.register_udtf(udtf(table(version, "a table_version"), "at_version"))
     session.register_udtf(udtf(table(time_of, "a time"), "at_time"))

@@ -20,7 +20,7 @@ from datafusion import SessionContext
 
 from flight_oplog.cache import ColumnCache
 from flight_oplog.config import Config
-from flight_oplog.errors import OplogError, RequestError, Unsupported
+from flight_oplog.errors import NotFound, OplogError, RequestError, Unsupported
 from flight_oplog.provider import ScanContext, topics_table
 from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, System, table_of, tables
@@ -81,7 +81,7 @@ class Engine:
         self._queries = Queries()
         self._system: System = {
             "topics": topics_table,
-            "queries": lambda snapshot: self._queries.table(),
+            "queries": lambda snapshot: self._queries.table(snapshot.viewer),
             "metrics": lambda snapshot: metrics_table(self._planner.cache.metrics() | {"queries": self._queries.begun}),
         }
         self._planner = Planner(config, self._system)
@@ -134,8 +134,20 @@ class Engine:
     def tables(self, snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
         """Yield (SQL schema, table, type) of every table SQL can name, `information_schema` aside; the default schema first."""
         yield from (found for found in tables(snapshot) if found[0] == PUBLIC)
-        yield from ((PUBLIC, name, "VIEW") for name in sorted(self._planner.views.of(snapshot)) if name not in snapshot.topics)
+        yield from ((PUBLIC, name, "VIEW") for name in self._readable_views(snapshot) if name not in snapshot.topics)
         yield from (found for found in tables(snapshot) if found[0] != PUBLIC)
+
+    def _readable_views(self, snapshot: Snapshot) -> Iterator[str]:
+        """Yield the views that whoever looks at a snapshot may read: a view of what does not exist for them does not either."""
+        for name in sorted(self._planner.views.of(snapshot)):
+            try:
+                if not snapshot.viewer.may("read", "*"):
+                    self.table_schema(snapshot, PUBLIC, name)
+            except NotFound:
+                continue
+            except OplogError:
+                pass
+            yield name
 
     def table_schema(self, snapshot: Snapshot, db_schema: str, name: str) -> pa.Schema:
         """Return the schema of one of `tables`."""
@@ -172,7 +184,7 @@ class Engine:
         """
         if offsets is not None:  # a run of a follower's, one of very many
             return self._run_each(sql, snapshot, stopped, offsets, parameters, db_schema)
-        query = self._queries.begin(sql)
+        query = self._queries.begin(sql, snapshot.viewer.name)
         try:
             running = self._run_each(sql, snapshot, stopped, None, parameters, db_schema)
         except BaseException as error:

@@ -50,8 +50,8 @@ _SETTINGS = {
 }
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
 _WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+([\w.\"]+)\s*;?\s*", re.IGNORECASE)
-# What a plan takes the time of its making for.
-_DATED = re.compile(r"\b(?:now|today|current_\w+)\b", re.IGNORECASE)
+# What a plan takes the time of its making for, or who asks.
+_DATED = re.compile(r"\b(?:now|today|current_\w+|system|queries)\b", re.IGNORECASE)
 _SORTS = re.compile(r"\bORDER\s+BY\b.*\bLIMIT\b", re.IGNORECASE | re.DOTALL)
 
 
@@ -195,13 +195,14 @@ class Planner:
     ) -> tuple[SessionContext, ScanContext]:
         partitions = self._partitions if offsets is None else 1
         context = ScanContext(self.cache, partitions, views, offsets)
-        catalog = Catalog(snapshot, context, self._system, bound)
+        first = lexer.measure(sql).first
+        catalog = Catalog(snapshot, context, self._system, bound, inserts=first == "INSERT")
         session = _new_session(db_schema, partitions, self._runtime(), catalog)
         defined = self.views.of(snapshot)
         travels = TIME_TRAVEL.search(sql) or any(TIME_TRAVEL.search(definition) for definition in defined.values())
         if travels:
             register_time_travel(session, snapshot, context)
-        if defined and lexer.measure(sql).first != "DROP":
+        if defined and first != "DROP":
             of_views = session
             if db_schema != PUBLIC:
                 of_views = _new_session(PUBLIC, partitions, RuntimeEnvBuilder(), catalog)

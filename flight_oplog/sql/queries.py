@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from flight_oplog.cache import ScanCounts
 from flight_oplog.errors import Cancelled, OplogError
+from flight_oplog.grants import Principal
 
 QUERIES_KEPT = 1000
 TEXT_CHARACTERS = 1000
@@ -21,6 +22,7 @@ _COUNTED = [each.name for each in fields(ScanCounts)]
 SCHEMA = pa.schema(
     [
         ("started", pa.timestamp("us", "UTC")),
+        ("principal", pa.string()),
         ("sql", pa.string()),
         ("status", pa.string()),
         ("seconds", pa.float64()),
@@ -36,6 +38,7 @@ class Query:
     """One statement: when it began, how it went, and what its scans have looked at so far, by table."""
 
     sql: str
+    principal: str | None
     started: datetime.datetime = field(default_factory=lambda: datetime.datetime.now(datetime.UTC))
     status: str = "running"  # then done, failed or stopped
     seconds: float | None = None
@@ -86,17 +89,17 @@ class Queries:
         self._kept: deque[Query] = deque(maxlen=QUERIES_KEPT)
         self.begun = 0
 
-    def begin(self, sql: str) -> Query:
-        query = Query(sql[:TEXT_CHARACTERS])
+    def begin(self, sql: str, principal: str | None) -> Query:
+        query = Query(sql[:TEXT_CHARACTERS], principal)
         with self._lock:
             self._kept.append(query)
             self.begun += 1
         return query
 
-    def table(self) -> pa.RecordBatch:
-        """`system.queries`, the newest first."""
+    def table(self, viewer: Principal) -> pa.RecordBatch:
+        """`system.queries`, the newest first: a principal's own, or everybody's for who oversees the server."""
         with self._lock:
-            kept = list(self._kept)[::-1]
+            kept = [query for query in reversed(self._kept) if viewer.rights.oversees or query.principal == viewer.name]
         rows = []
         for query in kept:
             counts = list(query.counts.values())

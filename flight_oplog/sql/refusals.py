@@ -60,6 +60,10 @@ def cannot_filter(error: Exception, context: ScanContext) -> bool:
     return any(isinstance(failure, CannotFilter) for failure in context.failures) or "unsupported operand type(s) for" in str(error)
 
 
+def no_table(name: str) -> NotFound:
+    return NotFound(f"table {name!r} does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters")
+
+
 # DataFusion tells its kinds of error apart only by the words they begin with.
 _PREFIX = re.compile(
     r"^(DataFusion error: |Error during planning: |Execution error: |Schema error: |External error: |Arrow error: |SQL error: |"
@@ -83,9 +87,7 @@ def translated(error: Exception, context: ScanContext) -> OplogError:
         log.error("a scan failed: %s", text, exc_info=context.failures[0] if context.failures else None)
         return OplogError("the query failed while reading; the server's log says why")
     if (missing := _NO_TABLE.match(words)) is not None:
-        return NotFound(
-            f"table {missing[1]!r} does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters"
-        )
+        return no_table(missing[1])
     if (refused := _NOT_READING.match(words)) is not None:
         changing = refused[1].upper() in CHANGING
         return Unsupported(APPEND_ONLY if changing else f"{refused[1] or 'this'} is not served here: {_READING}")

@@ -167,8 +167,9 @@ def _whole(apart: Aggregation, snapshot: Snapshot, topic: Topic, context: ScanCo
 
 
 def registry(snapshot: Snapshot) -> tuple[Any, ...]:
-    """Return what changes when the schema of some topic or view does."""
-    return (snapshot.store.number, *(topic and topic.next_offset for topic in map(snapshot.topics.get, _DECIDING)))
+    """Return what changes when the schema of some topic or view does; it is another for whoever sees others of them."""
+    topics = snapshot.whole.topics
+    return (snapshot.store.number, snapshot.viewer.rights, *(topic and topic.next_offset for topic in map(topics.get, _DECIDING)))
 
 
 def _packed(values: Values) -> bytes | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 from flight_oplog.committer import Origin, Role
 from flight_oplog.config import Config
 from flight_oplog.errors import NotFound, OutOfOrder, RequestError, TooLarge, TryAgain, Unsupported
+from flight_oplog.grants import ANYBODY, Principal, forbidden
 from flight_oplog.oplog import AppendWriter, OpLog
 from flight_oplog.schema import TOPIC_PATTERN, VIEWS_SCHEMA, VIEWS_TOPIC, check_topic
 from flight_oplog.sql import lexer
@@ -41,17 +42,21 @@ class Statements:
         parameters: pa.RecordBatch | None = None,
         origin: Origin | None = None,
         hold: Hold | None = None,
+        principal: Principal = ANYBODY,
     ) -> int:
         """Carry out a statement that is no query; return how many entries it appended.
 
         With `origin` an INSERT is written exactly once. With `hold` its append is handed over instead of committed: it
         belongs to a transaction.
 
-        Raises what `Engine.change` and `OpLog.append` raise, NotFound for what is to be dropped and is not there; then
-        nothing was written.
+        Raises what `Engine.change` and `OpLog.append` raise, Forbidden for what the principal may not do, NotFound for what
+        is to be dropped and is not there; then nothing was written.
         """
-        snapshot = self._oplog.snapshot()
+        snapshot = self._oplog.snapshot().seen_by(principal)
         change = self._engine.change(sql, snapshot, stopped, parameters)
+        permission = "append" if change.what == "INSERT" else "admin"
+        if not principal.may(permission, change.name):
+            raise forbidden(principal, permission, change.name)
         if change.tolerant and change.what.startswith("DROP") and not TOPIC_PATTERN.fullmatch(change.name):
             return 0  # nothing can have such a name
         if change.what == "INSERT":

@@ -6,7 +6,8 @@ from collections import Counter
 from typing import Any
 
 from flight_oplog.config import Config
-from flight_oplog.errors import RequestError, TooLarge
+from flight_oplog.errors import NotFound, RequestError, TooLarge
+from flight_oplog.grants import ANYBODY
 from flight_oplog.provider import ScanContext, topic_batches
 from flight_oplog.schema import VIEWS_TOPIC
 from flight_oplog.sql import lexer
@@ -25,7 +26,11 @@ class Views:
         self._defined: dict[tuple[int, int], dict[str, str]] = {}  # of the newest snapshot that was asked for
 
     def of(self, snapshot: Snapshot) -> dict[str, str]:
-        """Return the views of a snapshot and their definitions."""
+        """Return the views of a snapshot that whoever looks at it may read, by their names at least, and their definitions."""
+        found, viewer = self._of(snapshot.whole), snapshot.viewer
+        return found if viewer is ANYBODY else {name: text for name, text in found.items() if viewer.may("read", name)}
+
+    def _of(self, snapshot: Snapshot) -> dict[str, str]:
         topic = snapshot.topics.get(VIEWS_TOPIC)
         if topic is None:
             return {}
@@ -73,7 +78,9 @@ class Views:
                 planned = session.sql(f"EXPLAIN {defined[name]}").logical_plan().inputs()[0].inputs()[0]
                 catalog.views[name] = session.create_dataframe_from_logical_plan(planned).into_view()
             except Exception as error:
-                catalog.broken[name] = RequestError(f"view {name!r}: {translated(error, context)}")
+                why = translated(error, context)
+                if not (isinstance(why, NotFound) and catalog.hides):  # else it is a view of something that does not exist for this viewer
+                    catalog.broken[name] = RequestError(f"view {name!r}: {why}")
                 context.failures.clear()
                 weights[name] = nothing
             return weights[name]
