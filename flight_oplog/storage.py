@@ -132,8 +132,8 @@ class Storage(abc.ABC):
         """Open a file of `size` bytes for reading at random. Raises FileNotFoundError."""
 
     @abc.abstractmethod
-    def create(self, path: str, content: bytes, mark: str) -> None:
-        """Make a small new file. `mark` is a text in it that is in no other file.
+    def create(self, path: str, content: bytes, mark: str, private: bool = False) -> None:
+        """Make a small new file. `mark` is a text in it that is in no other file. A private one, others on this machine cannot read.
 
         Raises FileExistsError when somebody else was first, Unsure when it cannot be told whether it was made, OSError
         when it was not.
@@ -246,12 +246,12 @@ class Folder(Storage):
     def open(self, path: str, size: int) -> Any:
         return pa.OSFile(self._full(path), "rb")
 
-    def create(self, path: str, content: bytes, mark: str) -> None:
+    def create(self, path: str, content: bytes, mark: str, private: bool = False) -> None:
         full = self._full(path)
         folder = os.path.dirname(full)
         before = os.path.join(folder, f".{uuid.uuid4()}{_STAGED_SUFFIX}")
         try:
-            _write_durably(before, content)
+            _write_durably(before, content, 0o600 if private else 0o644)
             try:
                 os.link(before, full)  # whole or not at all, and only one can
             except OSError as error:
@@ -334,8 +334,8 @@ def _fill(handle: int, memory: memoryview, start: int) -> int:
     return done
 
 
-def _write_durably(path: str, content: bytes) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+def _write_durably(path: str, content: bytes, mode: int = 0o644) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         done = 0
         while done < len(content):
@@ -436,7 +436,7 @@ class Bucket(Storage):
             return pa.BufferReader(self.read(path))
         return pa.PythonFile(_Remote(self, path, size), mode="r")
 
-    def create(self, path: str, content: bytes, mark: str) -> None:
+    def create(self, path: str, content: bytes, mark: str, private: bool = False) -> None:
         deadline = time.monotonic() + CREATE_SECONDS
         pause, is_first = 0.1, True
         while True:

@@ -625,7 +625,7 @@ class Store:
         with _reading("the log's key"):
             try:
                 if not self._storage.exists(SECRET_PATH):
-                    self._storage.create(SECRET_PATH, key.encode(), key)
+                    self._storage.create(SECRET_PATH, key.encode(), key, private=True)
                 key = self._storage.read(SECRET_PATH).to_pybytes().decode()
             except FileExistsError:
                 key = self._storage.read(SECRET_PATH).to_pybytes().decode()

@@ -223,7 +223,10 @@ def test_serve_prints_its_address_first_and_warns_when_insecure(start: Start) ->
     server = start("--insecure")
     assert server.uri.startswith("grpc://127.0.0.1:")
     server.stop()
-    assert "warning: --insecure: anybody who reaches this address may read and append" in server.errors.read_text()
+    assert (
+        "warning: --insecure: there is no authentication and no TLS: anybody who reaches this address may read and append"
+        in server.errors.read_text()
+    )
 
 
 def test_columns_of_one_name_are_all_shown(tmp_path: Path) -> None:

@@ -280,12 +280,12 @@ def test_expired_altered_and_foreign_handles_are_refused(start: Callable[..., Se
     with flight.connect(server.uri) as client, flight.connect(other.uri) as stranger:
         put(stranger, "t", pa.record_batch({"a": [1]}))
         info = stranger.get_flight_info(command(wire.CommandStatementQuery("SELECT 1")))
-        with pytest.raises(pa.ArrowInvalid, match="was not made by a server of this log, or was altered"):
+        with pytest.raises(pa.ArrowInvalid, match="was not made by a server of this log for you, or was altered"):
             fetch(client, info)
         mine = client.get_flight_info(command(wire.CommandStatementQuery("SELECT 1")))
         ticket = bytearray(mine.endpoints[0].ticket.ticket)
         ticket[-20] ^= 1
-        with pytest.raises(pa.ArrowInvalid, match="handle was not made by a server of this log, or was altered"):
+        with pytest.raises(pa.ArrowInvalid, match="handle was not made by a server of this log for you, or was altered"):
             client.do_get(flight.Ticket(bytes(ticket))).read_all()
         handle = prepare(client, "SELECT 1").prepared_statement_handle
         time.sleep(1.1)

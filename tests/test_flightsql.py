@@ -57,19 +57,22 @@ def test_any_bytes_are_a_message_or_a_clear_error(data: bytes) -> None:
 
 def test_a_handle_opens_for_its_kind_and_time_and_only_unaltered() -> None:
     sealer = Sealer(b"k" * 32)
-    handle = sealer.seal("statement", {"sql": "SELECT 1"}, 60)
-    body = sealer.open("statement", handle)
+    handle = sealer.seal("statement", {"sql": "SELECT 1"}, "ann", 60)
+    body = sealer.open("statement", handle, "ann")
     assert (body["sql"], len(body["id"])) == ("SELECT 1", 16)
     with pytest.raises(RequestError, match="the handle is not a prepared statement handle"):
-        sealer.open("prepared statement", handle)
-    for broken in (b"", handle[:-1], handle[:40], b"\x02" + handle[1:], handle + b" ", b"\x01" + b"0" * 32 + handle[33:]):
-        with pytest.raises(RequestError, match="was not made by a server of this log, or was altered"):
-            sealer.open("statement", broken)
+        sealer.open("prepared statement", handle, "ann")
+    for broken in (b"", handle[:-1], handle[:40], b"\x01" + handle[1:], handle + b" ", b"\x02" + b"0" * 32 + handle[33:]):
+        with pytest.raises(RequestError, match="was not made by a server of this log for you, or was altered"):
+            sealer.open("statement", broken, "ann")
+    for other in ("bob", "", None, "ann ", "annx", "1"):
+        with pytest.raises(RequestError, match="was not made by a server of this log for you"):
+            sealer.open("statement", handle, other)
     with pytest.raises(RequestError, match="was not made by a server of this log"):
-        Sealer(b"x" * 32).open("statement", handle)
-    expired = sealer.seal("statement", {}, -1)
+        Sealer(b"x" * 32).open("statement", handle, "ann")
+    expired = sealer.seal("statement", {}, None, -1)
     with pytest.raises(NotFound, match="the statement handle has expired; ask for a new one"):
-        sealer.open("statement", expired)
+        sealer.open("statement", expired, None)
 
 
 @pytest.mark.parametrize(

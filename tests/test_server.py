@@ -269,7 +269,7 @@ def test_altered_and_unknown_messages_are_refused(client: flight.FlightClient) -
     info = client.get_flight_info(command(wire.pack(wire.CommandStatementQuery("SELECT 1"))))
     ticket = bytearray(info.endpoints[0].ticket.ticket)
     ticket[-3] ^= 1
-    with refused(pa.ArrowInvalid, "the statement handle was not made by a server of this log, or was altered; ask for a new one"):
+    with refused(pa.ArrowInvalid, "the statement handle was not made by a server of this log for you, or was altered; ask for a new one"):
         client.do_get(flight.Ticket(bytes(ticket))).read_all()
     other = wire.pack(wire.CommandStatementQuery("")).replace(b"CommandStatementQuery", b"CommandStatementQuory")
     with refused(pa.ArrowNotImplementedError, "the Flight SQL message 'CommandStatementQuory' is not served"):
@@ -511,13 +511,15 @@ def test_a_port_in_use_is_said_in_one_line(server: ServerProcess, tmp_path: Path
 def test_a_malformed_address_is_refused(tmp_path: Path, listen: str) -> None:
     with OpLog.open(str(tmp_path / "log")) as log, pytest.raises(RequestError) as caught:
         Server(log, Config(listen=listen))
-    assert str(caught.value) == f"setting listen: {listen!r} is not of the form grpc://host:port"
+    assert str(caught.value) == f"setting listen: {listen!r} is not of the form grpc://host:port or grpc+tls://host:port"
 
 
 def test_nothing_listens_beyond_loopback_unless_told_to(tmp_path: Path) -> None:
     with OpLog.open(str(tmp_path / "log")) as log:
         for listen in ("grpc://0.0.0.0:0", "grpc://[::]:0", "grpc://example.com:0"):
-            with pytest.raises(RequestError, match="is reachable from other machines and there is no authentication; add --insecure"):
+            with pytest.raises(
+                RequestError, match="is reachable from other machines and there is no authentication and no TLS; add --insecure"
+            ):
                 Server(log, Config(listen=listen))
         server = Server(log, Config(listen="grpc://0.0.0.0:0", insecure=True))
         with socket.create_connection(("127.0.0.1", server.port), 5):

@@ -164,7 +164,9 @@ def test_limits_of_transactions(folder: Path) -> None:
 def test_made_up_transactions_are_refused(log: OpLog, held: Transactions, made_up: bytes) -> None:
     held.begin(())
     for call in (held.check, held.commit):
-        with pytest.raises(RequestError, match=r"^the transaction was not begun by you at this server, or the server was started again since"):
+        with pytest.raises(
+            RequestError, match=r"^the transaction was not begun by you at this server, or the server was started again since"
+        ):
             call(made_up)
     held.rollback(made_up)
 
