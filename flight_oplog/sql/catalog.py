@@ -52,7 +52,7 @@ class UnreadTable(EntriesTable):
 
     def get_fragments(self, filter: Any = None) -> Any:
         error = no_table(f"{CATALOG}.{PUBLIC}.{self._unread}")
-        self._context.failures.append(error)
+        self.context.failures.append(error)
         raise error
 
 
@@ -88,6 +88,8 @@ class Catalog(CatalogProvider):
 
 class _Schema(SchemaProvider):
     """One SQL schema; its tables are made when a statement names them."""
+
+    owner_name = None  # information_schema reads it as an attribute too, and would show a method
 
     def __init__(self, snapshot: Snapshot, db_schema: str, names: list[str], context: ScanContext, system: System) -> None:
         self._snapshot = snapshot
