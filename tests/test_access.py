@@ -285,5 +285,5 @@ def test_a_follower_is_cut_off_when_its_right_is_taken(log: OpLog) -> None:
     assert next(runs).next_offset == 2
     rights["now"] = Rights()
     log.append("t", pa.record_batch({"n": [3]}))
-    with pytest.raises(NotFound, match="^topic 't' does not exist"):
+    with pytest.raises(NotFound, match=r"^topic 't' does not exist"):
         next(runs)

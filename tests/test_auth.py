@@ -1,0 +1,702 @@
+"""Credentials: users and API tokens in their file, JWTs and their keys, logins, grants, and what becomes of wrong ones."""
+
+import base64
+import http.server
+import json
+import os
+import stat
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
+
+from flight_oplog import Config, auth, bearers
+from flight_oplog.accounts import Accounts, add_token, add_user, remove_token, remove_user
+from flight_oplog.auth import Gate
+from flight_oplog.errors import NotFound, RequestError, TryAgain, Unauthenticated
+from flight_oplog.grants import ANYBODY, EVERYTHING, Grants, Principal, Rights
+
+SECRET = b"the log's own, of 32 bytes or more"
+
+
+def basic(name: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
+
+
+@pytest.fixture
+def users(tmp_path: Path) -> str:
+    """A users file with ann, whose password is "correct horse"."""
+    file = str(tmp_path / "users.json")
+    add_user(file, "ann", "correct horse")
+    return file
+
+
+@pytest.fixture(autouse=True)
+def looks_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "LOOK_SECONDS", 0.0)
+
+
+# Grants
+
+
+def test_permissions_say_nothing_of_one_another_and_patterns_match_whole_names() -> None:
+    rights = Rights(frozenset(("a_*",)), frozenset(("b", "*_c")), frozenset())
+    assert [rights.may("append", name) for name in ("a_", "a_x", "xa_x", "a")] == [True, True, False, False]
+    assert [rights.may("read", name) for name in ("b", "bb", "_c", "x_c", "x_cx", "B")] == [True, False, True, True, False, False]
+    assert not any(rights.may("admin", name) for name in ("a_x", "b", "x_c"))
+    assert all(EVERYTHING.may(permission, "_schemas") for permission in ("append", "read", "admin"))
+    assert EVERYTHING.oversees
+    assert not Rights(admin=frozenset(("a*",))).oversees
+
+
+@given(pattern=st.text("ab_*", max_size=6), name=st.text("ab_", max_size=6))
+def test_a_pattern_matches_as_its_stars_say(pattern: str, name: str) -> None:
+    def fits(pattern: str, name: str) -> bool:
+        if not pattern:
+            return not name
+        if pattern[0] == "*":
+            return any(fits(pattern[1:], name[place:]) for place in range(len(name) + 1))
+        return name[:1] == pattern[0] and fits(pattern[1:], name[1:])
+
+    assert Rights(read=frozenset((pattern,))).may("read", name) == fits(pattern, name)
+
+
+def test_a_principal_has_its_own_rights_its_roles_and_those_its_credential_names(tmp_path: Path) -> None:
+    file = tmp_path / "grants.toml"
+    file.write_text(
+        '[role.reader]\nread = ["web_*"]\n[role.writer]\nappend = ["web_*"]\n'
+        '[principal.ann]\nroles = ["reader"]\nadmin = ["anns_*"]\n[principal."spiffe://x/y z"]\nread = ["t"]\n'
+    )
+    grants = Grants(str(file))
+    assert grants.principal("ann").rights == Rights(read=frozenset(("web_*",)), admin=frozenset(("anns_*",)))
+    assert grants.principal("ann", ("writer", "unknown")).rights.append == {"web_*"}
+    assert grants.principal("nobody").rights == Rights()
+    assert grants.principal("nobody", ("writer",)).rights == Rights(append=frozenset(("web_*",)))
+    assert grants.principal("spiffe://x/y z").may("read", "t")
+    assert Grants().principal("anybody").rights == EVERYTHING
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[role.a\n", "Expected ']'"),
+        ("[group.a]\nread = []\n", "there is no 'group'; tables are [role.NAME] and [principal.NAME]"),
+        ("role = 1\n", "'role' is no table; write [role.NAME]"),
+        ("[role]\na = 1\n", "'role' is no table; write [role.NAME]"),
+        ("[role.a]\nwrite = ['t']\n", "[role.a]: there is no 'write'; known are append, read, admin"),
+        ("[role.a]\nroles = ['b']\n", "[role.a]: there is no 'roles'; known are append, read, admin"),
+        ("[role.a]\nread = 't'\n", "[role.a]: read is no list of texts"),
+        ("[role.a]\nread = [1]\n", "[role.a]: read is no list of texts"),
+        ("[role.a]\nread = ['a.b']\n", "[role.a]: 'a.b' is no pattern of topics' names: letters, digits, _ and *"),
+        ("[role.a]\nread = ['']\n", "[role.a]: '' is no pattern of topics' names: letters, digits, _ and *"),
+        ("[principal.a]\nroles = ['b']\n", "[principal.a]: there is no role 'b'"),
+        ('[principal."a\\u0000"]\n', "is not a name of 1 to 256 printable characters"),
+        (f"[principal.{'a' * 257}]\n", "is not a name of 1 to 256 printable characters"),
+    ],
+)
+def test_a_broken_grants_file_is_refused_in_a_sentence(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "grants.toml"
+    file.write_text(text)
+    with pytest.raises(RequestError) as caught:
+        Grants(str(file))
+    assert str(caught.value).startswith(f"grants {file}: ")
+    assert said in str(caught.value)
+
+
+def test_a_grants_file_one_byte_too_long_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "grants.toml"
+    file.write_text("#" * (1 << 20))
+    assert Grants(str(file)).roles == {}
+    file.write_text("#" * ((1 << 20) + 1))
+    with pytest.raises(RequestError, match="more than 1048576 bytes"):
+        Grants(str(file))
+    with pytest.raises(RequestError, match="No such file or directory"):
+        Grants(str(tmp_path / "none"))
+
+
+# The users file
+
+
+def test_users_are_kept_hashed_privately_and_whole(users: str) -> None:
+    assert not add_user(users, "ann", "another one")
+    assert add_user(users, "bob", "long enough")
+    text = Path(users).read_text()
+    assert "another one" not in text
+    assert "$argon2id$" in text
+    assert stat.S_IMODE(os.stat(users).st_mode) == 0o600
+    loaded = Accounts.load(users)
+    assert loaded.user_of("ann", "another one") is not None
+    for name, password in (("ann", "correct horse"), ("ann", ""), ("bob", "another one"), ("nobody", "another one"), ("", "")):
+        assert loaded.user_of(name, password) is None
+    remove_user(users, "ann")
+    assert Accounts.load(users).users.keys() == {"bob"}
+    with pytest.raises(NotFound, match="user 'ann' is not in"):
+        remove_user(users, "ann")
+
+
+@pytest.mark.parametrize(
+    ("name", "password", "said"),
+    [
+        ("", "long enough", "is not a name of 1 to 256 printable characters"),
+        ("a\nb", "long enough", "is not a name of 1 to 256 printable characters"),
+        ("a" * 257, "long enough", "is not a name of 1 to 256 printable characters"),
+        ("a:b", "long enough", "a user's name has no colon"),
+        ("a", "1234567", "fewer than 8 characters"),
+        ("a", "x" * 1025, "more than 1024 bytes"),
+        ("a", "ß" * 513, "more than 1024 bytes"),
+    ],
+)
+def test_names_and_passwords_that_cannot_be_are_refused(users: str, name: str, password: str, said: str) -> None:
+    before = Path(users).read_text()
+    with pytest.raises(RequestError, match=said):
+        add_user(users, name, password)
+    assert Path(users).read_text() == before
+
+
+def test_limits_of_names_and_passwords_are_theirs_to_use(users: str) -> None:
+    add_user(users, "a" * 256, "x" * 1024)
+    add_user(users, "b", "12345678")
+    assert Accounts.load(users).user_of("a" * 256, "x" * 1024) is not None
+
+
+def test_commands_at_the_same_time_lose_nothing(users: str) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: add_token(users, f"p{n}", None), range(40)))
+    assert len(Accounts.load(users).tokens) == 40
+
+
+def test_a_file_that_a_server_of_another_user_reads_stays_readable(users: str) -> None:
+    os.chmod(users, 0o640)
+    add_user(users, "bob", "long enough")
+    assert stat.S_IMODE(os.stat(users).st_mode) == 0o640
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        '{"users": []}',
+        '{"users": {"a": {}}}',
+        '{"users": {"a": {"password": "x", "added": "y", "more": 1}}}',
+        '{"tokens": {"a": {"principal": "p", "digest": "d", "added": "x", "expires": "soon"}}}',
+        '{"tokens": {"a": {"principal": 1, "digest": "d", "added": "x"}}}',
+        '{"more": 1}',
+        "[" * 100_000,
+    ],
+)
+def test_a_damaged_users_file_is_refused_and_never_written_over(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "users.json"
+    file.write_text(text)
+    for act in (lambda: Accounts.load(str(file)), lambda: add_user(str(file), "a", "long enough")):
+        with pytest.raises(RequestError, match="it is damaged; restore it, or remove it and add the users again"):
+            act()
+    assert file.read_text() == text
+
+
+def test_tokens_expire_are_revoked_and_only_their_digest_is_kept(users: str) -> None:
+    for_ever, short, gone = add_token(users, "svc", None), add_token(users, "svc", 0.5 / 86400), add_token(users, "svc", 1)
+    loaded = Accounts.load(users)
+    text = Path(users).read_text()
+    for token in (for_ever, short, gone):
+        assert (found := loaded.token_of(token)) is not None
+        assert found.principal == "svc"
+        assert token.rpartition("_")[2] not in text
+    assert loaded.token_of(for_ever[:-1] + ("A" if for_ever[-1] != "A" else "B")) is None
+    assert loaded.token_of(for_ever.replace(for_ever.split("_")[1], short.split("_")[1])) is None
+    gate = Gate(Config(users=users), SECRET)
+    assert gate.admit(f"Bearer {for_ever}")[0] == gate.admit(f"bearer {gone}")[0] == Principal("svc")
+    time.sleep(1.6)  # a time of expiry is kept in whole seconds
+    with pytest.raises(Unauthenticated, match=r"^the API token has expired; ask for another$"):
+        gate.admit(f"Bearer {short}")
+    remove_token(users, gone.split("_")[1])
+    with pytest.raises(Unauthenticated, match=r"^the credentials are not valid$"):
+        gate.admit(f"Bearer {gone}")
+    assert gate.admit(f"Bearer {for_ever}")[0].name == "svc"
+    with pytest.raises(NotFound):
+        remove_token(users, gone.split("_")[1])
+
+
+# Logins with a password
+
+
+def test_a_login_returns_a_bearer_that_every_server_with_the_secret_takes(users: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x" * 32)
+    config = Config(users=users, secret=str(tmp_path / "secret"))
+    principal, bearer = Gate(config, b"one").admit(basic("ann", "correct horse"))
+    assert (principal, bearer is not None) == (Principal("ann"), True)
+    assert Gate(config, b"another").admit(f"Bearer {bearer}") == (Principal("ann"), None)
+    with pytest.raises(Unauthenticated):
+        Gate(Config(users=users), SECRET).admit(f"Bearer {bearer}")
+
+
+def test_a_bearer_of_a_login_ends_with_its_time_its_password_and_its_user(users: str) -> None:
+    gate = Gate(Config(users=users, login_seconds_max=1), SECRET)
+    _, bearer = gate.admit(basic("ann", "correct horse"))
+    assert gate.admit(f"Bearer {bearer}")[0].name == "ann"
+    time.sleep(2.1)
+    with pytest.raises(Unauthenticated, match=r"^the login has expired; log in again$"):
+        gate.admit(f"Bearer {bearer}")
+    gate = Gate(Config(users=users), SECRET)
+    _, bearer = gate.admit(basic("ann", "correct horse"))
+    add_user(users, "ann", "battery staple")
+    for credential in (f"Bearer {bearer}", basic("ann", "correct horse")):
+        with pytest.raises(Unauthenticated):
+            gate.admit(credential)
+    _, bearer = gate.admit(basic("ann", "battery staple"))
+    remove_user(users, "ann")
+    with pytest.raises(Unauthenticated, match="the login is not good any more"):
+        gate.admit(f"Bearer {bearer}")
+
+
+def test_go_leaves_out_the_padding_and_a_token_may_stand_for_a_password(users: str) -> None:
+    gate = Gate(Config(users=users), SECRET)
+    assert gate.admit(basic("ann", "correct horse").rstrip("="))[0].name == "ann"
+    token = add_token(users, "svc", 1)
+    assert gate.admit(basic("whoever", token)) == (Principal("svc"), token)
+
+
+WRONG = [
+    "Basic",
+    "Basic ",
+    "Basic !!!!",
+    "Basic " + base64.b64encode(b"\xff\xfe").decode(),
+    basic("ann", "wrong horse"),
+    basic("ann", ""),
+    basic("ANN", "correct horse"),
+    basic("", ""),
+    basic("a" * 257, "correct horse"),
+    basic("ann", "x" * 1025),
+    "Bearer ",
+    "Bearer oplog_000000000000_" + "a" * 43,
+    "Bearer oplog_",
+    "Bearer not a token",
+    "Bearer a.b.c",
+    "Bearer " + "x" * 8000,
+    "Digest abc",
+    "correct horse",
+    "Bearer \udcff",
+    "Bearer " + jwt.encode({"sub": "ann", "exp": 1 << 40, "stamp": ""}, "k" * 32, "HS256", headers={"kid": "flight-oplog-login"}),
+    "Bearer " + jwt.encode({"sub": "ann", "exp": 1 << 40, "stamp": ""}, None, "none", headers={"kid": "flight-oplog-login"}),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_and_malformed_credentials_are_refused_without_a_word_of_why(users: str, wrong: str) -> None:
+    gate = Gate(Config(users=users), SECRET)
+    with pytest.raises(Unauthenticated) as caught:
+        gate.admit(wrong)
+    assert str(caught.value) in ("the credentials are not valid", auth._NEEDED)
+
+
+def test_a_credential_one_byte_too_long_is_refused(users: str) -> None:
+    gate = Gate(Config(users=users), SECRET)
+    with pytest.raises(Unauthenticated, match=r"^the credentials are not valid$"):
+        gate.admit("Bearer " + "x" * (8192 - 7))
+    with pytest.raises(Unauthenticated, match=r"^the credentials have more than 8192 bytes$"):
+        gate.admit("Bearer " + "x" * (8192 - 6))
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(max_size=60), prefix=st.sampled_from(["", "Basic ", "Bearer ", "Bearer oplog_", "bearer eyJ"]))
+def test_no_credential_makes_the_gate_fail(tmp_path_factory: pytest.TempPathFactory, text: str, prefix: str) -> None:
+    gate = _gate(tmp_path_factory)
+    with pytest.raises(Unauthenticated):
+        gate.admit(prefix + text)
+
+
+_MADE: list[Gate] = []
+
+
+def _gate(tmp_path_factory: pytest.TempPathFactory) -> Gate:
+    if not _MADE:
+        folder = tmp_path_factory.mktemp("gate")
+        keys = folder / "keys.json"
+        keys.write_text(json.dumps({"keys": [PUBLIC["RS256"]]}))
+        add_user(str(folder / "users.json"), "ann", "correct horse")
+        _MADE.append(Gate(Config(users=str(folder / "users.json"), jwt_keys=str(keys), jwt_issuer="i", jwt_audience="a"), SECRET))
+    return _MADE[0]
+
+
+def test_an_unknown_user_takes_as_long_as_a_wrong_password(users: str) -> None:
+    loaded = Accounts.load(users)
+
+    def seconds(name: str) -> float:
+        began = time.perf_counter()
+        assert loaded.user_of(name, "wrong") is None
+        return time.perf_counter() - began
+
+    pairs = [(seconds("ann"), seconds("nobody")) for _ in range(9)]
+    known, unknown = (statistics.median(column) for column in zip(*pairs, strict=True))
+    assert 0.5 < known / unknown < 2
+
+
+def test_failures_slow_down_a_name_and_nobody_else(users: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "PAUSE_SECONDS", 0.5)
+    add_user(users, "bob", "long enough")
+
+    def slowed(name: str) -> float:
+        """How long five wrong passwords take."""
+        began = time.monotonic()
+        for number in range(5):
+            with pytest.raises(Unauthenticated):
+                gate.admit(basic(name, f"wrong {number}"))
+        return time.monotonic() - began
+
+    gate = Gate(Config(users=users), SECRET)
+    assert slowed("ann") > 0.5 + 1
+    assert slowed("nobody") > 0.5 + 1
+    began = time.monotonic()
+    assert gate.admit(basic("bob", "long enough"))[0].name == "bob"
+    assert time.monotonic() - began < 1
+    assert gate.admit(basic("ann", "correct horse"))[0].name == "ann"  # waits its turn, and is let in
+    began = time.monotonic()
+    with pytest.raises(Unauthenticated):
+        gate.admit(basic("ann", "wrong again"))
+    assert time.monotonic() - began < 1  # who is right begins anew
+
+
+def test_whoever_guesses_too_fast_is_told_to_wait_and_one_login_too_many_too(users: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auth, "FREE_FAILURES", 0)
+    monkeypatch.setattr(auth, "PAUSE_SECONDS", 4.0)
+    monkeypatch.setattr(auth, "WAIT_SECONDS_MAX", 1.0)
+    gate = Gate(Config(users=users), SECRET)
+    with pytest.raises(Unauthenticated, match=r"^the credentials are not valid$"):
+        gate.admit(basic("ann", "wrong"))
+    with pytest.raises(Unauthenticated, match=r"^there were too many wrong passwords for this name; wait some seconds$"):
+        gate.admit(basic("ann", "correct horse"))
+    monkeypatch.setattr(auth, "PASSWORDS_WAITING_MAX", 0)
+    with pytest.raises(TryAgain, match="too many logins are under way"):
+        gate.admit(basic("bob", "wrong"))
+
+
+def test_what_was_proven_is_remembered_and_costs_nothing(users: str) -> None:
+    gate = Gate(Config(users=users), SECRET)
+    gate.admit(basic("ann", "correct horse"))
+    began = time.monotonic()
+    for _ in range(100):
+        gate.admit(basic("ann", "correct horse"))
+    assert time.monotonic() - began < 0.5  # a password takes 50 ms
+
+
+def test_a_users_file_that_breaks_or_goes_leaves_the_users_as_they_were(users: str) -> None:
+    gate = Gate(Config(users=users), SECRET)
+    Path(users).write_text("{")
+    assert gate.admit(basic("ann", "correct horse"))[0].name == "ann"
+    with pytest.raises(RequestError, match="it is damaged"):
+        gate.reload()
+    Path(users).unlink()
+    assert gate.admit(basic("ann", "correct horse"))[0].name == "ann"
+
+
+# JWT bearers
+
+PRIVATE: dict[str, Any] = {
+    "RS256": rsa.generate_private_key(65537, 2048),
+    "ES256": ec.generate_private_key(ec.SECP256R1()),
+    "EdDSA": ed25519.Ed25519PrivateKey.generate(),
+    "HS256": b"a secret of 32 bytes, at the least",
+}
+PUBLIC: dict[str, dict[str, Any]] = {
+    "RS256": RSAAlgorithm.to_jwk(PRIVATE["RS256"].public_key(), as_dict=True),
+    "ES256": ECAlgorithm.to_jwk(PRIVATE["ES256"].public_key(), as_dict=True),
+    "EdDSA": OKPAlgorithm.to_jwk(PRIVATE["EdDSA"].public_key(), as_dict=True),
+    "HS256": HMACAlgorithm.to_jwk(PRIVATE["HS256"], as_dict=True),
+}
+for _kind, _key in PUBLIC.items():
+    _key["kid"] = _kind.lower()
+
+
+def claims(**changed: Any) -> dict[str, Any]:
+    """A good bearer's claims, some of them changed; None leaves one out."""
+    body = {"sub": "ann", "iss": "https://idp", "aud": "oplog", "exp": int(time.time()) + 600} | changed
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def signed(body: dict[str, Any], kind: str = "RS256", key: Any = None, **header: Any) -> str:
+    return jwt.encode(body, PRIVATE[kind] if key is None else key, kind, headers={"kid": kind.lower()} | header)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    keys = tmp_path / "keys.json"
+    keys.write_text(json.dumps({"keys": [*PUBLIC.values(), {"kty": "of a kind to come", "kid": "x"}]}))
+    return Config(jwt_keys=str(keys), jwt_issuer="https://idp", jwt_audience="oplog")
+
+
+@pytest.mark.parametrize("kind", bearers.ALGORITHMS)
+def test_a_jwt_of_each_algorithm_names_its_principal_and_roles(config: Config, kind: str) -> None:
+    gate = Gate(config, SECRET)
+    principal, bearer = gate.admit("Bearer " + signed(claims(roles=["b", "a", "b"]), kind))
+    assert (principal.name, principal.roles, bearer) == ("ann", ("a", "b"), None)
+    unnamed = jwt.encode(claims(), PRIVATE[kind], kind)
+    assert gate.admit(f"Bearer {unnamed}")[0].name == "ann"
+
+
+def test_claims_may_have_other_names_and_be_within_others(config: Config) -> None:
+    keys = {"jwt_keys": config.jwt_keys, "jwt_issuer": "https://idp", "jwt_audience": "oplog"}
+    gate = Gate(Config(**keys, jwt_principal_claim="preferred_username", jwt_roles_claim="realm_access.roles"), SECRET)
+    body = claims(preferred_username="eve", realm_access={"roles": ["r"]})
+    assert gate.admit("Bearer " + signed(body))[0].roles == ("r",)
+    assert gate.admit("Bearer " + signed(body))[0].name == "eve"
+    spaced = Gate(Config(**keys, jwt_roles_claim="scope"), SECRET)
+    assert spaced.admit("Bearer " + signed(claims(scope="one two")))[0].roles == ("one", "two")
+    dotted = Gate(Config(**keys, jwt_roles_claim="https://x.y/roles"), SECRET)
+    assert dotted.admit("Bearer " + signed(claims(**{"https://x.y/roles": ["z"]})))[0].roles == ("z",)
+
+
+OTHER = rsa.generate_private_key(65537, 2048)
+PEM = PRIVATE["RS256"].public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
+def by_hand(header: dict[str, Any], body: dict[str, Any], key: bytes) -> str:
+    """An HS256 JWT whatever its header says and whatever its key is; the library refuses to make such."""
+    parts = [base64.urlsafe_b64encode(json.dumps(part).encode()).rstrip(b"=") for part in (header, body)]
+    tag = HMACAlgorithm(HMACAlgorithm.SHA256).sign(b".".join(parts), key)
+    return b".".join([*parts, base64.urlsafe_b64encode(tag).rstrip(b"=")]).decode()
+
+
+WRONG_JWTS: dict[str, Callable[[], str]] = {
+    "signed by another": lambda: signed(claims(), key=OTHER),
+    "of another issuer": lambda: signed(claims(iss="https://evil")),
+    "of no issuer": lambda: signed(claims(iss=None)),
+    "for another audience": lambda: signed(claims(aud="others")),
+    "for no audience": lambda: signed(claims(aud=None)),
+    "that never expires": lambda: signed(claims(exp=None)),
+    "not good yet": lambda: signed(claims(nbf=int(time.time()) + 120)),
+    "issued in the future": lambda: signed(claims(iat=int(time.time()) + 120)),
+    "that names nobody": lambda: signed(claims(sub=None)),
+    "that names nothing": lambda: signed(claims(sub="")),
+    "whose name is too long": lambda: signed(claims(sub="a" * 257)),
+    "whose name is no text": lambda: jwt.encode(claims() | {"sub": 7}, PRIVATE["RS256"], "RS256"),
+    "whose roles are a number": lambda: signed(claims(roles=7)),
+    "whose roles are numbers": lambda: signed(claims(roles=[7])),
+    "with one role too many": lambda: signed(claims(roles=[str(n) for n in range(101)])),
+    "unsigned": lambda: jwt.encode(claims(), None, "none"),
+    "of an unknown key": lambda: signed(claims(), kid="unknown"),
+    "of a key of another kind": lambda: signed(claims(), kid="es256"),
+    "with the public key as a shared secret": lambda: by_hand({"alg": "HS256", "kid": "rs256"}, claims(), PEM),
+    "with the public key as a shared secret, unnamed": lambda: by_hand({"alg": "HS256"}, claims(), PEM),
+    "that says RS256 and is HS256": lambda: by_hand({"alg": "RS256", "kid": "rs256"}, claims(), PEM),
+    "in an algorithm not served": lambda: jwt.encode(claims(), PRIVATE["RS256"], "RS512", headers={"kid": "rs256"}),
+    "cut short": lambda: signed(claims())[:-3],
+    "with a body changed": lambda: ".".join([(p := signed(claims()).split("."))[0], signed(claims(sub="eve")).split(".")[1], p[2]]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_JWTS)
+def test_a_jwt_that_is_not_right_is_refused(config: Config, wrong: str) -> None:
+    with pytest.raises(Unauthenticated, match=r"^the credentials are not valid$"):
+        Gate(config, SECRET).admit("Bearer " + WRONG_JWTS[wrong]())
+
+
+def test_clocks_may_differ_by_the_skew_and_no_more(config: Config) -> None:
+    gate = Gate(config, SECRET)
+    now = int(time.time())
+    for body in (claims(exp=now - 50), claims(nbf=now + 50), claims(iat=now + 50)):
+        assert gate.admit("Bearer " + signed(body))[0].name == "ann"
+    with pytest.raises(Unauthenticated, match=r"^the bearer has expired; ask its issuer for another$"):
+        gate.admit("Bearer " + signed(claims(exp=now - 62)))
+
+
+def test_what_is_remembered_of_a_jwt_ends_when_it_expires(config: Config) -> None:
+    gate = Gate(Config(jwt_keys=config.jwt_keys, jwt_issuer="https://idp", jwt_audience="oplog", jwt_skew_seconds=0), SECRET)
+    bearer = "Bearer " + signed(claims(exp=int(time.time()) + 2))
+    assert gate.admit(bearer)[0].name == "ann"
+    time.sleep(3)
+    with pytest.raises(Unauthenticated, match="has expired"):
+        gate.admit(bearer)
+
+
+@pytest.mark.parametrize("expires", [10**400, -1, 1e308, "soon", [], {}, None, True])
+def test_strange_times_of_expiry_are_refused_or_taken_and_nothing_fails(config: Config, expires: Any) -> None:
+    body = claims() | {"exp": expires}
+    with_it = by_hand({"alg": "HS256", "kid": "hs256"}, body, PRIVATE["HS256"])
+    try:
+        assert Gate(config, SECRET).admit(f"Bearer {with_it}")[0].name == "ann"
+    except Unauthenticated as error:
+        assert expires != 10**400
+        assert str(error) in ("the credentials are not valid", "the bearer has expired; ask its issuer for another")  # noqa: PT017
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"jwt_issuer": ""}, "settings jwt_issuer and jwt_audience are needed beside jwt_keys"),
+        ({"jwt_audience": ""}, "settings jwt_issuer and jwt_audience are needed beside jwt_keys"),
+        ({"jwt_keys": "http://idp.example/keys"}, "is read without TLS, and whoever is between may answer; use https://"),
+        ({"jwt_keys": "/nowhere"}, "jwt_keys /nowhere: No such file or directory"),
+        ({"client_ca": "/ca.pem"}, "settings client_ca and users or jwt_keys exclude each other"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(config: Config, changed: dict[str, str], said: str) -> None:
+    whole = {"jwt_keys": config.jwt_keys, "jwt_issuer": "i", "jwt_audience": "a"} | changed
+    with pytest.raises(RequestError, match=said):
+        Gate(Config(**whole), SECRET)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "not a JSON Web Key Set"),
+        ("[]", "not a JSON Web Key Set"),
+        ('{"keys": 1}', "not 1 to 100 keys"),
+        ('{"keys": []}', "it has no key for RS256, ES256, EdDSA, HS256"),
+        ('{"keys": [{}, 7, null, {"kty": "RSA"}]}', "it has no key for RS256, ES256, EdDSA, HS256"),
+        (json.dumps({"keys": [HMACAlgorithm.to_jwk(b"x" * 31, as_dict=True)]}), "an HS256 key has fewer than 32 bytes, and can be guessed"),
+        (json.dumps({"keys": [PUBLIC["RS256"]] * 101}), "not 1 to 100 keys"),
+        (json.dumps({"keys": [PUBLIC["RS256"] | {"use": "enc"}]}), "it has no key for"),
+    ],
+)
+def test_a_key_set_that_cannot_be_used_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    keys = tmp_path / "keys.json"
+    keys.write_text(text)
+    with pytest.raises(RequestError, match=said):
+        Gate(Config(jwt_keys=str(keys), jwt_issuer="i", jwt_audience="a"), SECRET)
+
+
+class Issuer:
+    """An address that answers with keys, counts how often it is asked, and may be out of order."""
+
+    def __init__(self) -> None:
+        self.keys: list[dict[str, Any]] = []
+        self.asked = 0
+        self.status = 200
+        issuer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                issuer.asked += 1
+                self.send_response(issuer.status)
+                if issuer.status == 302:
+                    self.send_header("Location", "/keys2")
+                self.end_headers()
+                self.wfile.write(json.dumps({"keys": issuer.keys}).encode())
+
+            def log_message(self, *arguments: Any) -> None:
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def config(self) -> Config:
+        address = f"http://127.0.0.1:{self.server.server_port}/keys"
+        return Config(jwt_keys=address, jwt_issuer="https://idp", jwt_audience="oplog")
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    made = Issuer()
+    made.keys = [PUBLIC["RS256"]]
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def test_keys_behind_an_address_are_fetched_once_and_again_when_they_are_rotated(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bearers, "KEYS_PAUSE_SECONDS", 0.3)
+    gate = Gate(issuer.config, SECRET)
+    for _ in range(20):
+        assert gate.admit("Bearer " + signed(claims()))[0].name == "ann"
+    assert issuer.asked == 1
+    issuer.keys = [PUBLIC["ES256"]]
+    time.sleep(0.4)
+    assert gate.admit("Bearer " + signed(claims(), "ES256"))[0].name == "ann"
+    assert issuer.asked == 2
+    with pytest.raises(Unauthenticated):  # it was withdrawn, and what was remembered of it is not good any more
+        gate.admit("Bearer " + signed(claims()))
+
+
+def test_unknown_keys_cannot_make_the_server_ask_its_issuer_all_the_time(issuer: Issuer) -> None:
+    gate = Gate(issuer.config, SECRET)
+    for number in range(50):
+        with pytest.raises(Unauthenticated):
+            gate.admit("Bearer " + signed(claims(), kid=f"unknown {number}"))
+    assert issuer.asked == 1
+
+
+def test_an_issuer_out_of_order_leaves_the_keys_as_they_were_for_an_hour(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bearers, "KEYS_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(bearers, "KEYS_SECONDS", 0.0)
+    gate = Gate(issuer.config, SECRET)
+    assert gate.admit("Bearer " + signed(claims()))[0].name == "ann"
+    for status in (500, 302):
+        issuer.status = status
+        assert gate.admit("Bearer " + signed(claims(sub=f"at {status}")))[0].name == f"at {status}"
+    issuer.status, issuer.keys = 200, []
+    assert gate.admit("Bearer " + signed(claims(sub="bob")))[0].name == "bob"
+    monkeypatch.setattr(bearers, "KEYS_STALE_SECONDS", 0.0)
+    with pytest.raises(TryAgain, match="cannot be fetched; nothing was done; try again later"):
+        gate.admit("Bearer " + signed(claims(sub="carol")))
+
+
+def test_an_issuer_that_never_answered_makes_nobody_wrong(issuer: Issuer) -> None:
+    issuer.status = 500
+    gate = Gate(issuer.config, SECRET)
+    with pytest.raises(TryAgain, match="cannot be fetched; nothing was done; try again later"):
+        gate.admit("Bearer " + signed(claims()))
+    with pytest.raises(RequestError, match=r"jwt_keys http://127.0.0.1:[0-9]+/keys: Internal Server Error"):
+        gate.check()
+
+
+# Together
+
+
+def test_nobody_is_asked_where_no_credentials_are_set() -> None:
+    gate = Gate(Config(), SECRET)
+    assert gate.is_open
+    for credential in (None, "Bearer x", basic("a", "b"), "junk"):
+        assert gate.admit(credential) == (ANYBODY, None)
+
+
+def test_grants_without_credentials_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "grants.toml").write_text("")
+    with pytest.raises(RequestError, match="setting grants: nobody is asked who they are; set users, jwt_keys or client_ca too"):
+        Gate(Config(grants=str(tmp_path / "grants.toml")), SECRET)
+
+
+def test_users_and_jwts_are_taken_side_by_side_and_grants_are_read_again(users: str, config: Config, tmp_path: Path) -> None:
+    grants = tmp_path / "grants.toml"
+    grants.write_text('[principal.ann]\nread = ["t"]\n[role.r]\nappend = ["u"]\n')
+    whole = Config(users=users, jwt_keys=config.jwt_keys, jwt_issuer="https://idp", jwt_audience="oplog", grants=str(grants))
+    gate = Gate(whole, SECRET)
+    by_password, _ = gate.admit(basic("ann", "correct horse"))
+    by_jwt, _ = gate.admit("Bearer " + signed(claims(roles=["r"])))
+    assert [(who.may("read", "t"), who.may("append", "u")) for who in (by_password, by_jwt)] == [(True, False), (True, True)]
+    grants.write_text("[principal.ann]\nread = 't'\n")
+    with pytest.raises(RequestError, match="read is no list of texts"):
+        gate.reload()
+    assert gate.again(by_password).may("read", "t")
+    grants.write_text('[principal.ann]\nread = ["v"]\n')
+    gate.reload()
+    assert (gate.again(by_password).may("read", "t"), gate.again(by_password).may("read", "v")) == (False, True)
+    assert gate.again(ANYBODY) is ANYBODY
+
+
+def test_a_secret_that_can_be_guessed_is_refused(users: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("x" * 31 + "\n")
+    with pytest.raises(RequestError, match="fewer than 32 bytes, and can be guessed; make one with: openssl rand -hex 32"):
+        Gate(Config(users=users, secret=str(tmp_path / "secret")), SECRET)
+    with pytest.raises(RequestError, match="No such file or directory"):
+        Gate(Config(users=users, secret=str(tmp_path / "none")), SECRET)
+
+
+def test_certificates_name_principals() -> None:
+    gate = Gate(Config(client_ca="/ca.pem", tls_cert="/c", tls_key="/k"), SECRET)
+    assert gate.certified("svc") == Principal("svc")
+    for name in ("", "a\nb", "a" * 257):
+        with pytest.raises(Unauthenticated, match=r"^the certificate names nobody$"):
+            gate.certified(name)
