@@ -1,5 +1,6 @@
 """The command line as a person and a script meet it: output, exit codes, errors in one line."""
 
+import contextlib
 import json
 import os
 import pty
@@ -25,9 +26,10 @@ from flight_oplog.config import SETTINGS
 Start = Callable[..., ServerProcess]
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, said: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command, with something said to its standard input."""
     command = [sys.executable, "-m", "flight_oplog", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=os.environ | environment)
+    return subprocess.run(command, input=said, capture_output=True, text=True, timeout=60, check=False, env=os.environ | environment)
 
 
 def fails(done: subprocess.CompletedProcess[str], expected: str) -> None:
@@ -277,3 +279,69 @@ def test_tail_prints_entries_and_goes_on_across_a_restart(start: Callable[..., S
         _, errors = tail.communicate(timeout=20)
     assert "flight-oplog: " in errors
     assert "Traceback" not in errors
+
+
+def test_users_and_tokens_are_kept_by_commands(tmp_path: Path) -> None:
+    users = str(tmp_path / "users.json")
+    done = run("user", "add", "ann", "--users", users, said="correct horse\n")
+    assert (done.stdout, done.stderr, done.returncode) == ("user ann: added\n", "", 0)
+    assert run("user", "add", "ann", "--users", users, said="another one\n").stdout == "user ann: has another password\n"
+    done = run("user", "add", "bob", "--users", users, said="short\n")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "flight-oplog: error: the password has fewer than 8 characters; nothing was changed\n"
+    assert [line.split("\t")[0] for line in run("user", "list", "--users", users).stdout.splitlines()] == ["ann"]
+    token = run("token", "add", "svc", "--users", users).stdout.strip()
+    name = token.split("_")[1]
+    listed = run("token", "list", "--users", users).stdout
+    assert listed.split("\t")[:2] == [name, "svc"]
+    assert token.split("_", 2)[2] not in listed
+    assert run("token", "add", "svc", "--days", "0", "--users", users).returncode == 0
+    assert "good for ever" in run("token", "list", "--users", users).stdout
+    assert run("token", "remove", name, "--users", users).stdout == f"token {name}: removed\n"
+    assert run("user", "remove", "ann", "--users", users).stdout == "user ann: removed\n"
+    assert run("user", "remove", "ann", "--users", users).stderr == f"flight-oplog: error: user 'ann' is not in {users}\n"
+    assert run("user", "list").stderr == "flight-oplog: error: the setting users names no file: add --users FILE\n"
+
+
+def test_a_password_is_asked_for_unseen_on_a_terminal(tmp_path: Path) -> None:
+    terminal, other = pty.openpty()
+    command = [sys.executable, "-m", "flight_oplog", "user", "add", "ann", "--users", str(tmp_path / "users.json")]
+    with subprocess.Popen(command, stdin=other, stdout=other, stderr=other, start_new_session=True, close_fds=True) as process:
+        os.close(other)
+        seen = b""
+        for question in (b"password for ann: ", b"once more: "):
+            while question not in seen:
+                seen += os.read(terminal, 1024)
+            os.write(terminal, b"correct horse\n")
+        with contextlib.suppress(OSError):
+            while piece := os.read(terminal, 1024):
+                seen += piece
+        os.close(terminal)
+    assert b"user ann: added" in seen
+    assert b"correct" not in seen
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ((), "good: 0 users, 0 API tokens, 0 JWT keys; grants for 0 roles and 0 principals"),
+        (("--grants", "GRANTS"), "setting grants: nobody is asked who they are; set users, jwt_keys or client_ca too"),
+        (("--users", "nowhere"), "users file nowhere: No such file or directory"),
+        (("--tls-cert", "GRANTS", "--tls-key", "GRANTS"), "settings tls_cert GRANTS, tls_key GRANTS: "),
+        (("--listen", "grpc://0.0.0.0:1"), "there is no authentication and no TLS; add --insecure"),
+        (("--jwt-keys", "GRANTS", "--jwt-issuer", "i", "--jwt-audience", "a"), "jwt_keys GRANTS: not a JSON Web Key Set"),
+        (("--jwt-keys", "https://127.0.0.1:1/keys", "--jwt-issuer", "i", "--jwt-audience", "a"), "jwt_keys https://127.0.0.1:1/keys: "),
+    ],
+)
+def test_a_check_tries_the_settings_and_the_files_they_name(tmp_path: Path, flags: tuple[str, ...], said: str) -> None:
+    grants = tmp_path / "grants.toml"
+    grants.write_text("")
+    flags = tuple(str(grants) if flag == "GRANTS" else flag for flag in flags)
+    done = run("config", "--check", *flags)
+    said = said.replace("GRANTS", str(grants))
+    assert (
+        (said in done.stdout, done.returncode) == (True, 0)
+        if said.startswith("good")
+        else (said in done.stderr, done.returncode) == (True, 1)
+    )
+    assert "Traceback" not in done.stderr
