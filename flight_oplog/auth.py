@@ -70,9 +70,14 @@ class Gate:
         self._proof_key = secrets.token_bytes(32)
         self._passwords = _Passwords()
 
-    def check(self) -> str:
-        """Try everything that the settings name, and return what was found in a sentence. Raises RequestError when something fails."""
-        keys = self._issued.fetch() if self._issued else 0
+    def check(self) -> None:
+        """Try what was not tried yet of what the settings name. Raises RequestError when something fails."""
+        if self._issued is not None:
+            self._issued.fetch()
+
+    def __str__(self) -> str:
+        """What there is, in a sentence."""
+        keys = len(self._issued.keys) if self._issued else 0
         roles, named = len(self.grants.roles), len(list(self.grants.principals))
         return (
             f"{len(self._accounts.users)} users, {len(self._accounts.tokens)} API tokens, {keys} JWT keys; "
@@ -84,6 +89,7 @@ class Gate:
         grants = Grants(self._config.grants or None)
         self._look(at_once=True)
         self.grants = grants
+        log.info("grants and users were read again: %s", self)
 
     def again(self, principal: Principal) -> Principal:
         """Return a principal with the rights it has by now."""

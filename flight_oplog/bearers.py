@@ -95,11 +95,10 @@ class Issued:
         if not self._is_remote:
             self._fetch()
 
-    def fetch(self) -> int:
-        """Read the keys now; return how many there are. Raises RequestError when that cannot be done."""
+    def fetch(self) -> None:
+        """Read the keys now. Raises RequestError when that cannot be done."""
         with self._lock:
             self._fetch()
-        return len(self.keys)
 
     def open(self, bearer: str) -> Claimed:
         """Raises Unauthenticated for a bearer that is not valid, TryAgain when nobody can tell because the keys are not to be had."""

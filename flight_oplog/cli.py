@@ -14,6 +14,7 @@ import os
 import resource
 import secrets
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -248,6 +249,9 @@ def _serve(options: argparse.Namespace) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each stream has a connection and perhaps a file
         gc.set_threshold(GARBAGE_OBJECTS)
         print(server.uri, flush=True)
+        for file in (config.users, config.secret, config.tls_key):
+            if file and os.stat(file).st_mode & stat.S_IROTH:
+                print(f"warning: {file} can be read by everybody on this machine; chmod o-r {file}", file=sys.stderr)
         if config.insecure and (missing := lacking(config)):
             print(f"warning: --insecure: there is no {missing}: {_RISKS[missing]}", file=sys.stderr)
         while not signals:
@@ -582,7 +586,9 @@ def _config(options: argparse.Namespace) -> int:
         check_listen(config)
         check_tls(config)
         # Nothing is signed here, so the log, which keeps the secret where no file does, need not be there.
-        print(f"good: {Gate(config, secrets.token_bytes(32)).check()}")
+        gate = Gate(config, secrets.token_bytes(32))
+        gate.check()
+        print(f"good: {gate}")
         return 0
     values = dataclasses.asdict(config)
     table = Table(header_style="bold")

@@ -389,7 +389,6 @@ class Server(fl.FlightServerBase):
         """Read grants and users again; when one of them cannot be used it stays as it was, and the log says so."""
         try:
             self._gate.reload()
-            log.info("grants and users were read again: %s", self._gate.check())
         except OplogError as error:
             log.error("grants and users stay as they were: %s", error)
 

@@ -306,7 +306,7 @@ def test_users_and_tokens_are_kept_by_commands(tmp_path: Path) -> None:
 def test_a_password_is_asked_for_unseen_on_a_terminal(tmp_path: Path) -> None:
     terminal, other = pty.openpty()
     command = [sys.executable, "-m", "flight_oplog", "user", "add", "ann", "--users", str(tmp_path / "users.json")]
-    with subprocess.Popen(command, stdin=other, stdout=other, stderr=other, start_new_session=True, close_fds=True) as process:
+    with subprocess.Popen(command, stdin=other, stdout=other, stderr=other, start_new_session=True, close_fds=True):
         os.close(other)
         seen = b""
         for question in (b"password for ann: ", b"once more: "):
