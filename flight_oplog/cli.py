@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import gc
 import getpass
-import json
-import math
 import os
 import resource
 import secrets
@@ -35,8 +32,10 @@ from flight_oplog.auth import Gate
 from flight_oplog.client import Client, Login
 from flight_oplog.config import SETTINGS, Config, load, parse
 from flight_oplog.errors import OplogError, RequestError, TryAgain
+from flight_oplog.listening import check_listen, check_tls, lacking
 from flight_oplog.oplog import OpLog
-from flight_oplog.server import Server, check_listen, check_tls, lacking
+from flight_oplog.printing import PRINTERS, console, print_json, print_table
+from flight_oplog.server import Server
 from flight_oplog.sql.engine import Engine
 from flight_oplog.store import Store
 
@@ -279,7 +278,7 @@ _RISKS = {
 
 def _sql(options: argparse.Namespace) -> int:
     with _result(options, options.query) as (schema, batches):
-        _PRINTERS[options.format](schema, batches, options.rows)
+        PRINTERS[options.format](schema, batches, options.rows)
     return 0
 
 
@@ -291,7 +290,7 @@ def _tail(options: argparse.Namespace) -> int:
         try:
             with Client(options.server, _login(options)) as client:
                 for batch, next_offset in client.follow(options.topic, start, options.follow, columns, options.where):
-                    _print_json(batch.schema, iter([batch]), 0)
+                    print_json(batch.schema, iter([batch]), 0)
                     sys.stdout.flush()
                     start = next_offset
             return 0
@@ -306,7 +305,7 @@ def _topics(options: argparse.Namespace) -> int:
     columns = "topic, entries, next_offset, columns, schemas, files, records, file_bytes, min_time, max_time"
     query = f"SELECT {columns} FROM system.topics ORDER BY topic"
     with _result(options, query) as (schema, batches):
-        _print_table(schema, batches, 1 << 30)
+        print_table(schema, batches, 1 << 30)
     return 0
 
 
@@ -338,85 +337,6 @@ def _adbc_message(error: Exception, server: str) -> str:
     if "connection refused" in text or "Unavailable; " in text:
         return f"no server answers at {server}; start one with: flight-oplog serve"
     return text.split("[FlightSQL] ")[-1]
-
-
-def _print_table(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
-    console = _console()
-    table = Table(header_style="bold", row_styles=None)
-    for f in schema:
-        right = pa.types.is_integer(f.type) or pa.types.is_floating(f.type) or pa.types.is_decimal(f.type)
-        table.add_column(escape(f.name), justify="right" if right else "left", overflow="fold")
-    shown = total = 0
-    for batch in batches:
-        total += batch.num_rows
-        for row in _rows(batch.slice(0, max(0, rows_max - shown))):
-            table.add_row(*(escape(_cell(value)) for value in row))
-            shown += 1
-    console.print(table)
-    rows = f"{total:,} row" + ("" if total == 1 else "s")
-    console.print(rows if shown == total else f"{rows}, the first {shown} shown; --format csv prints all", style="dim")
-
-
-def _rows(batch: pa.RecordBatch) -> Iterator[tuple[Any, ...]]:
-    """Yield rows as tuples, since names may repeat; a value Python has no type for comes as its text."""
-    return zip(*(_values(column) for column in batch.columns), strict=True)
-
-
-def _values(column: pa.Array) -> list[Any]:
-    try:
-        values: list[Any] = column.to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException):
-        values = column.cast(pa.string()).to_pylist()
-    return values
-
-
-def _json(value: Any) -> Any:
-    if isinstance(value, bytes):
-        return value.hex()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _console() -> Console:
-    """A console as wide as the terminal, or as its content where there is none."""
-    return Console(width=None if sys.stdout.isatty() else 10_000, highlight=False)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "∅"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, float):
-        return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.1f}"
-    if isinstance(value, bytes):
-        return value[:32].hex() + ("…" if len(value) > 32 else "")
-    return str(value)
-
-
-def _print_csv(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
-    writer = csv.writer(sys.stdout)
-    writer.writerow(schema.names)
-    for batch in batches:
-        for row in _rows(batch):
-            writer.writerow("" if value is None else value for value in row)
-
-
-def _print_json(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
-    names = [name if schema.names.index(name) == place else f"{name}:{place}" for place, name in enumerate(schema.names)]
-    for batch in batches:
-        for row in _rows(batch):
-            print(json.dumps(dict(zip(names, map(_json, row), strict=True)), default=str, ensure_ascii=False))
-
-
-def _print_arrow(schema: pa.Schema, batches: Iterator[pa.RecordBatch], rows_max: int) -> None:
-    with pa.ipc.new_stream(sys.stdout.buffer, schema) as writer:
-        for batch in batches:
-            writer.write_batch(batch)
-
-
-_PRINTERS = {"table": _print_table, "csv": _print_csv, "json": _print_json, "arrow": _print_arrow}
 
 
 # ingest
@@ -597,7 +517,7 @@ def _config(options: argparse.Namespace) -> int:
     table.add_column("what it means")
     for field in SETTINGS:
         table.add_row(*map(escape, (field.name, str(values[field.name]), str(field.default), field.metadata["help"])))
-    _console().print(table)
+    console().print(table)
     return 0
 
 

@@ -54,8 +54,11 @@ ORDER = [
     "flightsql.metadata",
     "flightsql.handles",
     "flightsql.service",
+    "listening",
+    "calls",
     "server",
     "client",
+    "printing",
     "cli",
     "__main__",
 ]
@@ -67,10 +70,10 @@ OWNERS = {
     "google": {"flightsql.wire"},
     "argon2": {"accounts"},
     "jwt": {"bearers"},
-    "pyarrow.flight": {"server", "client"},
+    "pyarrow.flight": {"calls", "server", "client"},
     "adbc_driver_flightsql": {"cli"},
     "adbc_driver_manager": {"cli"},
-    "rich": {"cli"},
+    "rich": {"cli", "printing"},
 }
 
 

@@ -29,7 +29,7 @@ from flight_oplog.bearers import Logins
 from flight_oplog.errors import RequestError
 from flight_oplog.flightsql import wire
 from flight_oplog.flightsql.service import ACTIONS, ROUTES
-from flight_oplog.server import check_listen
+from flight_oplog.listening import check_listen
 
 Start = Callable[..., ServerProcess]
 ROWS_SCHEMA = pa.schema({"a": pa.int64()})

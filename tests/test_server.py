@@ -22,10 +22,11 @@ from pyarrow import flight
 
 from flight_oplog import Config, OpLog
 from flight_oplog.auth import Gate
+from flight_oplog.calls import Call, Calls, rpc, streamed
 from flight_oplog.client import Client
 from flight_oplog.errors import RequestError
 from flight_oplog.flightsql import wire
-from flight_oplog.server import Server, _Call, _Calls, _rpc, _streamed
+from flight_oplog.server import Server
 
 Start = Callable[..., ServerProcess]
 path = flight.FlightDescriptor.for_path
@@ -125,16 +126,16 @@ def test_even_a_panic_in_rust_leaves_as_one_clear_sentence() -> None:
         raise PanicException("index out of bounds at src/lib.rs:7")
 
     class Context:
-        def get_middleware(self, name: str) -> _Call:
+        def get_middleware(self, name: str) -> Call:
             return call
 
-    call = _Call(_Calls(Gate(Config(), b"secret"), Config()), flight.FlightMethod.DO_GET, {})
+    call = Call(Calls(Gate(Config(), b"secret"), Config()), flight.FlightMethod.DO_GET, {})
 
     with pytest.raises(flight.FlightInternalError, match=r"internal error [0-9a-f]{8}; the server's log says more") as caught:
-        _rpc(panic)(None, Context())
+        rpc(panic)(None, Context())
     assert "lib.rs" not in str(caught.value)
     with pytest.raises(flight.FlightInternalError):
-        list(_streamed((panic() for _ in range(1)), threading.Event(), call))
+        list(streamed((panic() for _ in range(1)), threading.Event(), call))
 
 
 def test_what_was_sent_comes_back_by_plain_ticket_in_offset_order(client: flight.FlightClient) -> None:

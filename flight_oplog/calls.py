@@ -1,0 +1,272 @@
+"""Calls as pyarrow.flight hands them over: who makes them, how many there are, and in which words their errors leave.
+
+The one place where errors become Flight statuses. pyarrow derives the status from the Python class of an exception and appends a
+traceback to everything that is not a FlightError, so errors leave here as the classes below, and their formatting is kept to a bare name.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import secrets
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.flight as fl
+
+from flight_oplog import logs
+from flight_oplog.auth import Gate
+from flight_oplog.config import Config
+from flight_oplog.errors import Cancelled, OplogError, TryAgain, Unauthenticated
+from flight_oplog.flightsql.service import Caller
+from flight_oplog.grants import ANYBODY, Principal
+
+log = logging.getLogger("flight_oplog.server")
+
+# gRPC carries a message several times over, percent-encoded, in trailers of at most 16 KiB.
+MESSAGE_BYTES_MAX = 1200
+REQUEST_HEADER = "x-request-id"
+_REQUEST = re.compile(r"[A-Za-z0-9._-]{1,64}")
+OPTIONS_COOKIE = "oplog-options"
+SESSION_OPTIONS = re.compile(rf"(?:^|; *){OPTIONS_COOKIE}=([A-Za-z0-9_=-]{{1,4096}})(?:;|$)")
+SESSION_COOKIE = re.compile(r"(?:^|; *)oplog-session=([0-9a-f]{32})(?:;|$)")
+# ADBC's driver, in whatever language it is used. It never says that an ingest belongs to the transaction it has open.
+LEAVES_OUT_TRANSACTION = "ADBC Flight SQL Driver"
+
+
+# Errors
+
+
+class _WireError(Exception):
+    def __str__(self) -> str:  # KeyError would print the repr
+        return str(self.args[0])
+
+
+class _InvalidArgument(_WireError, ValueError):
+    pass
+
+
+class _NotFound(_WireError, KeyError):
+    pass
+
+
+class _Unimplemented(_WireError, NotImplementedError):
+    pass
+
+
+CLASSES: dict[str, type[Exception]] = {
+    "INVALID_ARGUMENT": _InvalidArgument,
+    "NOT_FOUND": _NotFound,
+    "UNIMPLEMENTED": _Unimplemented,
+    "UNAUTHENTICATED": fl.FlightUnauthenticatedError,
+    "PERMISSION_DENIED": fl.FlightUnauthorizedError,
+    "UNAVAILABLE": fl.FlightUnavailableError,
+    "CANCELLED": fl.FlightCancelledError,
+    "INTERNAL": fl.FlightInternalError,
+}
+# pyarrow turns a FlightError out of get_schema into UNKNOWN with a traceback: only these survive there.
+FROM_GET_SCHEMA = dict.fromkeys(("UNAUTHENTICATED", "PERMISSION_DENIED", "UNAVAILABLE", "INTERNAL", "CANCELLED"), _InvalidArgument)
+
+_format_exception = traceback.format_exception
+
+
+def format_without_wire_errors(*args: Any, **kwargs: Any) -> list[str]:
+    """Stand in for traceback.format_exception, which pyarrow's C++ calls by name to build the text it sends."""
+    error = args[0] if len(args) == 1 else args[1] if len(args) > 1 else None
+    return [type(error).__name__.lstrip("_")] if isinstance(error, _WireError) else _format_exception(*args, **kwargs)
+
+
+def to_wire(error: BaseException, classes: dict[str, type[Exception]] = CLASSES) -> Exception:
+    """Return what to raise so that the client sees the right status, one clear sentence and nothing of the server."""
+    if isinstance(error, OplogError):
+        status, message = error.status, str(error)
+    else:
+        number = uuid.uuid4().hex[:8]
+        log.error("internal error %s", number, exc_info=error)
+        status, message = "INTERNAL", f"internal error {number}; the server's log says more"
+    text = message.replace("\0", "\\0").encode("utf-8", "backslashreplace")
+    if len(text) > MESSAGE_BYTES_MAX:
+        text = text[:MESSAGE_BYTES_MAX] + b"..."
+    return classes[status](text.decode("utf-8", "ignore"))
+
+
+def rpc(method: Callable[..., Any], classes: dict[str, type[Exception]] = CLASSES) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(server: Any, context: Any, *args: Any) -> Any:
+        under_way: Call = context.get_middleware("call")
+        with logs.during(under_way.words):
+            try:
+                under_way.identify(context)
+                return method(server, context, *args)
+            except BaseException as error:  # a panic in Rust is no Exception, and would leak its traceback and the call's slot
+                under_way.failed = error
+                raise to_wire(error, classes) from None
+
+    return call
+
+
+def streamed(items: Iterator[Any], stopping: threading.Event, call: Call) -> Iterator[Any]:
+    """Translate errors that come up while a stream is under way."""
+    try:
+        yield from items
+    except GeneratorExit:
+        raise
+    except BaseException as error:
+        if isinstance(error, Cancelled) and stopping.is_set():
+            error = TryAgain("the server is shutting down; try again when it is back")
+        call.failed = error
+        with logs.during(call.words):
+            raise to_wire(error) from None
+
+
+# Calls
+
+
+class Calls(fl.ServerMiddlewareFactory):
+    """Finds out who calls, counts calls under way, refuses one too many, and keeps each call's headers for its handler."""
+
+    def __init__(self, gate: Gate, config: Config) -> None:
+        self.gate = gate
+        self.logged = config.log_calls
+        self.free = threading.BoundedSemaphore(config.calls_max)
+        self._calls_max = config.calls_max
+        self.admitted: dict[int, bool] = {}  # whether the handshake that a thread is about to make is by a header, and done
+
+    def start_call(self, info: Any, headers: dict[str, list[str]]) -> Call:
+        first = {name.lower(): values[0] for name, values in headers.items()}
+        call = Call(self, info.method, first)
+        try:
+            if not self.gate.takes_certificates:
+                with logs.during(call.words):
+                    self._admit(call, info.method, headers)
+            if not self.free.acquire(blocking=False):
+                raise TryAgain(f"the server is busy: calls_max ({self._calls_max}) calls are under way; try again")
+        except BaseException as error:
+            call.failed = error
+            call.end()
+            refused = (
+                error
+                if isinstance(error, TryAgain) or not isinstance(error, OplogError)
+                else type(error)(f"{error}; request {call.words.request}")
+            )
+            with logs.during(call.words):
+                raise to_wire(refused) from None
+        return call
+
+    def _admit(self, call: Call, method: Any, headers: dict[str, list[str]]) -> None:
+        found = [*headers.get("authorization", ()), *(f"Bearer {_text(token)}" for token in headers.get("auth-token-bin", ()) if token)]
+        if len(found) > 1:
+            raise Unauthenticated("the call has more than one credential: send one")
+        is_handshake = method == fl.FlightMethod.HANDSHAKE
+        if is_handshake:
+            self.admitted[threading.get_ident()] = bool(found)
+            if not found:
+                return  # what it says comes later: see Handshakes
+        principal, bearer = self.gate.admit(_text(found[0]) if found else None)
+        if bearer is None and is_handshake and found:
+            bearer = _text(found[0]).partition(" ")[2]
+        call.admitted(principal, bearer)
+
+
+def _text(header: str | bytes) -> str:
+    return header.decode("utf-8", "replace") if isinstance(header, bytes) else header
+
+
+class Handshakes(fl.ServerAuthHandler):
+    """Lets clients log in by a handshake: with a header, which is seen to before, or by what the handshake says."""
+
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def authenticate(self, outgoing: Any, incoming: Any) -> None:
+        try:
+            said = incoming.read()
+        except OSError:  # it says nothing
+            said = b""
+        if self._calls.admitted.pop(threading.get_ident(), False):
+            return
+        try:
+            try:
+                given = fl.BasicAuth.deserialize(said)
+                name, password = given.username.decode(), given.password.decode()
+            except (pa.ArrowException, OSError, UnicodeDecodeError):
+                raise Unauthenticated("a handshake has a user's name and password, or an authorization header") from None
+            outgoing.write(self._calls.gate.log_in_by_handshake(name, password).encode())
+        except BaseException as error:
+            raise to_wire(error) from None
+
+    def is_valid(self, token: bytes) -> bytes:
+        """What is sent with each call, the middleware has seen already."""
+        return b""
+
+
+class Call(fl.ServerMiddleware):
+    """One call: who makes it, its headers, and the session it belongs to where its client keeps cookies."""
+
+    def __init__(self, calls: Calls, method: Any, headers: dict[str, str]) -> None:
+        self.headers = headers
+        self.principal = ANYBODY
+        self.failed: BaseException | None = None
+        self._calls = calls
+        self._began = time.monotonic()
+        self._bearer: str | None = None
+        asked = headers.get(REQUEST_HEADER, "")
+        self.words = logs.Call(asked if _REQUEST.fullmatch(asked) else secrets.token_hex(8), method.name)
+        cookie = SESSION_COOKIE.search(headers.get("cookie", ""))
+        self._session = cookie[1] if cookie else None
+        options = SESSION_OPTIONS.search(headers.get("cookie", ""))
+        self._options = options[1] if options else None
+        is_first = method in (fl.FlightMethod.DO_ACTION, fl.FlightMethod.GET_FLIGHT_INFO)
+        self._offered = uuid.uuid4().hex if is_first and self._leaves_out and cookie is None else None
+
+    @property
+    def _leaves_out(self) -> bool:
+        return self.headers.get("user-agent", "").startswith(LEAVES_OUT_TRANSACTION)
+
+    def admitted(self, principal: Principal, bearer: str | None = None) -> None:
+        """Take note of who calls, and what bearer the answer tells them to use from then on."""
+        self.principal, self.words.principal, self._bearer = principal, principal.name, bearer
+
+    def identify(self, context: Any) -> None:
+        """Take note of who calls by a certificate, which only a handler gets to see."""
+        if self._calls.gate.takes_certificates:
+            self.admitted(self._calls.gate.certified(context.peer_identity().decode("utf-8", "replace")))
+
+    def sending_headers(self) -> dict[str, str]:
+        headers = {REQUEST_HEADER: self.words.request}
+        if self._offered:
+            headers["set-cookie"] = f"oplog-session={self._offered}"
+        if self._bearer:
+            headers["authorization"] = f"Bearer {self._bearer}"
+        return headers
+
+    @property
+    def keeps_no_cookies(self) -> bool:
+        """Whether the client is one that was offered a cookie before this call and did not bring it."""
+        return self._session is None and self._leaves_out
+
+    def caller(self, peer: str) -> Caller:
+        names = (self._session,) if self._session is not None else (peer,) if self._offered is None else (self._offered, peer)
+        return Caller(self.principal, names, self._leaves_out, options=self._options)
+
+    def call_completed(self, exception: Any) -> None:
+        self._calls.free.release()
+        self.end()
+
+    def end(self) -> None:
+        """Log the call, where such calls are logged."""
+        wanted = self._calls.logged
+        if wanted == "none" or (wanted == "failed" and self.failed is None):
+            return
+        seconds = time.monotonic() - self._began
+        status = "OK" if self.failed is None else self.failed.status if isinstance(self.failed, OplogError) else "INTERNAL"
+        why = f": {self.failed}" if isinstance(self.failed, OplogError) else ""
+        with logs.during(self.words):
+            log.info("%s after %.4f s%s", status, seconds, why, extra={"fields": {"status": status, "seconds": round(seconds, 6)}})
