@@ -213,7 +213,7 @@ def test_tokens_expire_are_revoked_and_only_their_digest_is_kept(users: str) -> 
     for token in (for_ever, short, gone):
         assert (found := loaded.token_of(token)) is not None
         assert found.principal == "svc"
-        assert token.rpartition("_")[2] not in text
+        assert token.split("_", 2)[2] not in text
     assert loaded.token_of(for_ever[:-1] + ("A" if for_ever[-1] != "A" else "B")) is None
     assert loaded.token_of(for_ever.replace(for_ever.split("_")[1], short.split("_")[1])) is None
     gate = Gate(Config(users=users), SECRET)
