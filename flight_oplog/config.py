@@ -20,29 +20,34 @@ NUMBER_MAX = 1 << 40  # no limit needs more, and seconds beyond it overflow the 
 ENVIRONMENT_PREFIX = "FLIGHT_OPLOG_"
 
 
-def setting(default: Any, help: str, *, least: int | None = None, choices: tuple[str, ...] | None = None) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices})
+def setting(default: Any, help: str, *, least: int | None = None, choices: tuple[str, ...] | None = None, is_place: bool = False) -> Any:
+    """Declare a setting; one that is a place on the server's disk is not shown to its clients."""
+    return dataclasses.field(default=default, metadata={"help": help, "least": least, "choices": choices, "is_place": is_place})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Every setting, its default and what it means. Immutable; a change is `dataclasses.replace`."""
 
-    data: str = setting("oplog-data", "folder or s3://bucket/prefix that holds the log; created when it does not exist")
+    data: str = setting("oplog-data", "folder or s3://bucket/prefix that holds the log; created when it does not exist", is_place=True)
     listen: str = setting("grpc://127.0.0.1:8815", "address to serve on; port 0 picks a free one")
-    tls_cert: str = setting("", "PEM file of the certificate, and those above it, to serve TLS with")
-    tls_key: str = setting("", "PEM file of the certificate's key")
-    client_ca: str = setting("", "PEM file of authorities: every client shows a certificate of theirs, whose name is its principal")
-    users: str = setting("", "file of users and API tokens; see flight-oplog user, flight-oplog token")
-    jwt_keys: str = setting("", "file or https:// address of the keys (JWKS) that JWT bearers are signed with")
+    tls_cert: str = setting("", "PEM file of the certificate, and those above it, to serve TLS with", is_place=True)
+    tls_key: str = setting("", "PEM file of the certificate's key", is_place=True)
+    client_ca: str = setting(
+        "", "PEM file of authorities: every client shows a certificate of theirs, whose name is its principal", is_place=True
+    )
+    users: str = setting("", "file of users and API tokens; see flight-oplog user, flight-oplog token", is_place=True)
+    jwt_keys: str = setting("", "file or https:// address of the keys (JWKS) that JWT bearers are signed with", is_place=True)
     jwt_issuer: str = setting("", "whom JWT bearers must be from: their claim iss")
     jwt_audience: str = setting("", "for whom JWT bearers must be: their claim aud")
     jwt_principal_claim: str = setting("sub", "claim of a JWT bearer that names its principal")
     jwt_roles_claim: str = setting("roles", "claim of a JWT bearer that names its roles, a.b for one within another")
     jwt_skew_seconds: int = setting(60, "how far the clock of who signs JWT bearers may be from this one's", least=0)
     login_seconds_max: int = setting(3600, "the bearer that a login with a password returns is good this long", least=1)
-    secret: str = setting("", "file of the secret that tickets, handles and logins are signed with; without one, the log's own")
-    grants: str = setting("", "TOML file of who may do what; without one, who has credentials may do everything")
+    secret: str = setting(
+        "", "file of the secret that tickets, handles and logins are signed with; without one, the log's own", is_place=True
+    )
+    grants: str = setting("", "TOML file of who may do what; without one, who has credentials may do everything", is_place=True)
     insecure: bool = setting(False, "serve beyond loopback without TLS or without credentials")
     compression: str = setting(
         "auto", "compression inside new records; auto is lz4 where it saves at least a fifth", choices=("auto", "none", "lz4", "zstd")

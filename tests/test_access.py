@@ -132,6 +132,7 @@ def test_a_hidden_name_is_as_if_it_had_never_been(both: tuple[Made, Made], name:
         "SHOW TABLES",
         "SELECT topic, entries, next_offset FROM system.topics",
         "SELECT * FROM system.metrics",
+        "SELECT * FROM system.settings",
         "WITH salaries AS (SELECT 1 AS a) SELECT * FROM salaries",
         "SELECT * FROM at_version('salaries', 2)",
         "SELECT * FROM at_version('seen', 2)",

@@ -53,6 +53,7 @@ def test_information_schema_lists_tables_and_columns(log: OpLog, query: Query) -
         ("records", "events"),
         ("system", "metrics"),
         ("system", "queries"),
+        ("system", "settings"),
         ("system", "topics"),
     ]
     columns = query(

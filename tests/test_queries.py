@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from flight_oplog import Config, OpLog
+from flight_oplog.config import SETTINGS
 from flight_oplog.errors import CorruptLog, RequestError
 from flight_oplog.sql import queries
 from flight_oplog.sql.engine import Engine
@@ -116,3 +117,14 @@ def test_explain_of_a_damaged_log_is_its_error(tmp_path: Path, engine: Engine) -
     path.write_bytes(path.read_bytes()[:-20])
     with OpLog.open(str(tmp_path / "damaged")) as log, pytest.raises(CorruptLog, match="is not readable Parquet; restore it"):
         list(engine.run("EXPLAIN SELECT k FROM u WHERE k = 'a'", log.snapshot()).batches)
+
+
+def test_settings_are_those_in_force_but_for_places_on_the_disk(log: OpLog) -> None:
+    engine = Engine(Config(data="/somewhere/secret", calls_max=7))
+    found = {
+        row["setting"]: row for batch in engine.run("SELECT * FROM system.settings", log.snapshot()).batches for row in batch.to_pylist()
+    }
+    assert found.keys() == {field.name for field in SETTINGS}
+    assert (found["calls_max"]["value"], found["calls_max"]["default"]) == ("7", "256")
+    assert (found["data"]["value"], found["grants"]["value"]) == ("set", "")
+    assert "/somewhere" not in str(found)

@@ -557,7 +557,7 @@ def test_no_secret_is_told(secured: Secured) -> None:
             )  # type: ignore[misc]
         answers = [status_of(lambda: client.authenticate_basic_token("root", planted[0]))[1]]
     with secured.adbc("root") as connection:
-        for table in ("topics", "queries", "metrics"):
+        for table in ("topics", "queries", "metrics", "settings"):
             answers.append(str(ask(connection, f"SELECT * FROM system.{table}")))
         answers.append(str(ask(connection, "SHOW ALL")))
         answers.append(str(connection.adbc_get_info()))

@@ -18,9 +18,9 @@ from flight_oplog.provider import EntriesTable, RecordsTable, RowsTable, ScanCon
 from flight_oplog.sql.refusals import CATALOG, PUBLIC, no_table
 from flight_oplog.store import Snapshot
 
-SYSTEM = ("topics", "queries", "metrics")
-# Those that only an operator sees: they tell of what others do.
-OVERSEEN = ("metrics",)
+SYSTEM = ("topics", "queries", "metrics", "settings")
+# Those that only an operator sees: they tell of what others do, and how the server is kept.
+OVERSEEN = ("metrics", "settings")
 # What `system` shows, by table.
 System = Mapping[str, Callable[[Snapshot], pa.RecordBatch]]
 

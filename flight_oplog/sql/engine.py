@@ -27,7 +27,7 @@ from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, System, table_of, table
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
 from flight_oplog.sql.planner import Asked, Planner, groups
 from flight_oplog.sql.plans import followed, is_constant, is_literal
-from flight_oplog.sql.queries import Queries, explained, metrics_table
+from flight_oplog.sql.queries import Queries, explained, metrics_table, settings_table
 from flight_oplog.sql.refusals import CATALOG, PUBLIC, SERVED, cannot_filter, check_declared, in_public, keys_of, translated
 from flight_oplog.sql.repeated import REMEMBERED_CHARACTERS, Repeated, registry
 from flight_oplog.sql.stream import Running, Stopped, at_once, paced, schema_of, to_wire, widened, wire_schema
@@ -82,6 +82,7 @@ class Engine:
         self._system: System = {
             "topics": topics_table,
             "queries": lambda snapshot: self._queries.table(snapshot.viewer),
+            "settings": lambda snapshot: settings_table(config),
             "metrics": lambda snapshot: metrics_table(self._planner.cache.metrics() | {"queries": self._queries.begun}),
         }
         self._planner = Planner(config, self._system)

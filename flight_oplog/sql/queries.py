@@ -1,4 +1,4 @@
-"""What was asked of late and what it cost: the table `system.queries`, and the last rows of an EXPLAIN."""
+"""What `system` tells of the server: what was asked of late and what it cost, which EXPLAIN tells too, metrics and settings."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 import pyarrow as pa
 
 from flight_oplog.cache import ScanCounts
+from flight_oplog.config import SETTINGS, Config
 from flight_oplog.errors import Cancelled, OplogError
 from flight_oplog.grants import Principal
 
@@ -114,6 +115,17 @@ def metrics_table(values: Mapping[str, int]) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(rows, _METRICS_SCHEMA)
 
 
+def settings_table(config: Config) -> pa.RecordBatch:
+    """`system.settings`: every setting in force; of places on the server's disk, whether one is set."""
+    rows = []
+    for each in SETTINGS:
+        value = str(getattr(config, each.name))
+        shown = ("set" if value else "") if each.metadata["is_place"] else value
+        rows.append({"setting": each.name, "value": shown, "default": str(each.default), "meaning": each.metadata["help"]})
+    return pa.RecordBatch.from_pylist(rows, _SETTINGS_SCHEMA)
+
+
+_SETTINGS_SCHEMA = pa.schema([(name, pa.string()) for name in ("setting", "value", "default", "meaning")])
 _METRICS_SCHEMA = pa.schema([("metric", pa.string()), ("value", pa.int64()), ("meaning", pa.string())])
 _METRICS = {
     "cache_hits": "records whose columns a query found in memory",
