@@ -17,6 +17,7 @@ from typing import Any
 import adbc_driver_flightsql.dbapi as adbc
 import pyarrow as pa
 import pytest
+from issuer import PUBLIC, Issuer
 from pyarrow import flight
 from s3_server import ObjectStore, object_store
 
@@ -106,6 +107,15 @@ def s3_process() -> Iterator[ObjectStore]:
 def s3(s3_process: ObjectStore) -> Iterator[ObjectStore]:
     yield s3_process
     s3_process.misbehave()
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    made = Issuer()
+    made.keys = [PUBLIC["RS256"]]
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
 
 
 class ServerProcess:

@@ -1,14 +1,12 @@
 """Credentials: users and API tokens in their file, JWTs and their keys, logins, grants, and what becomes of wrong ones."""
 
 import base64
-import http.server
 import json
 import os
 import stat
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,10 +14,11 @@ from typing import Any
 import jwt
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric import rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jwt.algorithms import ECAlgorithm, HMACAlgorithm, OKPAlgorithm, RSAAlgorithm
+from issuer import PRIVATE, PUBLIC, Issuer, claims, signed
+from jwt.algorithms import HMACAlgorithm
 
 from flight_oplog import Config, auth, bearers
 from flight_oplog.accounts import Accounts, add_token, add_user, remove_token, remove_user
@@ -403,31 +402,6 @@ def test_a_users_file_that_breaks_or_goes_leaves_the_users_as_they_were(users: s
 
 # JWT bearers
 
-PRIVATE: dict[str, Any] = {
-    "RS256": rsa.generate_private_key(65537, 2048),
-    "ES256": ec.generate_private_key(ec.SECP256R1()),
-    "EdDSA": ed25519.Ed25519PrivateKey.generate(),
-    "HS256": b"a secret of 32 bytes, at the least",
-}
-PUBLIC: dict[str, dict[str, Any]] = {
-    "RS256": RSAAlgorithm.to_jwk(PRIVATE["RS256"].public_key(), as_dict=True),
-    "ES256": ECAlgorithm.to_jwk(PRIVATE["ES256"].public_key(), as_dict=True),
-    "EdDSA": OKPAlgorithm.to_jwk(PRIVATE["EdDSA"].public_key(), as_dict=True),
-    "HS256": HMACAlgorithm.to_jwk(PRIVATE["HS256"], as_dict=True),
-}
-for _kind, _key in PUBLIC.items():
-    _key["kid"] = _kind.lower()
-
-
-def claims(**changed: Any) -> dict[str, Any]:
-    """A good bearer's claims, some of them changed; None leaves one out."""
-    body = {"sub": "ann", "iss": "https://idp", "aud": "oplog", "exp": int(time.time()) + 600} | changed
-    return {name: value for name, value in body.items() if value is not None}
-
-
-def signed(body: dict[str, Any], kind: str = "RS256", key: Any = None, **header: Any) -> str:
-    return jwt.encode(body, PRIVATE[kind] if key is None else key, kind, headers={"kid": kind.lower()} | header)
-
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
@@ -565,45 +539,6 @@ def test_a_key_set_that_cannot_be_used_is_refused(tmp_path: Path, text: str, sai
     keys.write_text(text)
     with pytest.raises(RequestError, match=said):
         Gate(Config(jwt_keys=str(keys), jwt_issuer="i", jwt_audience="a"), SECRET)
-
-
-class Issuer:
-    """An address that answers with keys, counts how often it is asked, and may be out of order."""
-
-    def __init__(self) -> None:
-        self.keys: list[dict[str, Any]] = []
-        self.asked = 0
-        self.status = 200
-        issuer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                issuer.asked += 1
-                self.send_response(issuer.status)
-                if issuer.status == 302:
-                    self.send_header("Location", "/keys2")
-                self.end_headers()
-                self.wfile.write(json.dumps({"keys": issuer.keys}).encode())
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def config(self) -> Config:
-        address = f"http://127.0.0.1:{self.server.server_port}/keys"
-        return Config(jwt_keys=address, jwt_issuer="https://idp", jwt_audience="oplog")
-
-
-@pytest.fixture
-def issuer() -> Iterator[Issuer]:
-    made = Issuer()
-    made.keys = [PUBLIC["RS256"]]
-    yield made
-    made.server.shutdown()
-    made.server.server_close()
 
 
 def test_keys_behind_an_address_are_fetched_once_and_again_when_they_are_rotated(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import adbc_driver_manager
 import pyarrow as pa
 import pytest
 from conftest import ServerProcess, ask, eventually
+from issuer import Issuer, claims, signed
 from pyarrow import flight
 
 from flight_oplog import Config, OpLog
@@ -31,6 +33,7 @@ from flight_oplog.flightsql import wire
 from flight_oplog.flightsql.service import ACTIONS, ROUTES
 from flight_oplog.listening import check_listen
 
+README = (Path(__file__).parent.parent / "README.md").read_text()
 Start = Callable[..., ServerProcess]
 ROWS_SCHEMA = pa.schema({"a": pa.int64()})
 BATCH = pa.record_batch({"a": [1, 2]})
@@ -706,3 +709,57 @@ def test_a_port_that_speaks_no_grpc_at_all_is_no_way_in(secured: Secured) -> Non
                 connected.recv(64)
     with flight.connect(secured.server.uri) as client:
         assert status_of(lambda: list(client.list_flights(options=secured.options("root"))))[0] == OK
+
+
+# README.md, "Securing a server"
+
+
+def test_a_server_is_secured_as_the_readme_says(tmp_path: Path, issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    section = README.split("\n## Securing a server\n")[1].split("\n## ")[0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def here(text: str) -> str:
+        return text.replace("8815", port).replace("https://login.example.com/.well-known/jwks.json", issuer.config.jwt_keys)
+
+    for name, text in re.findall(r"^```toml\n# (\S+)\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
+        (tmp_path / name).write_text(here(text))
+    locking, using = re.findall(r"^```shell\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+    *steps, serve = here(locking).splitlines()
+    assert len(steps) + 1 == 5, "five commands"
+    search = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    monkeypatch.chdir(tmp_path)
+
+    def run(command: str, said: str = "correct horse\n") -> str:
+        done = subprocess.run(["bash", "-c", command], input=said, capture_output=True, text=True, timeout=60, check=False, env=search)
+        assert done.returncode == 0, (command, done.stderr)
+        return done.stdout
+
+    printed = [run(step) for step in steps]
+    assert printed[-1] == "good: 1 users, 1 API tokens, 1 JWT keys; grants for 1 roles and 2 principals\n"
+    with subprocess.Popen(["bash", "-c", f"exec {serve}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=search) as server:
+        try:
+            assert server.stdout is not None
+            assert server.stdout.readline() == f"grpc+tls://0.0.0.0:{port}\n"
+            (tmp_path / "orders.ndjson").write_text('{"id": 1}\n{"id": 2}\n')
+            ingest, sql = here(using).splitlines()
+            assert run(ingest) == "orders.ndjson: 2 entries in topic orders, offsets [0, 2)\n"
+            assert run(sql) == "n\n2\n"
+            [program] = re.findall(r"^```py\n(.*?)^```", section, re.DOTALL | re.MULTILINE)
+            monkeypatch.setattr("getpass.getpass", lambda: "correct horse")
+            exec(compile(here(program), "README.md", "exec"), {})
+            options = {"adbc.flight.sql.client_option.tls_root_certs": (tmp_path / "cert.pem").read_text()}
+            bearer = signed(claims(sub="eve", iss="https://login.example.com/", roles=["analyst"]))
+            options["adbc.flight.sql.authorization_header"] = f"Bearer {bearer}"
+            for uri in (f"grpc+tls://localhost:{port}", f"flightsql://localhost:{port}"):
+                with adbc.connect(uri, options, autocommit=True) as connection:
+                    assert ask(connection, "SELECT sum(id) AS s FROM orders") == [{"s": 3}]
+                    with (
+                        pytest.raises(adbc_driver_manager.ProgrammingError, match="'eve' has no permission 'append' for 'orders'"),
+                        connection.cursor() as cursor,
+                    ):
+                        cursor.adbc_ingest("orders", pa.table({"id": [3]}), mode="append")
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.wait(60)
