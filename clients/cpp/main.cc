@@ -17,6 +17,7 @@
 #include <arrow/api.h>
 #include <arrow/flight/api.h>
 
+#include "login.h"
 #include "oplog.h"
 #include "sql.h"
 
@@ -24,6 +25,7 @@ namespace flight = arrow::flight;
 using arrow::Result;
 using arrow::Status;
 using oplog::Answer;
+using oplog::Connect;
 using oplog::Producer;
 using oplog::Sql;
 
@@ -36,11 +38,6 @@ Result<std::shared_ptr<arrow::Array>> Column(Builder builder, const std::vector<
 template <typename ArrayType>
 const ArrayType& ColumnAs(const arrow::RecordBatch& batch, const std::string& name) {
   return dynamic_cast<const ArrayType&>(*batch.GetColumnByName(name));
-}
-
-Result<std::unique_ptr<flight::FlightClient>> Connect(const std::string& uri) {
-  ARROW_ASSIGN_OR_RAISE(auto location, flight::Location::Parse(uri));
-  return flight::FlightClient::Connect(location);
 }
 
 // Produce exactly once

@@ -5,10 +5,13 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include <arrow-adbc/adbc.h>
 #include <arrow/api.h>
 #include <arrow/c/bridge.h>
+
+#include "login.h"
 
 namespace oplog {
 
@@ -17,7 +20,18 @@ class Sql {
   static arrow::Result<std::unique_ptr<Sql>> Connect(const std::string& uri) {
     std::unique_ptr<Sql> sql{new Sql};
     ARROW_RETURN_NOT_OK(Call(AdbcDatabaseNew, &sql->database_));
-    ARROW_RETURN_NOT_OK(Call(AdbcDatabaseSetOption, &sql->database_, ADBC_OPTION_URI, uri.c_str()));
+    const Login login = Login::OfEnvironment();
+    const std::pair<const char*, std::string> options[] = {
+        {ADBC_OPTION_URI, uri},
+        {ADBC_OPTION_USERNAME, login.user},
+        {ADBC_OPTION_PASSWORD, login.password},
+        {"adbc.flight.sql.authorization_header", login.token.empty() ? "" : "Bearer " + login.token},
+        {"adbc.flight.sql.client_option.tls_root_certs", login.authorities},
+        {"adbc.flight.sql.client_option.mtls_cert_chain", login.certificate},
+        {"adbc.flight.sql.client_option.mtls_private_key", login.key}};
+    for (const auto& [name, value] : options) {
+      if (!value.empty()) ARROW_RETURN_NOT_OK(Call(AdbcDatabaseSetOption, &sql->database_, name, value.c_str()));
+    }
     ARROW_RETURN_NOT_OK(Call(AdbcDatabaseInit, &sql->database_));
     ARROW_RETURN_NOT_OK(Call(AdbcConnectionNew, &sql->connection_));
     ARROW_RETURN_NOT_OK(Call(AdbcConnectionInit, &sql->connection_, &sql->database_));

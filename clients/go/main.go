@@ -66,7 +66,7 @@ func main() {
 }
 
 func tour(ctx context.Context, uri string) error {
-	client, err := connect(uri)
+	client, err := connect(ctx, uri)
 	if err != nil {
 		return err
 	}
@@ -155,7 +155,11 @@ func orders(k int64) arrow.RecordBatch {
 
 // askSQL uses the log as a database, through ADBC.
 func askSQL(ctx context.Context, uri string) error {
-	database, err := flightsql.NewDriver(allocator).NewDatabase(map[string]string{adbc.OptionKeyURI: uri})
+	options, err := adbcOptions(uri)
+	if err != nil {
+		return err
+	}
+	database, err := flightsql.NewDriver(allocator).NewDatabase(options)
 	if err != nil {
 		return err
 	}

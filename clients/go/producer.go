@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"strings"
 	"time"
 
 	"github.com/apache/arrow-go/v18/arrow"
@@ -15,9 +14,7 @@ import (
 	"github.com/apache/arrow-go/v18/arrow/flight"
 	"github.com/apache/arrow-go/v18/arrow/ipc"
 	"github.com/apache/arrow-go/v18/arrow/memory"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 )
@@ -45,15 +42,6 @@ func (r receipt) place() string {
 type refusal struct{ receipt }
 
 func (r refusal) Error() string { return fmt.Sprintf("%s: %s", r.Status, r.receipt.Error) }
-
-// connect opens a client of the server at a URI such as grpc://127.0.0.1:8815.
-func connect(uri string) (flight.Client, error) {
-	address, ok := strings.CutPrefix(uri, "grpc://")
-	if !ok {
-		return nil, fmt.Errorf("%q is not of the form grpc://host:port", uri)
-	}
-	return flight.NewClientWithMiddleware(address, nil, nil, grpc.WithTransportCredentials(insecure.NewCredentials()))
-}
 
 // producer writes appends to one topic on one DoPut stream; each batch is an append of its own.
 type producer struct {
@@ -147,7 +135,7 @@ func storm(ctx context.Context, uri string, count int64) error {
 // Whatever it left unanswered is sent again by the next call with the same sequence numbers: that is all exactly-once takes.
 func stormOnce(ctx context.Context, uri string, next, count int64, progress func()) (int64, error) {
 	// A new connection each time: one that broke would wait out a backoff of its own.
-	client, err := connect(uri)
+	client, err := connect(ctx, uri)
 	if err != nil {
 		return next, err
 	}

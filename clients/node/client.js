@@ -6,6 +6,7 @@
 // Take what you need: `appendEach` is the producer, `storm` the retry around it, `tail` the follower; flight.js is the
 // protocol under them.
 
+import { readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 import { Float64, Int64, Table, TimestampMicrosecond, Utf8, vectorFromArray } from "apache-arrow";
 import { Flight } from "./flight.js";
@@ -13,6 +14,23 @@ import { Flight } from "./flight.js";
 const IN_FLIGHT_MAX = 64;
 const PAUSE_MS_MAX = 1000;
 const PATIENCE_SECONDS = 60;
+
+// Connect, and log in as the environment says. Secrets come from files: OPLOG_CA, the PEM file of the authorities that may
+// vouch for a server (grpc+tls://); OPLOG_USER and OPLOG_PASSWORD_FILE, or OPLOG_TOKEN_FILE with an API token or a JWT, or,
+// where the server takes those, OPLOG_CERT and OPLOG_KEY, the PEM files of a certificate and its key.
+function connect(uri) {
+  const { OPLOG_CA, OPLOG_USER, OPLOG_PASSWORD_FILE, OPLOG_TOKEN_FILE, OPLOG_CERT, OPLOG_KEY } = process.env;
+  const pem = (file) => (file === undefined ? null : readFileSync(file));
+  const secret = (file) => (file === undefined ? undefined : readFileSync(file, "utf8").trim());
+  return Flight.connect(uri, {
+    user: OPLOG_USER,
+    password: secret(OPLOG_PASSWORD_FILE),
+    token: secret(OPLOG_TOKEN_FILE),
+    authorities: pem(OPLOG_CA),
+    certificate: pem(OPLOG_CERT),
+    key: pem(OPLOG_KEY),
+  });
+}
 
 // The server answered an append with an error.
 class Refused extends Error {
@@ -131,8 +149,9 @@ async function storm(uri, appends) {
     for (let n = acknowledged; n < appends; n++) yield [n, new Table({ n: vectorFromArray([BigInt(n)], new Int64()) })];
   }
   while (acknowledged < appends) {
-    const flight = new Flight(uri);
+    let flight;
     try {
+      flight = await connect(uri);
       for await (const _ of appendEach(flight, "storm", "storm", unacknowledged())) {
         [acknowledged, pause, lastProgress] = [acknowledged + 1, 50, Date.now()];
       }
@@ -142,7 +161,7 @@ async function storm(uri, appends) {
       await sleep(pause);
       pause = Math.min(2 * pause, PAUSE_MS_MAX);
     } finally {
-      flight.close();
+      flight?.close();
     }
   }
   console.log(`storm: ${acknowledged} appends acknowledged`);
@@ -155,7 +174,7 @@ if (uri === undefined) {
 } else if (mode === "storm") {
   await storm(uri, Number(count));
 } else {
-  const flight = new Flight(uri);
+  const flight = await connect(uri);
   try {
     await produce(flight);
     await ingest(flight);

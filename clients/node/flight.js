@@ -21,10 +21,42 @@ const command = (name, value) => ({ type: "CMD", cmd: pack(name, value) });
 export class Flight {
   #client;
 
-  constructor(uri) {
+  #authorization = null; // the header that goes with every call
+
+  constructor(uri, { authorities = null, certificate = null, key = null } = {}) {
     // Without these, a server that was away for a minute is tried again only every two minutes.
     const backoff = { "grpc.initial_reconnect_backoff_ms": 100, "grpc.max_reconnect_backoff_ms": 1000 };
-    this.#client = new FlightService(new URL(uri).host, grpc.credentials.createInsecure(), backoff);
+    const { protocol, host } = new URL(uri);
+    const credentials =
+      protocol === "grpc+tls:"
+        ? grpc.credentials.createSsl(authorities, key, certificate)
+        : grpc.credentials.createInsecure();
+    const interceptors = [(options, next) => new grpc.InterceptingCall(next(options), { start: this.#addHeader })];
+    this.#client = new FlightService(host, credentials, { ...backoff, interceptors });
+  }
+
+  // Connect, and log in by a name and a password or by a token, which is an API token or a JWT, where there are any.
+  // For TLS: the PEM texts of who may vouch for the server, and of a certificate and its key to show to it.
+  static async connect(uri, { user, password, token, ...tls } = {}) {
+    const flight = new Flight(uri, tls);
+    if (token !== undefined) flight.#authorization = `Bearer ${token}`;
+    if (user !== undefined) await flight.#handshake(`Basic ${Buffer.from(`${user}:${password}`).toString("base64")}`);
+    return flight;
+  }
+
+  #addHeader = (metadata, listener, next) => {
+    if (this.#authorization !== null) metadata.set("authorization", this.#authorization);
+    next(metadata, listener);
+  };
+
+  // The answer has a header that stands for the password from then on.
+  async #handshake(basic) {
+    this.#authorization = basic;
+    const call = this.#client.handshake();
+    call.on("metadata", (metadata) => ([this.#authorization = basic] = metadata.get("authorization")));
+    const stream = new Stream(call);
+    stream.end();
+    while ((await stream.read()) !== null);
   }
 
   close() {

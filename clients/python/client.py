@@ -3,7 +3,8 @@
     python client.py URI            one of everything, on a fresh log
     python client.py URI storm N    N appends through whatever happens to the connection, each written once
 
-Take what you need: `append_each` is the producer, `storm` the retry around it, `ask` the questions, `tail` the follower.
+Take what you need: `append_each` is the producer, `storm` the retry around it, `ask` the questions, `tail` the follower;
+login.py is how to log in.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import adbc_driver_flightsql.dbapi as adbc
 import pyarrow as pa
+from login import adbc_options, flight_client
 from pyarrow import flight
 
 ORDERS = pa.schema({"id": pa.int64(), "customer": pa.string(), "amount": pa.float64(), "placed": pa.timestamp("us", "UTC")})
@@ -161,7 +163,7 @@ def storm(uri: str, appends: int) -> None:
     acknowledged, pause, last_progress = 0, 0.05, time.monotonic()
     while acknowledged < appends:
         try:
-            with flight.connect(uri) as client:
+            with flight_client(uri) as client:
                 unacknowledged = ((n, pa.RecordBatch.from_pydict({"n": [n]}, schema=STORM)) for n in range(acknowledged, appends))
                 for _ in append_each(client, "storm", "storm", STORM, unacknowledged):
                     acknowledged, pause, last_progress = acknowledged + 1, 0.05, time.monotonic()
@@ -178,7 +180,7 @@ def storm(uri: str, appends: int) -> None:
 def main(arguments: list[str]) -> None:
     match arguments:
         case [uri]:
-            with flight.connect(uri) as client, adbc.connect(uri, autocommit=True) as connection:
+            with flight_client(uri) as client, adbc.connect(uri, adbc_options(), autocommit=True) as connection:
                 produce(client)
                 ingest(connection)
                 ask(connection)

@@ -3,6 +3,7 @@
 //!     run URI            prints what each step was answered, on a log without these topics
 //!     run URI storm N    N appends that survive a server which is killed meanwhile (storm.rs)
 
+mod login;
 mod storm;
 
 use std::error::Error;
@@ -20,7 +21,9 @@ use arrow_flight::{FlightClient, FlightData, FlightDescriptor, FlightInfo, Ticke
 use arrow_schema::ArrowError;
 use futures::{StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
+
+use crate::login::Login;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -36,18 +39,12 @@ async fn main() -> Result<()> {
 
 async fn tour(uri: &str) -> Result<()> {
     // One connection carries everything; both clients and each call share it.
-    let channel = connect(uri).await?;
-    produce(channel.clone()).await?;
-    let mut sql = FlightSqlServiceClient::new(channel.clone());
+    let login = Login::connect(uri).await?;
+    produce(login.flight()?).await?;
+    let mut sql = login.sql();
     ingest(&mut sql).await?;
     ask(&mut sql).await?;
-    follow(channel).await
-}
-
-/// Connects to an address as flight_oplog prints it. Tonic knows gRPC by the scheme of the HTTP/2 underneath.
-async fn connect(uri: &str) -> Result<Channel> {
-    let endpoint = Endpoint::from_shared(uri.replacen("grpc://", "http://", 1))?;
-    Ok(endpoint.connect().await?)
+    follow(login.flight()?).await
 }
 
 // Produce exactly once
@@ -78,8 +75,7 @@ fn appends(topic: &str, numbered: &[(i64, RecordBatch)]) -> std::result::Result<
     Ok(messages)
 }
 
-async fn produce(channel: Channel) -> Result<()> {
-    let mut client = FlightClient::new(channel);
+async fn produce(mut client: FlightClient) -> Result<()> {
     client.add_header("oplog-producer", "till-1")?;
 
     // All three are on their way before the first answer is read.
@@ -181,9 +177,9 @@ async fn fetch(sql: &mut FlightSqlServiceClient<Channel>, info: FlightInfo) -> R
 
 // Follow
 
-async fn follow(channel: Channel) -> Result<()> {
+async fn follow(mut client: FlightClient) -> Result<()> {
     let ticket = json!({ "topic": "orders", "from": 4, "follow": true });
-    let stream = FlightClient::new(channel).do_get(Ticket::new(ticket.to_string())).await?;
+    let stream = client.do_get(Ticket::new(ticket.to_string())).await?;
     // The messages themselves, not only their batches: each says in its metadata where to go on after it.
     let mut messages = stream.into_inner();
     let (mut seen, mut next_offset) = (0, None);

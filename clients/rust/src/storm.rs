@@ -7,13 +7,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow_array::{ArrayRef, Int64Array, RecordBatch};
-use arrow_flight::FlightClient;
 use futures::TryStreamExt;
 use futures::channel::mpsc;
 use serde_json::Value;
 use tokio::time::{sleep, timeout};
 
-use crate::{Result, appends, connect};
+use crate::login::Login;
+use crate::{Result, appends};
 
 const UNACKNOWLEDGED_MAX: i64 = 64;
 const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -46,7 +46,7 @@ pub async fn storm(uri: &str, total: i64) -> Result<()> {
 
 /// Sends on a new connection all that is not acknowledged, and counts the answers until the last or the first error.
 async fn send(uri: &str, total: i64, acknowledged: &mut i64) -> Result<()> {
-    let mut client = FlightClient::new(timeout(SILENCE_MAX, connect(uri)).await??);
+    let mut client = timeout(SILENCE_MAX, Login::connect(uri)).await??.flight()?;
     client.add_header("oplog-producer", "storm")?;
 
     let first = *acknowledged;

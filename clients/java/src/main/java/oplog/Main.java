@@ -3,8 +3,10 @@ package oplog;
 import java.io.IOException;
 import java.net.URI;
 import java.nio.charset.StandardCharsets;
+import java.nio.file.Path;
 import java.time.Instant;
 import java.time.temporal.ChronoUnit;
+import java.util.Arrays;
 import java.util.List;
 import java.util.function.ObjIntConsumer;
 import java.util.regex.Pattern;
@@ -65,8 +67,12 @@ public final class Main {
       Jdbc.run(URI.create(arguments[0]));
       return;
     }
+    if (arguments.length > 2 && arguments[1].equals("secured")) {
+      Secured.run(URI.create(arguments[0]), Arrays.stream(arguments).skip(2).map(Path::of).toList());
+      return;
+    }
     if (arguments.length != 1 && !isStorm) {
-      System.err.println("usage: run URI | run URI storm N | run URI jdbc");
+      System.err.println("usage: run URI | run URI storm N | run URI jdbc | run URI secured FILE...");
       System.exit(2);
     }
     var location = new Location(arguments[0]);
@@ -77,7 +83,7 @@ public final class Main {
         System.out.printf("storm: %d appends acknowledged%n", count);
         return;
       }
-      try (FlightClient client = FlightClient.builder(allocator, location).build()) {
+      try (FlightClient client = Login.connect(allocator, location)) {
         var tour = new Main(allocator, client);
         tour.produceOrders();
         tour.askSql();

@@ -60,7 +60,7 @@ final class Storm {
    * the next call, with the same sequence numbers: that is all exactly-once takes.
    */
   private void sendTheRest() throws Exception {
-    try (FlightClient client = FlightClient.builder(allocator, location).build();
+    try (FlightClient client = Login.connect(allocator, location);
         VectorSchemaRoot root = VectorSchemaRoot.create(SCHEMA, allocator);
         Producer producer = new Producer(client, allocator, "storm", "storm", root)) {
       long sent = next;
