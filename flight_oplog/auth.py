@@ -148,6 +148,7 @@ class Gate:
 
     def log_in_by_handshake(self, name: str, password: str) -> str:
         """Return the bearer for a name and a password."""
+        self._look()
         return self._bearer(self.log_in(name, password), password)
 
     def _bearer(self, claimed: Claimed, password: str) -> str:
