@@ -245,6 +245,8 @@ class Call(fl.ServerMiddleware):
             headers["set-cookie"] = f"oplog-session={self._offered}"
         if self._bearer:
             headers["authorization"] = f"Bearer {self._bearer}"
+            # For some methods pyarrow asks twice and sends both answers; ADBC's driver would then send two credentials ever after.
+            self._bearer = None
         return headers
 
     @property
