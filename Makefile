@@ -38,7 +38,7 @@ types: setup
 	@$(BIN)/mypy
 
 clients: setup ## run the clients of every language against a server, as far as their toolchains are there
-	@$(BIN)/python -m pytest -rs --timeout 1500 clients/test_clients.py
+	@$(BIN)/python -m pytest -rs --timeout 1500 clients/test_clients.py clients/test_secured.py
 
 check: lint types test ## lint, types and tests
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import adbc_driver_flightsql.dbapi as adbc
@@ -32,11 +32,12 @@ KILLED_AT = (200, 900, 1600, 2300)
 class Server:
     """A server process on a port of its own, that can be killed and started again."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *flags: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self.uri = f"grpc://127.0.0.1:{free.getsockname()[1]}"
-        self._command = [sys.executable, "-m", "flight_oplog", "serve", "--data", str(folder), "--listen", self.uri]
+            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.uri = f"{'grpc+tls' if '--tls-cert' in flags else 'grpc'}://{self.address}"
+        self._command = [sys.executable, "-m", "flight_oplog", "serve", "--data", str(folder), "--listen", self.uri, *flags]
         self.start()
 
     def start(self) -> None:
@@ -66,10 +67,10 @@ def server(tmp_path: Path) -> Iterator[Server]:
     running.stop()
 
 
-def client(language: str, *arguments: str, seconds: float = BUILD_SECONDS) -> str:
-    """Run a client and return what it printed; the first run of a compiled one builds it."""
+def client(language: str, *arguments: str, seconds: float = BUILD_SECONDS, login: Mapping[str, str] | None = None) -> str:
+    """Run a client and return what it printed; the first run of a compiled one builds it. `login` is for its environment."""
     command = [str(HERE / language / "run"), *arguments]
-    environment = os.environ | {"PYTHON": sys.executable}
+    environment = os.environ | {"PYTHON": sys.executable} | (login or {})
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, check=False)
     if done.returncode == MISSING:
         pytest.skip(done.stderr.strip())

@@ -1,9 +1,9 @@
 """How to log in: what the environment says of it, for pyarrow.flight and for ADBC. Secrets come from files.
 
-    OPLOG_CA                            PEM file of the authorities that may vouch for a server (grpc+tls://)
-    OPLOG_USER and OPLOG_PASSWORD_FILE  a user's name and password
-    OPLOG_TOKEN_FILE                    or a bearer: an API token or a JWT
-    OPLOG_CERT and OPLOG_KEY            or PEM files of a certificate and its key, where the server takes those
+OPLOG_CA                            PEM file of the authorities that may vouch for a server (grpc+tls://)
+OPLOG_USER and OPLOG_PASSWORD_FILE  a user's name and password
+OPLOG_TOKEN_FILE                    or a bearer: an API token or a JWT
+OPLOG_CERT and OPLOG_KEY            or PEM files of a certificate and its key, where the server takes those
 """
 
 from __future__ import annotations
