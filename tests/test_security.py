@@ -488,6 +488,25 @@ def test_the_classic_handshake_logs_in_too(secured: Secured) -> None:
         assert status_of(lambda: list(client.list_flights()))[0] == "UNAUTHENTICATED"
 
 
+def test_the_classic_handshake_knows_what_changed_while_the_server_runs(start: Start, tmp_path: Path) -> None:
+    users, grants, _ = make_users(tmp_path / "of")
+    server = start("--users", users, "--grants", str(grants))
+    with flight.connect(server.uri) as client:
+        client.authenticate(Classic("ann", "ann's password"))
+        add_user(users, "ann", "another password")
+        time.sleep(1)
+        assert status_of(lambda: client.authenticate(Classic("ann", "ann's password")))[0] == "UNAUTHENTICATED"
+        client.authenticate(Classic("ann", "another password"))
+
+
+def test_adbc_may_send_a_password_where_a_bearer_goes(secured: Secured) -> None:
+    """The bearer that it is answered with comes once: of two, the driver would send both, and be refused."""
+    basic = base64.b64encode(b"ann:ann's password").decode()
+    options = {"adbc.flight.sql.authorization_header": f"Basic {basic}"}
+    with adbc.connect(secured.server.uri, options, autocommit=True) as connection:
+        assert [ask(connection, f"SELECT {n} AS n") for n in range(3)] == [[{"n": n}] for n in range(3)]
+
+
 def test_a_handshake_that_says_nothing_and_two_credentials_at_once_are_refused(secured: Secured) -> None:
     class Mute(Classic):
         def authenticate(self, outgoing: Any, incoming: Any) -> None:
