@@ -43,7 +43,7 @@ class Config:
     jwt_principal_claim: str = setting("sub", "claim of a JWT bearer that names its principal")
     jwt_roles_claim: str = setting("roles", "claim of a JWT bearer that names its roles, a.b for one within another")
     jwt_skew_seconds: int = setting(60, "how far the clock of who signs JWT bearers may be from this one's", least=0)
-    login_seconds_max: int = setting(3600, "the bearer that a login with a password returns is good this long", least=1)
+    login_seconds_max: int = setting(12 * 3600, "the bearer that a login with a password returns is good this long", least=1)
     secret: str = setting(
         "", "file of the secret that tickets, handles and logins are signed with; without one, the log's own", is_place=True
     )

@@ -156,12 +156,12 @@ class Server(fl.FlightServerBase):
         self._service.transactions.close()
         return not done.is_alive()
 
-    def _caller(self, context: Any) -> Caller:
+    def _caller(self, context: Any, topic: str = "") -> Caller:
         call = context.get_middleware("call")
         caller: Caller = call.caller(context.peer())
         return replace(
             caller,
-            origin=_origin_of("", call),
+            origin=_origin_of(topic, call),
             stopped=self._stopped(context),
             at=_at(call.headers),
             keep=None if call.keeps_no_cookies else lambda options: context.add_header("set-cookie", f"{OPTIONS_COOKIE}={options}"),
@@ -175,8 +175,9 @@ class Server(fl.FlightServerBase):
     @rpc
     def do_put(self, context: Any, descriptor: Any, reader: Any, writer: Any) -> None:
         is_command = descriptor.descriptor_type == fl.DescriptorType.CMD and bool(descriptor.command)
-        caller = self._caller(context)
-        put = self._service.put(descriptor.command, caller) if is_command else Put(_topic_of(descriptor))
+        named = "" if is_command else _topic_of(descriptor)
+        caller = self._caller(context, named)
+        put = self._service.put(descriptor.command, caller) if is_command else Put(named)
         if isinstance(put, Update):
             writer.write(put.perform(self._parameters(context, reader) if put.takes_parameters else None))
             return
