@@ -262,6 +262,24 @@ def test_a_jdbc_login_sees_and_does_what_it_is_granted(realm: Realm, start: Call
 
 
 @pytest.mark.skipif(not (HERE / "java" / "run").exists(), reason="there is no Java client")
+def test_jdbc_logs_in_as_the_readme_says(realm: Realm, start: Callable[..., Server]) -> None:
+    server = start(realm.with_bearers)
+    fill(server.uri, realm.by_password("root"))
+    expected = (HERE / "java" / "expected-secured.txt").read_text()
+    of_alice = expected[expected.index("alice-password\n") : expected.index("alice-trust-store\n")]
+    [url] = re.findall(r"^jdbc:\S+$", (HERE.parent / "README.md").read_text(), re.MULTILINE)
+    for written, here in (
+        ("localhost:8815", server.uri.removeprefix("grpc+tls://")),
+        ("cert.pem", str(realm.authority.certificate)),
+        ("user=ann", "user=alice"),
+        ("...", realm.passwords["alice"]),
+    ):
+        assert written in url
+        url = url.replace(written, here)
+    assert client("java", server.uri, "secured", connection_properties(realm, "alice-password", {"url": url})) == of_alice
+
+
+@pytest.mark.skipif(not (HERE / "java" / "run").exists(), reason="there is no Java client")
 def test_a_jdbc_login_may_be_a_certificate(realm: Realm, certificates: Server) -> None:
     certificate, key = map(str, realm.authority.client("alice"))
     trusting = {"tlsRootCerts": str(realm.authority.certificate)}

@@ -27,17 +27,18 @@ final class Secured {
 
   /**
    * Logs in once for each file of connection properties (user and password, or token, or clientCertificate and clientKey;
-   * and whom to trust). They are in files because a command line is for everybody to read.
+   * and whom to trust), or of a whole `url`. They are in files because a command line is for everybody to read.
    */
   static void run(URI uri, List<Path> logins) throws IOException {
     DRIVER_LOG.setLevel(Level.OFF);
-    String url = "jdbc:arrow-flight-sql://%s:%d/".formatted(uri.getHost(), uri.getPort());
+    String plain = "jdbc:arrow-flight-sql://%s:%d/".formatted(uri.getHost(), uri.getPort());
     for (Path login : logins) {
       System.out.printf("%s%n", login.getFileName());
       var properties = new Properties();
       try (Reader reader = Files.newBufferedReader(login)) {
         properties.load(reader);
       }
+      String url = properties.containsKey("url") ? (String) properties.remove("url") : plain;
       try (Connection connection = DriverManager.getConnection(url, properties)) {
         crawl(connection.getMetaData());
         read(connection, "orders");
