@@ -33,6 +33,7 @@ from flight_oplog.grants import check_name
 
 PASSWORD_CHARACTERS_LEAST, PASSWORD_BYTES_MAX = 8, 1024
 FILE_BYTES_MAX = 16 << 20
+DAYS_MAX = 36_525
 TOKEN_PATTERN = re.compile(r"oplog_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
 _HASHER = PasswordHasher()
 # Checked where there is no such user, so that it takes as long as where there is.
@@ -142,11 +143,10 @@ def remove_user(file: str, name: str) -> None:
 def add_token(file: str, principal: str, days: float | None) -> str:
     """Make a token for a principal, good for so many days or, with None, until it is removed. It is shown here and never again."""
     check_name("principal", principal)
+    if days is not None and not 0 < days < DAYS_MAX:
+        raise RequestError(f"a token is good for more than 0 and less than {DAYS_MAX} days; no token was made")
     name, secret, now = secrets.token_hex(6), secrets.token_urlsafe(32), _now()
-    try:
-        expires = None if days is None else (now + datetime.timedelta(days=days)).isoformat(timespec="seconds")
-    except OverflowError:
-        raise RequestError(f"{days} days are too many; no token was made") from None
+    expires = None if days is None else (now + datetime.timedelta(days=days)).isoformat(timespec="seconds")
     with _changing(file) as body:
         body["tokens"][name] = {
             "principal": principal,
@@ -167,6 +167,7 @@ def remove_token(file: str, name: str) -> None:
 @contextlib.contextmanager
 def _changing(file: str) -> Iterator[dict[str, Any]]:
     """Read the file, let its content be changed, and put it in place of the old one, while nobody else does."""
+    named, file = file, os.path.realpath(file)  # a link stays one
     try:
         lock = os.open(f"{file}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
@@ -177,21 +178,35 @@ def _changing(file: str) -> Iterator[dict[str, Any]]:
                 with open(file, encoding="utf-8") as stream:
                     body |= json.load(stream)
             yield body
-            written = f"{file}.new"
-            with open(os.open(written, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w", encoding="utf-8") as stream:
-                if os.path.exists(file):  # whoever could read it still can, as a server that runs as somebody else
-                    before = os.stat(file)
-                    os.fchmod(stream.fileno(), before.st_mode & 0o660)
-                    with contextlib.suppress(PermissionError):
-                        os.fchown(stream.fileno(), before.st_uid, before.st_gid)
-                json.dump(body, stream, indent=1)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(written, file)
+            _replace(file, json.dumps(body, indent=1).encode())
         finally:
             os.close(lock)
     except OSError as error:
-        raise RequestError(f"users file {file}: {error.strerror}; nothing was changed") from None
+        raise RequestError(f"users file {named}: {error.strerror}; nothing was changed") from None
+
+
+def _replace(file: str, content: bytes) -> None:
+    """Put content in place of a file's, whole and durably; whoever could read it still can, as a server that runs as somebody else."""
+    written = f"{file}.{secrets.token_hex(8)}"
+    handle = os.open(written, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    try:
+        with open(handle, "wb") as stream:
+            if os.path.exists(file):
+                before = os.stat(file)
+                os.fchown(handle, before.st_uid, before.st_gid)
+                os.fchmod(handle, before.st_mode & 0o660)
+            stream.write(content)
+            stream.flush()
+            os.fsync(handle)
+        os.replace(written, file)
+    except BaseException:
+        os.unlink(written)
+        raise
+    folder = os.open(os.path.dirname(file), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _digest(secret: str) -> str:

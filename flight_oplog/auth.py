@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import logging
@@ -18,7 +19,9 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 from flight_oplog.accounts import PASSWORD_BYTES_MAX, TOKEN_PATTERN, Accounts
 from flight_oplog.bearers import INVALID, Claimed, Issued, Logins
@@ -33,14 +36,22 @@ SECRET_BYTES_LEAST = 32
 PROVEN_KEPT = 10_000
 LOOK_SECONDS = 0.5
 # Each check of a password takes 64 MiB.
-PASSWORDS_AT_ONCE, PASSWORDS_WAITING_MAX = 2, 32
-# Wrong passwords for a name that cost nothing; then each one has the next wait, twice as long each time.
+PASSWORDS_AT_ONCE, PASSWORDS_WAITING_MAX = 2, 16
+# Wrong passwords for a name that cost nothing; after each further one its next has to wait, twice as long each time.
 FREE_FAILURES = 3
-PAUSE_SECONDS, PAUSE_SECONDS_MAX, WAIT_SECONDS_MAX = 0.25, 8.0, 10.0
+PAUSE_SECONDS, PAUSE_SECONDS_MAX = 0.5, 8.0
 FAILURES_SECONDS = 900.0
 FAILURES_KEPT = 10_000
 
 _NEEDED = "this server asks who is calling: send a user's name and password, or a bearer token"
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Who calls, and what they have shown for it; None where nothing had to be, or it is their connection's certificate."""
+
+    principal: Principal
+    claimed: Claimed | None = None
 
 
 class Gate:
@@ -66,7 +77,8 @@ class Gate:
         self._looked = time.monotonic()
         self._logins = Logins(derived(self.secret, "logins"), config.login_seconds_max)
         self._issued = Issued(config) if config.jwt_keys else None
-        self._proven: OrderedDict[bytes, tuple[Any, Claimed]] = OrderedDict()
+        self._proven: OrderedDict[bytes, Claimed] = OrderedDict()
+        self._proving: dict[bytes, Future[Claimed]] = {}
         self._proof_key = secrets.token_bytes(32)
         self._passwords = _Passwords()
 
@@ -85,173 +97,218 @@ class Gate:
         )
 
     def reload(self) -> None:
-        """Read the grants and the users again. Raises RequestError when one of them cannot be used: then it stays as it was."""
-        grants = Grants(self._config.grants or None)
-        self._look(at_once=True)
-        self.grants = grants
+        """Read the grants and the users again; what cannot be used stays as it was, and the log says so."""
+        for read in (self._read_grants, self._read_users):
+            try:
+                read()
+            except OplogError as error:
+                log.error("what was there stays: %s", error)
         log.info("grants and users were read again: %s", self)
 
-    def again(self, principal: Principal) -> Principal:
-        """Return a principal with the rights it has by now."""
-        return principal if principal.name is None else self.grants.principal(principal.name, principal.roles)
-
-    def certified(self, name: str) -> Principal:
-        """Return the principal that a connection's certificate names."""
+    def certified(self, name: str) -> Admission:
+        """Admit whom a connection's certificate names."""
         if not 0 < len(name) <= NAME_CHARACTERS_MAX or not name.isprintable():
             raise Unauthenticated("the certificate names nobody")
-        return self.grants.principal(name)
+        return Admission(self.grants.principal(name))
 
-    def admit(self, authorization: str | None) -> tuple[Principal, str | None]:
-        """Return who sends an `authorization` header, and the bearer to send from then on instead of a password.
+    def admit(self, authorization: str | None) -> Admission:
+        """Admit who sends an `authorization` header.
 
         Raises Unauthenticated, in words that do not tell an unknown user from a wrong password, and TryAgain when it cannot
         be told now.
         """
         if not self.takes_bearers:
-            return ANYBODY, None
+            return Admission(ANYBODY)
         if not authorization:
             raise Unauthenticated(_NEEDED)
         if len(authorization) > CREDENTIAL_BYTES_MAX:
             raise Unauthenticated(f"the credentials have more than {CREDENTIAL_BYTES_MAX} bytes")
         scheme, _, given = authorization.partition(" ")
-        kind = scheme.lower()
-        if kind not in ("basic", "bearer"):
-            raise Unauthenticated(_NEEDED)
-        self._look()
-        proven_by = (self._accounts, self._issued and self._issued.keys)
-        key = hmac.digest(self._proof_key, f"{kind} {given}".encode("utf-8", "surrogateescape"), hashlib.sha256)
-        with self._lock:
-            proof, claimed = self._proven.get(key, (None, None))
-        if claimed is None or proof != proven_by or claimed.expires < time.time():
-            claimed = self.log_in(*_parts(given)) if kind == "basic" else self._borne(given.strip())
-            with self._lock:
-                self._proven[key] = proven_by, claimed
-                while len(self._proven) > PROVEN_KEPT:
-                    self._proven.popitem(last=False)
-        bearer = None if kind == "bearer" else self._bearer(claimed, _parts(given)[1])
-        return self.grants.principal(claimed.name, claimed.roles), bearer
+        if scheme.lower() == "basic":
+            return self.log_in(*basic_parts(given))
+        if scheme.lower() == "bearer":
+            return self._proven_by(("bearer", given.strip()), lambda: self._borne(given.strip()))
+        raise Unauthenticated(_NEEDED)
 
-    def log_in(self, name: str, password: str) -> Claimed:
-        """Return who a name and a password stand for. An API token may stand for a password, whatever the name is."""
+    def log_in(self, name: str, password: str) -> Admission:
+        """Admit whom a name and a password stand for. An API token may stand for a password, whatever the name is."""
         if TOKEN_PATTERN.fullmatch(password):
-            return self._borne(password)
+            return self._proven_by(("bearer", password), lambda: self._borne(password))
         if not self._config.users or len(name) > NAME_CHARACTERS_MAX or len(password.encode("utf-8", "replace")) > PASSWORD_BYTES_MAX:
             raise Unauthenticated(INVALID)
+        return self._proven_by((name, password), lambda: self._passworded(name, password))
+
+    def again(self, admission: Admission) -> Principal:
+        """Return who was admitted, with the rights they have by now. Raises Unauthenticated when they would be admitted no more."""
+        if admission.claimed is not None:
+            self._look()
+            self._check(admission.claimed)
+        was = admission.principal
+        return was if was.name is None else self.grants.principal(was.name, was.roles)
+
+    def bearer(self, admission: Admission) -> str | None:
+        """Return the bearer to send from then on instead of a name and a password; None where there was none."""
+        claimed = admission.claimed
+        return self._logins.issue(claimed.name, claimed.stamp) if claimed is not None and claimed.stamp else None
+
+    def _proven_by(self, shown: tuple[str, str], prove: Callable[[], Claimed]) -> Admission:
+        """Admit who shows something: by what is remembered of it, or by proving it once, however many show it at the same time."""
+        self._look()
+        key = hmac.digest(self._proof_key, "\0".join(shown).encode("utf-8", "surrogatepass"), hashlib.sha256)
+        claimed = self._proven.get(key)
+        if claimed is not None:
+            try:
+                self._check(claimed)
+            except Unauthenticated:  # it may be good again, by another proof
+                claimed = None
+        if claimed is None:
+            claimed = self._prove(key, prove)
+        return Admission(self.grants.principal(claimed.name, claimed.roles), claimed)
+
+    def _prove(self, key: bytes, prove: Callable[[], Claimed]) -> Claimed:
+        mine: Future[Claimed] = Future()
+        with self._lock:
+            proving = self._proving.setdefault(key, mine)
+        if proving is not mine:
+            return proving.result()
+        try:
+            claimed = prove()
+            with self._lock:
+                self._proven[key] = claimed
+                while len(self._proven) > PROVEN_KEPT:
+                    self._proven.popitem(last=False)
+            mine.set_result(claimed)
+            return claimed
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        finally:
+            with self._lock:
+                del self._proving[key]
+
+    def _passworded(self, name: str, password: str) -> Claimed:
         accounts = self._accounts
         with self._passwords.turn(name):
             user = accounts.user_of(name, password)
-        self._passwords.tried(name, is_right=user is not None)
         if user is None:
             log.warning("a login failed, for %s", f"user {name!r}" if name in accounts.users else "a name that no user has")
             raise Unauthenticated(INVALID)
+        self._passwords.was_right(name)
         return Claimed(name, (), time.time() + self._config.login_seconds_max, user.stamp)
 
-    def log_in_by_handshake(self, name: str, password: str) -> str:
-        """Return the bearer for a name and a password."""
-        self._look()
-        return self._bearer(self.log_in(name, password), password)
-
-    def _bearer(self, claimed: Claimed, password: str) -> str:
-        return self._logins.issue(claimed.name, claimed.stamp) if claimed.stamp else password
-
     def _borne(self, bearer: str) -> Claimed:
-        accounts = self._accounts
-        if bearer.startswith("oplog_"):
-            token = accounts.token_of(bearer)
+        if (found := TOKEN_PATTERN.fullmatch(bearer)) is not None:
+            token = self._accounts.token_of(bearer)
             if token is None:
                 raise Unauthenticated(INVALID)
-            if token.is_expired:
-                raise Unauthenticated("the API token has expired; ask for another")
-            return Claimed(token.principal, (), token.expires_at)
-        if self._logins.is_one(bearer):
+            claimed = Claimed(token.principal, (), token.expires_at, token=found[1])
+        elif self._logins.is_one(bearer):
             claimed = self._logins.open(bearer)
-            user = accounts.users.get(claimed.name)
-            if user is None or user.stamp != claimed.stamp:
-                raise Unauthenticated("the login is not good any more: the user is gone, or has another password; log in again")
-            return claimed
-        if self._issued is None:
+        elif self._issued is not None:
+            claimed = self._issued.open(bearer)
+        else:
             raise Unauthenticated(INVALID)
-        return self._issued.open(bearer)
+        self._check(claimed)
+        return claimed
 
-    def _look(self, at_once: bool = False) -> None:
+    def _check(self, claimed: Claimed) -> None:
+        """Raise Unauthenticated for what was proven once and is not good any more."""
+        accounts = self._accounts
+        if claimed.token and claimed.token not in accounts.tokens:
+            raise Unauthenticated(INVALID)
+        if claimed.expires < time.time():
+            raise Unauthenticated(
+                "the API token has expired; ask for another"
+                if claimed.token
+                else "the bearer has expired; ask its issuer for another"
+                if claimed.key
+                else "the login has expired; log in again"
+            )
+        if claimed.key is not None and self._issued is not None:
+            self._issued.check(claimed.key)
+        if claimed.stamp and ((user := accounts.users.get(claimed.name)) is None or user.stamp != claimed.stamp):
+            raise Unauthenticated("the login is not good any more: the user is gone, or has another password; log in again")
+
+    def _read_grants(self) -> None:
+        self.grants = Grants(self._config.grants or None)
+
+    def _read_users(self) -> None:
+        if self._config.users:
+            self._accounts = Accounts.load(self._config.users)
+
+    def _look(self) -> None:
         """Read the users file again when it has changed; it stays as it was when it cannot be read."""
         now = time.monotonic()
-        if not self._config.users or (now - self._looked < LOOK_SECONDS and not at_once):
+        if not self._config.users or now - self._looked < LOOK_SECONDS:
             return
         with self._lock:
             self._looked = now
             seen = _seen(self._config.users)
-            if seen == self._accounts_seen and not at_once:
+            if seen == self._accounts_seen:
                 return
             self._accounts_seen = seen
             try:
-                self._accounts = Accounts.load(self._config.users)
+                self._read_users()
             except OplogError as error:
-                if at_once:
-                    raise
                 log.error("the users stay as they were: %s", error)
 
 
-def _parts(basic: str) -> tuple[str, str]:
-    """Return the name and the password of HTTP Basic credentials."""
+def basic_parts(basic: str) -> tuple[str, str]:
+    """Return the name and the password of HTTP Basic credentials, whose padding Go leaves out."""
     text = basic.strip()
     try:
-        name, _, password = (
-            base64.b64decode(text + "=" * (-len(text) % 4), validate=True).decode().partition(":")
-        )  # Go leaves out the padding
+        name, _, password = base64.b64decode(text + "=" * (-len(text) % 4), validate=True).decode().partition(":")
     except (ValueError, binascii.Error):
         raise Unauthenticated(INVALID) from None
     return name, password
 
 
 class _Passwords:
-    """How often passwords are tried: few at once, and ever more slowly for a name whose password was wrong again and again."""
+    """How often passwords are tried: few at once, and ever more slowly for a name whose password was wrong again and again.
+
+    Nobody is kept waiting for long: a name that has to pause is told so at once, known or not.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._free = threading.BoundedSemaphore(PASSWORDS_AT_ONCE)
         self._waiting = 0
-        self._failures: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how many, and from when the next may be tried
+        self._tries: OrderedDict[str, tuple[int, float]] = OrderedDict()  # how many, and from when there may be another
 
-    def turn(self, name: str) -> threading.BoundedSemaphore:
-        """Wait until a password may be tried for a name; hold what is returned meanwhile.
+    @contextlib.contextmanager
+    def turn(self, name: str) -> Iterator[None]:
+        """Wait for a place to try a password for a name in.
 
-        Raises Unauthenticated when that would take too long, TryAgain when too many wait.
+        Raises Unauthenticated when the name has to pause, TryAgain when too many wait. A try counts as wrong until `was_right`.
         """
         with self._lock:
             now = time.monotonic()
-            failures, free = self._failures.get(name, (0, now))
-            if now - free > FAILURES_SECONDS:
-                failures = 0
-            begin = max(now, free)
-            if begin - now > WAIT_SECONDS_MAX:
-                raise Unauthenticated("there were too many wrong passwords for this name; wait some seconds")
+            tries, free = self._tries.get(name, (0, now))
+            if free > now:
+                raise Unauthenticated(f"there were too many wrong passwords for this name; wait {free - now:.0f} seconds")
             if self._waiting >= PASSWORDS_WAITING_MAX:
                 raise TryAgain("too many logins are under way; nothing was done; try again")
-            if failures:
-                self._failures[name] = failures, begin + _pause(failures)
+            tries = 1 if now - free > FAILURES_SECONDS else tries + 1
+            self._tries[name] = tries, now + _pause(tries)
+            self._tries.move_to_end(name)
+            while len(self._tries) > FAILURES_KEPT:
+                self._tries.popitem(last=False)
             self._waiting += 1
         try:
-            time.sleep(begin - now)
+            with self._free:
+                yield
         finally:
             with self._lock:
                 self._waiting -= 1
-        return self._free
 
-    def tried(self, name: str, is_right: bool) -> None:
+    def was_right(self, name: str) -> None:
         with self._lock:
-            if is_right:
-                self._failures.pop(name, None)
-                return
-            failures, free = self._failures.get(name, (0, 0.0))
-            self._failures[name] = failures + 1, max(free, time.monotonic() + _pause(failures + 1))
-            self._failures.move_to_end(name)
-            while len(self._failures) > FAILURES_KEPT:
-                self._failures.popitem(last=False)
+            self._tries.pop(name, None)
 
 
-def _pause(failures: int) -> float:
-    return 0.0 if failures < FREE_FAILURES else min(PAUSE_SECONDS * 2 ** (failures - FREE_FAILURES), PAUSE_SECONDS_MAX)
+def _pause(tries: int) -> float:
+    """How long after so many wrong tries the next one has to wait."""
+    return 0.0 if tries < FREE_FAILURES else min(PAUSE_SECONDS * 2 ** (tries - FREE_FAILURES), PAUSE_SECONDS_MAX)
 
 
 def derived(secret: bytes, purpose: str) -> bytes:

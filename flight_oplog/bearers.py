@@ -44,7 +44,9 @@ class Claimed:
     name: str
     roles: tuple[str, ...]
     expires: float
-    stamp: str = ""
+    stamp: str = ""  # of the user's password, where one was shown, or a login's bearer
+    token: str = ""  # the id of an API token
+    key: jwt.PyJWK | None = None  # that signed a JWT
 
 
 class Logins:
@@ -118,10 +120,17 @@ class Issued:
                 raise Unauthenticated("the bearer has expired; ask its issuer for another") from None
             except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
                 continue
-            return self._claimed(body)
+            return self._claimed(body, key)
         raise Unauthenticated(INVALID)
 
-    def _claimed(self, body: Mapping[str, Any]) -> Claimed:
+    def check(self, key: jwt.PyJWK) -> None:
+        """Raise Unauthenticated for a key that has been withdrawn, TryAgain when nobody has said for long whether it was."""
+        self._refresh()
+        self._check_fresh()
+        if not any(key is each for each in self.keys):
+            raise Unauthenticated(INVALID)
+
+    def _claimed(self, body: Mapping[str, Any], key: jwt.PyJWK) -> Claimed:
         roles = _claim(body, self._config.jwt_roles_claim) or ()
         named = roles.split() if isinstance(roles, str) else roles
         if not isinstance(named, list | tuple) or len(named) > ROLES_MAX or not all(isinstance(role, str) for role in named):
@@ -130,7 +139,7 @@ class Issued:
             name = check_name("principal", _claim(body, self._config.jwt_principal_claim))
         except RequestError:
             raise Unauthenticated(INVALID) from None
-        return Claimed(name, tuple(sorted(set(named))), min(int(body["exp"]), 1 << 50) + self._config.jwt_skew_seconds)
+        return Claimed(name, tuple(sorted(set(named))), min(int(body["exp"]), 1 << 50) + self._config.jwt_skew_seconds, key=key)
 
     def _candidates(self, name: object, algorithm: object) -> list[jwt.PyJWK]:
         """Return the keys that a bearer may be signed with. Which algorithm a key is for, the key says, never the bearer."""
@@ -141,16 +150,25 @@ class Issued:
             found = [key for key in self.keys if key.algorithm_name == algorithm and (name is None or key.key_id in (None, name))]
             if found:
                 break
-        if self._is_remote and time.monotonic() - self._fetched > KEYS_STALE_SECONDS:
-            raise TryAgain("the keys that bearers are signed with cannot be fetched; nothing was done; try again later")
+        self._check_fresh()
         return found
 
-    def _refresh(self, wanted: bool) -> None:
-        """Read the keys again when it is time to, or when one is wanted that is not known; the old ones stay if that fails."""
+    def _check_fresh(self) -> None:
+        if self._is_remote and time.monotonic() - self._fetched > KEYS_STALE_SECONDS:
+            raise TryAgain("the keys that bearers are signed with cannot be fetched; nothing was done; try again later")
+
+    def _refresh(self, wanted: bool = False) -> None:
+        """Read the keys again: when it is time to, while others go on, or at once when one is wanted that is not known."""
         age, since = (time.monotonic() - moment for moment in (self._fetched, self._tried))
         if since < KEYS_PAUSE_SECONDS or not (wanted or age > KEYS_SECONDS):
             return
-        # Whoever comes while another fetches goes on with what there is, unless there is nothing.
+        if wanted or not self.keys:
+            self._refetch()
+        else:
+            threading.Thread(target=self._refetch, name="keys", daemon=True).start()
+
+    def _refetch(self) -> None:
+        """Read the keys again; the old ones stay if that fails. Whoever comes meanwhile waits only where there are none."""
         if self._lock.acquire(blocking=not self.keys):
             try:
                 if time.monotonic() - self._tried >= KEYS_PAUSE_SECONDS:
@@ -162,7 +180,10 @@ class Issued:
 
     def _fetch(self) -> None:
         self._tried = time.monotonic()
-        self.keys = _keys_in(self._source, _fetched(self._source) if self._is_remote else _read(self._source))
+        known = {json.dumps(key._jwk_data, sort_keys=True): key for key in self.keys}
+        found = _keys_in(self._source, _fetched(self._source) if self._is_remote else _read(self._source))
+        # A key that goes on is the same object, so that what it has signed need not be looked at again.
+        self.keys = [known.get(json.dumps(key._jwk_data, sort_keys=True), key) for key in found]
         self._fetched = time.monotonic()
 
 
@@ -195,7 +216,7 @@ def _keys_in(source: str, text: bytes) -> list[jwt.PyJWK]:
     for each in listed:
         try:
             key = jwt.PyJWK(each)
-        except (jwt.PyJWTError, ValueError, TypeError, AttributeError):
+        except (jwt.PyJWTError, ValueError, TypeError, AttributeError, KeyError):
             continue  # of a kind that is not known; a set may have such (RFC 7517, section 5)
         if isinstance(key.key, bytes) and len(key.key) < HMAC_BYTES_LEAST:
             raise RequestError(f"jwt_keys {source}: an HS256 key has fewer than {HMAC_BYTES_LEAST} bytes, and can be guessed")

@@ -10,10 +10,12 @@ import functools
 import logging
 import re
 import secrets
+import sys
 import threading
 import time
 import traceback
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,16 +23,19 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from flight_oplog import logs
-from flight_oplog.auth import Gate
+from flight_oplog.auth import CREDENTIAL_BYTES_MAX, Admission, Gate, basic_parts
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, OplogError, TryAgain, Unauthenticated
 from flight_oplog.flightsql.service import Caller
-from flight_oplog.grants import ANYBODY, Principal
+from flight_oplog.grants import ANYBODY, NOBODY, Principal
 
 log = logging.getLogger("flight_oplog.server")
 
 # gRPC carries a message several times over, percent-encoded, in trailers of at most 16 KiB.
 MESSAGE_BYTES_MAX = 1200
+HANDSHAKES_MAX = 16
+STRANGERS_LINES = 20
+LOOK_SECONDS = 1.0
 REQUEST_HEADER = "x-request-id"
 _REQUEST = re.compile(r"[A-Za-z0-9._-]{1,64}")
 OPTIONS_COOKIE = "oplog-options"
@@ -79,6 +84,10 @@ _format_exception = traceback.format_exception
 def format_without_wire_errors(*args: Any, **kwargs: Any) -> list[str]:
     """Stand in for traceback.format_exception, which pyarrow's C++ calls by name to build the text it sends."""
     error = args[0] if len(args) == 1 else args[1] if len(args) > 1 else None
+    try:
+        sys._getframe(1)
+    except ValueError:  # nobody in Python calls: it is pyarrow, about an error that came up before or after what is served here
+        return [type(error).__name__]
     return [type(error).__name__.lstrip("_")] if isinstance(error, _WireError) else _format_exception(*args, **kwargs)
 
 
@@ -112,9 +121,14 @@ def rpc(method: Callable[..., Any], classes: dict[str, type[Exception]] = CLASSE
 
 
 def streamed(items: Iterator[Any], stopping: threading.Event, call: Call) -> Iterator[Any]:
-    """Translate errors that come up while a stream is under way."""
+    """Translate errors that come up while a stream is under way, and end it when its caller would be admitted no more."""
+    looked = time.monotonic()
     try:
-        yield from items
+        for item in items:
+            if time.monotonic() - looked > LOOK_SECONDS:
+                call.again()
+                looked = time.monotonic()
+            yield item
     except GeneratorExit:
         raise
     except BaseException as error:
@@ -134,9 +148,14 @@ class Calls(fl.ServerMiddlewareFactory):
     def __init__(self, gate: Gate, config: Config) -> None:
         self.gate = gate
         self.logged = config.log_calls
-        self.free = threading.BoundedSemaphore(config.calls_max)
         self._calls_max = config.calls_max
-        self.admitted: dict[int, bool] = {}  # whether the handshake that a thread is about to make is by a header, and done
+        self._lock = threading.Lock()
+        self._under_way: Counter[str | None] = Counter()  # calls, by principal
+        # Handshakes that have said nothing yet: whoever says nothing at all holds up nobody but others of their kind.
+        self._silent = threading.BoundedSemaphore(HANDSHAKES_MAX)
+        self.shaking: dict[int, Call] = {}  # by the thread that is about to make it
+        self._lines = 0  # about strangers, within this second
+        self._second = 0
 
     def start_call(self, info: Any, headers: dict[str, list[str]]) -> Call:
         first = {name.lower(): values[0] for name, values in headers.items()}
@@ -145,8 +164,7 @@ class Calls(fl.ServerMiddlewareFactory):
             if not self.gate.takes_certificates:
                 with logs.during(call.words):
                     self._admit(call, info.method, headers)
-            if not self.free.acquire(blocking=False):
-                raise TryAgain(f"the server is busy: calls_max ({self._calls_max}) calls are under way; try again")
+            self._begin(call)
         except BaseException as error:
             call.failed = error
             call.end()
@@ -165,13 +183,60 @@ class Calls(fl.ServerMiddlewareFactory):
             raise Unauthenticated("the call has more than one credential: send one")
         is_handshake = method == fl.FlightMethod.HANDSHAKE
         if is_handshake:
-            self.admitted[threading.get_ident()] = bool(found)
+            self.shaking[threading.get_ident()] = call
             if not found:
+                call.is_silent = True
                 return  # what it says comes later: see Handshakes
-        principal, bearer = self.gate.admit(_text(found[0]) if found else None)
-        if bearer is None and is_handshake and found:
-            bearer = _text(found[0]).partition(" ")[2]
-        call.admitted(principal, bearer)
+        given = _text(found[0]) if found else None
+        call.admitted(self.gate.admit(given))
+        if is_handshake and given is not None:
+            call.bearer = self.gate.bearer(call.admission) or _secret_of(given)
+
+    def _begin(self, call: Call) -> None:
+        """Count a call in. Raises TryAgain for one too many; the last eighth of the places is for those who have no other."""
+        if call.is_silent:
+            if not self._silent.acquire(blocking=False):
+                raise TryAgain(f"{HANDSHAKES_MAX} handshakes have said nothing yet; try again")
+            return
+        name = call.principal.name
+        with self._lock:
+            under_way = self._under_way.total()
+            kept = self._calls_max // 8 if name is not None and self._under_way[name] else 0
+            if under_way >= self._calls_max - kept:
+                raise TryAgain(f"the server is busy: calls_max ({self._calls_max}) calls are under way; try again")
+            self._under_way[name] += 1
+            call.counted = name
+
+    def end(self, call: Call) -> None:
+        """Count a call out."""
+        if call.is_silent:
+            self._silent.release()
+            return
+        with self._lock:
+            self._under_way[call.counted] -= 1
+            if not self._under_way[call.counted]:
+                del self._under_way[call.counted]
+
+    def may_log(self, call: Call) -> bool:
+        """Whether there is to be a line about a call; strangers, of whom anybody can be any number, get a few a second."""
+        if self.logged == "none" or (self.logged == "failed" and call.failed is None):
+            return False
+        if call.principal.name is not None or self.gate.is_open:
+            return True
+        with self._lock:
+            now = int(time.monotonic())
+            if now != self._second:
+                if self._lines > STRANGERS_LINES:
+                    log.warning("%d more calls of strangers were refused", self._lines - STRANGERS_LINES)
+                self._second, self._lines = now, 0
+            self._lines += 1
+            return self._lines <= STRANGERS_LINES
+
+
+def _secret_of(authorization: str) -> str:
+    """Return the bearer in a header, or the API token that stands where a password does."""
+    scheme, _, given = authorization.partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else basic_parts(given)[1]
 
 
 def _text(header: str | bytes) -> str:
@@ -190,17 +255,26 @@ class Handshakes(fl.ServerAuthHandler):
             said = incoming.read()
         except OSError:  # it says nothing
             said = b""
-        if self._calls.admitted.pop(threading.get_ident(), False):
+        call = self._calls.shaking.pop(threading.get_ident())
+        if not call.is_silent:
             return
-        try:
+        with logs.during(call.words):
             try:
-                given = fl.BasicAuth.deserialize(said)
-                name, password = given.username.decode(), given.password.decode()
-            except (pa.ArrowException, OSError, UnicodeDecodeError):
-                raise Unauthenticated("a handshake has a user's name and password, or an authorization header") from None
-            outgoing.write(self._calls.gate.log_in_by_handshake(name, password).encode())
-        except BaseException as error:
-            raise to_wire(error) from None
+                outgoing.write(self._bearer_for(said).encode())
+            except BaseException as error:
+                call.failed = error
+                raise to_wire(error) from None
+
+    def _bearer_for(self, said: bytes) -> str:
+        gate = self._calls.gate
+        try:
+            if len(said) > CREDENTIAL_BYTES_MAX:
+                raise Unauthenticated(f"the credentials have more than {CREDENTIAL_BYTES_MAX} bytes")
+            given = fl.BasicAuth.deserialize(said)
+            name, password = given.username.decode(), given.password.decode()
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
+            raise Unauthenticated("a handshake has a user's name and password, or an authorization header") from None
+        return gate.bearer(gate.log_in(name, password)) or password
 
     def is_valid(self, token: bytes) -> bytes:
         """What is sent with each call, the middleware has seen already."""
@@ -212,11 +286,13 @@ class Call(fl.ServerMiddleware):
 
     def __init__(self, calls: Calls, method: Any, headers: dict[str, str]) -> None:
         self.headers = headers
-        self.principal = ANYBODY
+        self.admission = Admission(ANYBODY if calls.gate.is_open else NOBODY)
         self.failed: BaseException | None = None
+        self.bearer: str | None = None  # that the answer tells the client to use from then on
+        self.is_silent = False
+        self.counted: str | None = None  # the principal whose calls it is counted among; a certificate's is known too late
         self._calls = calls
         self._began = time.monotonic()
-        self._bearer: str | None = None
         asked = headers.get(REQUEST_HEADER, "")
         self.words = logs.Call(asked if _REQUEST.fullmatch(asked) else secrets.token_hex(8), method.name)
         cookie = SESSION_COOKIE.search(headers.get("cookie", ""))
@@ -230,9 +306,17 @@ class Call(fl.ServerMiddleware):
     def _leaves_out(self) -> bool:
         return self.headers.get("user-agent", "").startswith(LEAVES_OUT_TRANSACTION)
 
-    def admitted(self, principal: Principal, bearer: str | None = None) -> None:
-        """Take note of who calls, and what bearer the answer tells them to use from then on."""
-        self.principal, self.words.principal, self._bearer = principal, principal.name, bearer
+    @property
+    def principal(self) -> Principal:
+        return self.admission.principal
+
+    def admitted(self, admission: Admission) -> None:
+        """Take note of who calls."""
+        self.admission, self.words.principal = admission, admission.principal.name
+
+    def again(self) -> Principal:
+        """Return who calls with the rights they have by now. Raises Unauthenticated when they would be admitted no more."""
+        return self._calls.gate.again(self.admission)
 
     def identify(self, context: Any) -> None:
         """Take note of who calls by a certificate, which only a handler gets to see."""
@@ -243,10 +327,8 @@ class Call(fl.ServerMiddleware):
         headers = {REQUEST_HEADER: self.words.request}
         if self._offered:
             headers["set-cookie"] = f"oplog-session={self._offered}"
-        if self._bearer:
-            headers["authorization"] = f"Bearer {self._bearer}"
-            # For some methods pyarrow asks twice and sends both answers; ADBC's driver would then send two credentials ever after.
-            self._bearer = None
+        if self.bearer:
+            headers["authorization"] = f"Bearer {self.bearer}"
         return headers
 
     @property
@@ -256,16 +338,15 @@ class Call(fl.ServerMiddleware):
 
     def caller(self, peer: str) -> Caller:
         names = (self._session,) if self._session is not None else (peer,) if self._offered is None else (self._offered, peer)
-        return Caller(self.principal, names, self._leaves_out, options=self._options)
+        return Caller(self.principal, self.again, names, self._leaves_out, options=self._options)
 
     def call_completed(self, exception: Any) -> None:
-        self._calls.free.release()
+        self._calls.end(self)
         self.end()
 
     def end(self) -> None:
         """Log the call, where such calls are logged."""
-        wanted = self._calls.logged
-        if wanted == "none" or (wanted == "failed" and self.failed is None):
+        if not self._calls.may_log(self):
             return
         seconds = time.monotonic() - self._began
         status = "OK" if self.failed is None else self.failed.status if isinstance(self.failed, OplogError) else "INTERNAL"

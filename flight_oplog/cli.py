@@ -31,8 +31,8 @@ from flight_oplog.accounts import Accounts, add_token, add_user, remove_token, r
 from flight_oplog.auth import Gate
 from flight_oplog.client import Client, Login
 from flight_oplog.config import SETTINGS, Config, load, parse
-from flight_oplog.errors import OplogError, RequestError, TryAgain
-from flight_oplog.listening import check_listen, check_tls, lacking
+from flight_oplog.errors import OplogError, RequestError, TryAgain, Unauthenticated
+from flight_oplog.listening import check_listen, check_tls, is_private, lacking
 from flight_oplog.oplog import OpLog
 from flight_oplog.printing import PRINTERS, console, print_json, print_table
 from flight_oplog.server import Server
@@ -196,9 +196,11 @@ def _add_server(parser: argparse.ArgumentParser, where: Any) -> None:
 
 
 def _login(options: argparse.Namespace) -> Login:
-    """Return what to show a server. Raises RequestError for a file that cannot be read."""
+    """Return what to show a server. Raises RequestError for a file that cannot be read, or a secret that others could read on its way."""
     login = getattr(options, "login", None)
     if login is None:
+        if (options.user is not None or options.token_file is not None) and not is_private(options.server):
+            raise RequestError(f"server {options.server}: a password or token is sent over grpc+tls:// only; nothing was sent")
         password = None if options.user is None else _password(f"password of {options.user}: ")
         token = None if options.token_file is None else _file(options.token_file).decode("utf-8", "replace").strip()
         files = (options.tls_ca, options.client_cert, options.client_key)
@@ -216,7 +218,10 @@ def _file(name: str) -> bytes:
 
 def _password(words: str) -> str:
     """Ask for a password, unseen, or read the first line of standard input where no person sits."""
-    return getpass.getpass(words) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    try:
+        return getpass.getpass(words) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise RequestError("the password is not UTF-8") from None
 
 
 # serve
@@ -286,16 +291,18 @@ def _tail(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # waiting for a batch, Python would not get to see it
     start: int | str = int(options.start) if options.start.isascii() and options.start.isdigit() else options.start
     columns = options.columns.split(",") if options.columns else None
+    was_in = False
     while True:
         try:
             with Client(options.server, _login(options)) as client:
                 for batch, next_offset in client.follow(options.topic, start, options.follow, columns, options.where):
                     print_json(batch.schema, iter([batch]), 0)
                     sys.stdout.flush()
-                    start = next_offset
+                    start, was_in = next_offset, True
             return 0
-        except TryAgain as error:
-            if not options.follow:
+        except (TryAgain, Unauthenticated) as error:
+            # A login ends after a while: whoever was let in once may log in again.
+            if not options.follow or (isinstance(error, Unauthenticated) and not was_in):
                 raise
             print(f"flight-oplog: {error}", file=sys.stderr)
             time.sleep(AGAIN_SECONDS)

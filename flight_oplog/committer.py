@@ -346,11 +346,14 @@ class Committer:
             append.keep()
             receipt = Receipt(append.topic, first_offset, append.entries, version, append.origin.sequence)
             if append.key is not None:
-                self._producers.remember(append.key, receipt)
+                self._producers.remember(append.key, receipt, append.origin.principal)
             append.receipt.set_result(receipt)
         for append in group.duplicates:
             append.drop()
-            append.receipt.set_result(self._producers.original(append, group.base, version))
+            try:
+                append.receipt.set_result(self._producers.original(append, group.base, version))
+            except OutOfOrder as error:
+                append.receipt.set_exception(error)
         for append, reason in refused:
             append.refuse(reason)
 
@@ -360,34 +363,42 @@ class _Producers:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._receipts: OrderedDict[tuple[str, str, int, int], Receipt] = OrderedDict()
+        self._receipts: OrderedDict[tuple[str, str, int, int], tuple[Receipt, str | None]] = OrderedDict()
 
     def last(self, base: Snapshot, topic: str, producer: str) -> tuple[int, int]:
         """Return (epoch, sequence) of the producer's newest append to the topic; the sequence is -1 before the first."""
         epoch, sequence = self._store.numbers(base, f"epoch/{topic}/{producer}", f"producer/{topic}/{producer}")
         return epoch or 0, -1 if sequence is None else sequence
 
-    def remember(self, key: tuple[str, str, int, int], receipt: Receipt) -> None:
-        self._receipts[key] = receipt
+    def remember(self, key: tuple[str, str, int, int], receipt: Receipt, principal: str | None) -> None:
+        self._receipts[key] = receipt, principal
         if len(self._receipts) > RECEIPTS_KEPT:
             self._receipts.popitem(last=False)
 
     def original(self, append: Append, snapshot: Snapshot, table_version: int) -> Receipt:
-        """Return the receipt of the append that this one repeats, as far as it can still be told."""
+        """Return the receipt of the append that this one repeats, as far as it can still be told.
+
+        Raises OutOfOrder when another principal wrote it under the producer's name: then it is no repetition, and is not written.
+        """
         assert append.key is not None
-        found = self._receipts.get(append.key)
-        if found is not None:
-            return replace(found, duplicate=True)
-        first_offset, entries = None, None
-        with contextlib.suppress(OplogError):  # that it is a duplicate stands, whatever can be read of it
-            first_offset, entries = _find_run(append.key, snapshot) or (None, None)
-        return Receipt(append.topic, first_offset, entries, table_version, append.origin.sequence, duplicate=True)
+        receipt, principal = self._receipts.get(append.key, (None, None))
+        if receipt is None:
+            first_offset, entries = None, None
+            with contextlib.suppress(OplogError):  # that it is a duplicate stands, whatever can be read of it
+                first_offset, entries, principal = _find_run(append.key, snapshot) or (None, None, None)
+            receipt = Receipt(append.topic, first_offset, entries, table_version, append.origin.sequence)
+        if principal is not None and principal != append.origin.principal:
+            raise OutOfOrder(
+                f"topic {append.topic!r}: sequence {append.origin.sequence} of producer {append.origin.producer!r} is another principal's; "
+                "nothing was written; choose another name for the producer"
+            )
+        return replace(receipt, duplicate=True)
 
 
-def _find_run(key: tuple[str, str, int, int], snapshot: Snapshot) -> tuple[int, int] | None:
-    """Look the newest records through, backwards, for the run of entries that an append wrote: (first offset, entries)."""
+def _find_run(key: tuple[str, str, int, int], snapshot: Snapshot) -> tuple[int, int, str | None] | None:
+    """Look the newest records through, backwards, for the run of entries that an append wrote: (first offset, entries, principal)."""
     topic, *wanted = key
-    found: tuple[int, int] | None = None
+    found: tuple[int, int, str | None] | None = None
     left = RECORDS_SEARCHED_MAX
     for file in reversed(snapshot.topics[topic].files if topic in snapshot.topics else ()):
         for record in reversed(snapshot.store.records(file)):
@@ -395,7 +406,7 @@ def _find_run(key: tuple[str, str, int, int], snapshot: Snapshot) -> tuple[int, 
             for owner in reversed(record.appends):
                 start = end - owner["entries"]
                 if [owner["producer"], owner["epoch"], owner["sequence"]] == wanted:
-                    found = (start, (found[1] if found else 0) + owner["entries"])
+                    found = (start, (found[1] if found else 0) + owner["entries"], owner["principal"])
                 elif found is not None:
                     return found
                 end = start

@@ -41,7 +41,7 @@ class Rights:
 
     def may(self, permission: str, name: str) -> bool:
         patterns: frozenset[str] = getattr(self, permission)
-        return name in patterns or "*" in patterns or (bool(patterns) and _compiled(patterns).fullmatch(name) is not None)
+        return name in patterns or "*" in patterns or _matches(patterns, name)
 
     @property
     def oversees(self) -> bool:
@@ -52,12 +52,29 @@ class Rights:
         return Rights(*(getattr(self, name) | getattr(other, name) for name in PERMISSIONS))
 
 
-@functools.lru_cache(1024)
-def _compiled(patterns: frozenset[str]) -> re.Pattern[str]:
-    return re.compile("|".join(pattern.replace("*", ".*") for pattern in sorted(patterns)))
+@functools.lru_cache(1 << 16)
+def _matches(patterns: frozenset[str], name: str) -> bool:
+    return any(_fits(pattern, name) for pattern in patterns)
 
 
-EVERYTHING = Rights(*[frozenset("*")] * 3)
+def _fits(pattern: str, name: str) -> bool:
+    """Whether a name fits a pattern; never goes back over it, as a regular expression of many stars would."""
+    first, *others = pattern.split("*")
+    if not others:
+        return name == pattern
+    *middle, last = others
+    if not name.startswith(first):
+        return False
+    place = len(first)
+    for part in middle:
+        place = name.find(part, place)
+        if place < 0:
+            return False
+        place += len(part)
+    return name.endswith(last) and place + len(last) <= len(name)
+
+
+EVERYTHING, NOTHING = Rights(*[frozenset("*")] * 3), Rights()
 
 
 @dataclass(frozen=True)
@@ -77,8 +94,8 @@ def forbidden(principal: Principal, permission: str, name: str) -> Forbidden:
     return Forbidden(f"{principal.name!r} has no permission {permission!r} for {name!r}; nothing was written; ask whoever keeps the grants")
 
 
-# Where nobody is asked who they are.
-ANYBODY = Principal(None)
+# Where nobody is asked who they are; and who has not been told from others yet.
+ANYBODY, NOBODY = Principal(None), Principal(None, rights=NOTHING)
 
 
 class Grants:

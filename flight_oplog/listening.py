@@ -10,7 +10,7 @@ from typing import Any
 from flight_oplog.config import Config
 from flight_oplog.errors import RequestError
 
-_LISTEN = re.compile(r"grpc(\+tls)?://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):(\d{1,5})")
+_LISTEN = re.compile(r"grpc(\+tls)?://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})")
 
 
 def check_listen(config: Config) -> tuple[str, int]:
@@ -27,16 +27,25 @@ def check_listen(config: Config) -> tuple[str, int]:
     if not config.tls_cert and (found[1] or config.client_ca):
         raise RequestError(f"setting {'listen' if found[1] else 'client_ca'}: it takes TLS; set tls_cert and tls_key")
     host = found[2]
-    try:
-        loopback = ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        loopback = host == "localhost"
     missing = lacking(config)
-    if not loopback and missing and not config.insecure:
+    if not _is_loopback(host) and missing and not config.insecure:
         raise RequestError(
             f"{config.listen} is reachable from other machines and there is no {missing}; add --insecure to serve there all the same"
         )
     return host, int(found[3])
+
+
+def is_private(uri: str) -> bool:
+    """Whether what is sent to a server at an address is nobody else's to read."""
+    found = _LISTEN.fullmatch(uri)
+    return found is None or found[1] is not None or _is_loopback(found[2])
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def lacking(config: Config) -> str:

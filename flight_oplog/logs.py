@@ -50,8 +50,14 @@ class _Text(logging.Formatter):
         call = _CURRENT.get()
         of_call = f" [{call.request} {call.method} {call.principal or '-'}]" if call else ""
         line = f"{self.formatTime(record)} {record.levelname} {record.name}{of_call}: {record.getMessage()}"
-        line = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
-        return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
+        if record.exc_info is None:
+            return _on_one_line(line)
+        # Indented, so that no text of an exception can pass for a line of its own.
+        return "\n    ".join(map(_on_one_line, [line, *self.formatException(record.exc_info).split("\n")]))
+
+
+def _on_one_line(text: str) -> str:
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 class _Json(logging.Formatter):

@@ -179,10 +179,10 @@ class Server(fl.FlightServerBase):
         caller = self._caller(context, named)
         put = self._service.put(descriptor.command, caller) if is_command else Put(named)
         if isinstance(put, Update):
-            writer.write(put.perform(self._parameters(context, reader) if put.takes_parameters else None))
+            writer.write(put.perform(self._parameters(context, reader, put.bytes_max) if put.takes_parameters else None))
             return
         topic = put.topic
-        caller.check("append", topic)
+        self._service.check_append(topic, caller)
         try:
             schema = reader.schema
         except (pa.ArrowException, OSError, StopIteration):
@@ -197,6 +197,7 @@ class Server(fl.FlightServerBase):
         append = self._oplog.writer(topic, schema, origin, put.role)
         try:
             self._fill(context, append, itertools.chain([first], messages), headers)
+            caller.now().check("append", topic)  # it may have taken hours
             answer: bytes | None = None
             if put.transaction_id is not None:
                 answer = wire.encode(wire.DoPutUpdateResult(self._service.transactions.hold(put.transaction_id, append, caller.name)))
@@ -211,7 +212,7 @@ class Server(fl.FlightServerBase):
         if answer is not None:
             writer.write(answer)
 
-    def _parameters(self, context: Any, reader: Any) -> pa.RecordBatch | None:
+    def _parameters(self, context: Any, reader: Any, bytes_max: int | None) -> pa.RecordBatch | None:
         """Return the values a client binds, as one batch; None for a stream without columns or a schema, as drivers send for none."""
         try:
             schema = reader.schema
@@ -227,6 +228,8 @@ class Server(fl.FlightServerBase):
                 rows += batch.num_rows
                 if rows > self._config.batch_entries_max:
                     raise TooLarge(f"more than batch_entries_max ({self._config.batch_entries_max}) rows are bound; nothing was written")
+                if bytes_max is not None and size > bytes_max:
+                    raise TooLarge(f"the values bound to the query are more than parameter_bytes_max ({bytes_max}) bytes")
                 if size > self._config.batch_bytes_max:
                     raise TooLarge(f"the bound values are over batch_bytes_max ({self._config.batch_bytes_max}); nothing was written")
                 batches.append(batch)
@@ -268,7 +271,7 @@ class Server(fl.FlightServerBase):
                 if batch is None or not words.keys() <= {"sequence", "expected_offset"} or "sequence" not in words:
                     raise RequestError(f'topic {topic!r}: after a batch with a sequence, each message is a batch with {{"sequence": n}}')
                 self._check_open()
-                replace(caller, principal=self._gate.again(caller.principal)).check("append", topic)
+                caller.now().check("append", topic)
                 append = self._oplog.writer(topic, schema, replace(origin, **words))
                 try:
                     append.write(batch)

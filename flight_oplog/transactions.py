@@ -20,7 +20,7 @@ import re
 import secrets
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -56,8 +56,18 @@ class _Session:
 class _Open:
     """A transaction that holds appends."""
 
+    principal: str | None
     deadline: float
     appends: list[Append] = field(default_factory=list)
+
+
+@dataclass
+class _Remembered:
+    """What is kept of a principal's clients: their sessions, and how their transactions ended. Nobody else's can drive it out."""
+
+    sessions: OrderedDict[str, _Session] = field(default_factory=OrderedDict)
+    ended: OrderedDict[str, str] = field(default_factory=OrderedDict)
+    forgotten: int = 0  # transactions up to this number may have ended and be remembered no more
 
 
 class Transactions:
@@ -69,12 +79,10 @@ class Transactions:
         self._changed = threading.Condition()
         self._key = secrets.token_bytes(32)
         self._open: dict[str, _Open] = {}
-        self._ended: OrderedDict[str, str] = OrderedDict()
-        self._forgotten = 0  # transactions up to this number may have ended and be remembered no more
+        self._remembered: defaultdict[str | None, _Remembered] = defaultdict(_Remembered)
         self._begun = 0
         self._closed = False
         self._committing: dict[str, Future[list[Receipt]]] = {}
-        self._sessions: OrderedDict[str, _Session] = OrderedDict()
         self._watching = False
 
     def begin(self, sessions: Sequence[str], principal: str | None = None) -> bytes:
@@ -82,49 +90,51 @@ class Transactions:
         with self._changed:
             self._begun += 1
             name = self._name(self._begun, principal)
-            self._register(sessions, name)
+            self._register(sessions, name, principal)
         return name.encode()
 
-    def introduce(self, sessions: Sequence[str]) -> None:
+    def introduce(self, sessions: Sequence[str], principal: str | None = None) -> None:
         """Take note of a new client: whoever had its connection's name before is gone."""
         with self._changed:
-            self._register(sessions, None)
+            self._register(sessions, None, principal)
 
-    def _register(self, sessions: Sequence[str], transaction: str | None) -> None:
+    def _register(self, sessions: Sequence[str], transaction: str | None, principal: str | None) -> None:
         if not sessions:
             return
-        before = self._sessions.get(sessions[-1])
+        kept = self._remembered[principal].sessions
+        before = kept.get(sessions[-1])
         if before is not None and before.cookie is not None:
-            self._sessions.pop(before.cookie, None)  # offered, and not taken
+            kept.pop(before.cookie, None)  # offered, and not taken
         session = _Session(transaction, time.monotonic(), sessions[0] if len(sessions) > 1 else None)
         for name in sessions:
-            self._sessions[name] = session
-            self._sessions.move_to_end(name)
-        while len(self._sessions) > SESSIONS_KEPT:
-            self._sessions.popitem(last=False)
+            kept[name] = session
+            kept.move_to_end(name)
+        while len(kept) > SESSIONS_KEPT:
+            kept.popitem(last=False)
 
-    def _session(self, sessions: Sequence[str]) -> _Session | None:
+    def _session(self, sessions: Sequence[str], principal: str | None) -> _Session | None:
+        kept = self._remembered[principal].sessions
         for name in sessions:
-            found = self._sessions.get(name)
+            found = kept.get(name)
             is_connection = ":" in name
             if found is not None and not (is_connection and time.monotonic() - found.seen > IDLE_SECONDS):
-                self._sessions.move_to_end(name)
+                kept.move_to_end(name)
                 return found
         return None
 
-    def saw(self, sessions: Sequence[str]) -> None:
+    def saw(self, sessions: Sequence[str], principal: str | None = None) -> None:
         """Take note of a call of a client's, which keeps its connection alive."""
         with self._changed:
-            if (found := self._session(sessions)) is not None:
+            if (found := self._session(sessions, principal)) is not None:
                 found.seen = time.monotonic()
 
-    def of(self, sessions: Sequence[str]) -> bytes | None:
+    def of(self, sessions: Sequence[str], principal: str | None = None) -> bytes | None:
         """Return the transaction that a client has begun and not ended, None when it has none.
 
         Raises TryAgain for one that was never seen: it may have begun its transaction over another connection.
         """
         with self._changed:
-            found = self._session(sessions)
+            found = self._session(sessions, principal)
             if found is None:
                 raise TryAgain(_STRANGER)
             found.seen = time.monotonic()
@@ -141,8 +151,8 @@ class Transactions:
             raise TryAgain("the server is shutting down; nothing was written; try again when it is back")
         if name in self._committing:
             raise RequestError(f"the transaction {_COMMITTING}; nothing was written; begin another")
-        if name in self._ended:
-            raise RequestError(f"the transaction {self._ended[name]}; nothing was written; begin another")
+        if (ended := self._remembered[principal].ended.get(name)) is not None:
+            raise RequestError(f"the transaction {ended}; nothing was written; begin another")
         found = self._open.get(name)
         if found is None and len(self._open) >= self._config.transactions_max:
             raise TooLarge(f"transactions_max ({self._config.transactions_max}) transactions hold appends; nothing was written; try again")
@@ -160,7 +170,7 @@ class Transactions:
         with self._changed:
             name = self._checked(transaction_id, principal)
             if name not in self._open:
-                self._open[name] = _Open(time.monotonic() + self._config.transaction_seconds_max)
+                self._open[name] = _Open(principal, time.monotonic() + self._config.transaction_seconds_max)
                 if not self._watching:
                     threading.Thread(target=self._watch, name="transactions", daemon=True).start()
                     self._watching = True
@@ -174,9 +184,9 @@ class Transactions:
         """
         with self._changed:
             name = self._known(transaction_id, principal)
-            self._leave(name, sessions)
+            self._leave(name, sessions, principal)
             under_way = self._committing.get(name)
-            ended = self._ended.get(name)
+            ended = self._remembered[principal].ended.get(name)
             if under_way is None:
                 if ended == _COMMITTED:  # the client did not get the answer
                     return []
@@ -186,7 +196,7 @@ class Transactions:
                     raise RequestError(f"the transaction {ended}; nothing of it was written")
                 found = self._open.pop(name, None)
                 if found is None:
-                    self._end(name, _COMMITTED)
+                    self._end(name, _COMMITTED, principal)
                     return []
                 answer = self._committing[name] = Future()
         if under_way is not None:
@@ -202,7 +212,7 @@ class Transactions:
             raise
         finally:
             with self._changed:
-                self._end(name, outcome)
+                self._end(name, outcome, principal)
                 del self._committing[name]
 
     def rollback(self, transaction_id: bytes, sessions: Sequence[str] = (), principal: str | None = None) -> None:
@@ -215,20 +225,26 @@ class Transactions:
                 name = self._known(transaction_id, principal)
             except RequestError:
                 return
-            self._leave(name, sessions)
+            self._leave(name, sessions, principal)
             found = self._open.pop(name, None)
-            ended = _COMMITTING if name in self._committing else self._ended.get(name)
+            ended = _COMMITTING if name in self._committing else self._remembered[principal].ended.get(name)
             if ended == _UNKNOWN:
                 raise OutcomeUnknown(f"the transaction {_UNKNOWN}; look whether its entries are there")
             if ended in (_COMMITTED, _COMMITTING):
                 raise RequestError(f"the transaction {ended}; it cannot be rolled back")
             if ended is None:
-                self._end(name, "was rolled back")
+                self._end(name, "was rolled back", principal)
         _drop(found)
 
-    def _leave(self, name: str, sessions: Sequence[str]) -> None:
+    def topics(self, transaction_id: bytes, principal: str | None = None) -> set[str]:
+        """Return the topics that a transaction holds appends to."""
+        with self._changed:
+            found = self._open.get(self._known(transaction_id, principal))
+            return set() if found is None else {append.topic for append in found.appends}
+
+    def _leave(self, name: str, sessions: Sequence[str], principal: str | None) -> None:
         for session in sessions:
-            found = self._sessions.get(session)
+            found = self._remembered[principal].sessions.get(session)
             if found is not None and found.transaction == name:
                 found.transaction = None
 
@@ -238,8 +254,8 @@ class Transactions:
             self._closed = True
             found = list(self._open.items())
             self._open.clear()
-            for name, _ in found:
-                self._end(name, "was rolled back when the server stopped")
+            for name, each in found:
+                self._end(name, "was rolled back when the server stopped", each.principal)
         for _, each in found:
             _drop(each)
 
@@ -252,7 +268,8 @@ class Transactions:
                 "the transaction was not begun by you at this server, or the server was started again since; nothing of it was written; "
                 "roll it back and begin another"
             )
-        if number <= self._forgotten and name not in self._open and name not in self._ended:
+        remembered = self._remembered[principal]
+        if number <= remembered.forgotten and name not in self._open and name not in remembered.ended:
             raise RequestError("the transaction is too old to be known; roll it back and begin another")
         return name
 
@@ -260,13 +277,14 @@ class Transactions:
         """Return the id of a transaction; no other principal can make it out, and none of theirs is valid for this one."""
         return f"{number}/{hmac.digest(self._key, f'{number} {principal!r}'.encode(), hashlib.sha256)[:16].hex()}"
 
-    def _end(self, name: str, outcome: str) -> None:
-        self._ended[name] = outcome
+    def _end(self, name: str, outcome: str, principal: str | None) -> None:
+        remembered = self._remembered[principal]
+        remembered.ended[name] = outcome
         if not self._open:
             self._changed.notify_all()
-        while len(self._ended) > ENDED_KEPT:
-            forgotten, _ = self._ended.popitem(last=False)
-            self._forgotten = max(self._forgotten, int(forgotten.partition("/")[0]))
+        while len(remembered.ended) > ENDED_KEPT:
+            forgotten, _ = remembered.ended.popitem(last=False)
+            remembered.forgotten = max(remembered.forgotten, int(forgotten.partition("/")[0]))
 
     def _watch(self) -> None:
         """Roll back what is open past its deadline, as long as anything is."""
@@ -275,8 +293,9 @@ class Transactions:
                 now = time.monotonic()
                 late = [name for name, each in self._open.items() if each.deadline <= now]
                 dropped = [self._open.pop(name) for name in late]
-                for name in late:
-                    self._end(name, f"was rolled back when it had been open for {self._config.transaction_seconds_max} seconds")
+                too_long = f"was rolled back when it had been open for {self._config.transaction_seconds_max} seconds"
+                for name, each in zip(late, dropped, strict=True):
+                    self._end(name, too_long, each.principal)
                 if not self._open:
                     self._watching = False
             for each in dropped:

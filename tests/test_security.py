@@ -454,14 +454,14 @@ def test_adbc_logs_in_with_a_password_and_sees_its_own(secured: Secured) -> None
     assert queries == [{"principal": "ann"}]
 
 
-@pytest.mark.parametrize(("name", "password"), [("nobody at all", "x"), ("root", "wrong"), ("root", ""), ("", "")])
+@pytest.mark.parametrize(("name", "password"), [("nobody at all", "x"), ("root", "wrong"), ("ann", ""), ("", "")])
 def test_a_wrong_login_is_refused_in_the_same_words(secured: Secured, name: str, password: str) -> None:
     with flight.connect(secured.server.uri) as client:
         status, words = status_of(lambda: client.authenticate_basic_token(name, password))
     assert status == "UNAUTHENTICATED"
     assert words.startswith("the credentials are not valid; request ")
     with pytest.raises(adbc_driver_manager.ProgrammingError, match="the credentials are not valid; request "):
-        adbc.connect(secured.server.uri, {"username": name or "x", "password": password or "x"}, autocommit=True)
+        adbc.connect(secured.server.uri, {"username": f"{name}, or not", "password": "x"}, autocommit=True)
 
 
 class Classic(flight.ClientAuthHandler):
@@ -617,7 +617,7 @@ def test_grants_are_read_again_without_dropping_a_call(start: Start, tmp_path: P
         assert "grants and users were read again" in server.errors.read_text()
         grants.write_text("[role.reader\n")
         server.process.send_signal(signal.SIGHUP)
-        assert eventually(lambda: "grants and users stay as they were: grants" in server.errors.read_text())
+        assert eventually(lambda: "what was there stays: grants" in server.errors.read_text())
         assert status_of(lambda: client.get_flight_info(PATH, made.options("ann")))[0] == OK
         send(PATH)(client, made.options("root"), made)
         assert following.read_chunk().data.num_rows == 2  # the call went on all the while

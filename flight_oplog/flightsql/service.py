@@ -55,12 +55,14 @@ _TRANSACTION_SUPPORT = 8
 @dataclass(frozen=True)
 class Caller:
     """Who calls, and for whom: the names of their session, whether their ingests leave out which transaction they belong to,
-    where what they append comes from, and as of when they ask, a table_version or a time.
+    where what they append comes from, and as of when they ask, a table_version or a time. `again` gives the principal with
+    the rights it has by then, and raises Unauthenticated when it would be admitted no more.
 
     `options` is the session's, sealed, as the client keeps it in a cookie; `keep` gives it another, None when it keeps none.
     """
 
     principal: Principal = ANYBODY
+    again: Callable[[], Principal] = lambda: ANYBODY
     sessions: tuple[str, ...] = ()
     leaves_out: bool = False
     origin: Origin = field(default_factory=Origin)
@@ -72,6 +74,10 @@ class Caller:
     @property
     def name(self) -> str | None:
         return self.principal.name
+
+    def now(self) -> Caller:
+        """Return the caller with the rights they have by now, for a call that takes long."""
+        return replace(self, principal=self.again())
 
     def check(self, permission: str, name: str) -> None:
         """Raise Forbidden unless the caller has a permission for a topic or view, in words that do not tell whether there is one."""
@@ -92,11 +98,12 @@ class Put:
 class Update:
     """A statement to be carried out with what is sent after a command: the values of its parameters, if there are any.
 
-    `perform` returns the protocol's answer.
+    `perform` returns the protocol's answer. `bytes_max` is how much the values may be, None for as much as a batch.
     """
 
     takes_parameters: bool
     perform: Callable[[pa.RecordBatch | None], bytes]
+    bytes_max: int | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +141,6 @@ class Service:
 
     def __init__(self, oplog: OpLog, engine: Engine, config: Config, gate: Gate) -> None:
         self._oplog = oplog
-        self._gate = gate
         self._engine = engine
         self.config = config
         self._sealer = Sealer(derived(gate.secret, "handles"))
@@ -153,9 +159,9 @@ class Service:
         """Plan the command in a descriptor; with `follow`, a statement to be run over a topic as it grows, from there."""
         message = wire.unpack(command)
         if caller.leaves_out and isinstance(message, wire.CommandGetSqlInfo) and tuple(message.info) == (_TRANSACTION_SUPPORT,):
-            self.transactions.introduce(caller.sessions)
+            self.transactions.introduce(caller.sessions, caller.name)
         elif caller.leaves_out:
-            self.transactions.saw(caller.sessions)
+            self.transactions.saw(caller.sessions, caller.name)
         if follow is not None:
             return self._follow_sql(self._sql_of(message, caller), follow, caller)
         return self._route(message, "flight_info")(self, message, command, caller)
@@ -254,7 +260,7 @@ class Service:
         options = self._options(caller)
         if caller.at is not None or options.keys() & {AT_VERSION, AT_TIMESTAMP}:
             raise RequestError("the past is not changed: leave out oplog-at-version and oplog-at-timestamp; nothing was written")
-        with self._turns.turn(caller.stopped):
+        with self._turns.turn(caller.stopped, caller.name):
             return self._statements.execute(sql, caller.stopped, parameters, caller.origin, hold, caller.principal)
 
     def _sql_of(self, message: Any, caller: Caller) -> str:
@@ -299,7 +305,7 @@ class Service:
         held = contextlib.ExitStack()
         held.callback(self._end_running, body["id"], cancelled)
         try:
-            turn = held.enter_context(self._turns.turn(lambda: stopped() or cancelled.is_set()))
+            turn = held.enter_context(self._turns.turn(lambda: stopped() or cancelled.is_set(), caller.name))
             values, db_schema = _loaded(body.get("parameters")), body.get("schema", PUBLIC)
             running = self._engine.run(
                 body["sql"], snapshot, lambda: stopped() or cancelled.is_set(), parameters=values, db_schema=db_schema
@@ -427,7 +433,7 @@ class Service:
 
         Whoever follows it for long sees it for as long as they have the right to.
         """
-        schema, runs = self._follower.read(request, caller.stopped, sql, lambda s: s.seen_by(self._gate.again(caller.principal)))
+        schema, runs = self._follower.read(request, caller.stopped, sql, lambda snapshot: snapshot.seen_by(caller.again()))
         return Result(schema, ((run.batch, words(run)) for run in runs))
 
     def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest, caller: Caller) -> list[bytes]:
@@ -460,7 +466,7 @@ class Service:
             renewed = self._sealer.seal("prepared statement", bound, caller.name, self.config.ticket_seconds_max)
             return wire.encode(wire.DoPutPreparedStatementResult(renewed))
 
-        return Update(True, perform)
+        return Update(True, perform, self.config.parameter_bytes_max)
 
     def _keep(self, handle: bytes, packed: str | None, caller: Caller) -> None:
         key = _key_of(handle, caller)
@@ -501,11 +507,21 @@ class Service:
 
     # Appends
 
+    def check_append(self, name: str, caller: Caller) -> None:
+        """Raise Forbidden or RequestError where a caller may not append to a topic, or begin it."""
+        caller.check("append", name)
+        snapshot = self._oplog.snapshot()
+        if name not in snapshot.topics and name in self._engine.views(snapshot):
+            raise RequestError(f"{name!r} is a view; nothing was written; choose another name or drop it first")
+
     def _begin(self, message: wire.ActionBeginTransactionRequest, caller: Caller) -> list[bytes]:
         return [wire.pack(wire.ActionBeginTransactionResult(self.transactions.begin(caller.sessions, caller.name)))]
 
     def _end(self, message: wire.ActionEndTransactionRequest, caller: Caller) -> list[bytes]:
         if message.action == _COMMIT:
+            now = caller.now()
+            for topic in self.transactions.topics(message.transaction_id, caller.name):
+                now.check("append", topic)
             self.transactions.commit(message.transaction_id, caller.sessions, caller.name)
         elif message.action == _ROLLBACK:
             self.transactions.rollback(message.transaction_id, caller.sessions, caller.name)
@@ -516,8 +532,8 @@ class Service:
     def _ingest(self, message: wire.CommandStatementIngest, caller: Caller) -> Put:
         name = message.table
         check_topic(name)
-        caller.check("append", name)
-        transaction_id = message.transaction_id or (self.transactions.of(caller.sessions) if caller.leaves_out else None)
+        self.check_append(name, caller)
+        transaction_id = message.transaction_id or (self.transactions.of(caller.sessions, caller.name) if caller.leaves_out else None)
         if transaction_id is not None:
             self.transactions.check(transaction_id, caller.name)
         if message.temporary:
@@ -534,8 +550,6 @@ class Service:
             raise RequestError(f"topic {name!r} exists already; nothing was written; append to it instead")
         if not exists and options.if_not_exist == _IF_NOT_EXIST_FAIL:
             raise NotFound(f"topic {name!r} does not exist; nothing was written; create it with the first append")
-        if name in self._engine.views(snapshot) and not exists:
-            raise RequestError(f"{name!r} is a view; nothing was written; choose another name or drop it first")
         return Put(name, transaction_id, _ROLES.get(options.if_exists, Role.APPENDS))
 
     # Metadata

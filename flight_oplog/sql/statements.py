@@ -69,7 +69,7 @@ class Statements:
             return self._drop_table(change)
         for _ in range(VIEW_TRIES):
             try:
-                return self._define_view(change)
+                return self._define_view(change, principal)
             except OutOfOrder:  # somebody else defined or dropped one meanwhile
                 continue
         raise TryAgain(f"view {change.name!r}: others define views at the same time; nothing was written; try again")
@@ -120,7 +120,7 @@ class Statements:
                 raise
         return 0
 
-    def _define_view(self, change: Change) -> int:
+    def _define_view(self, change: Change, principal: Principal) -> int:
         name = check_topic(change.name)
         snapshot = self._oplog.snapshot()
         views = self._engine.views(snapshot)
@@ -137,7 +137,10 @@ class Statements:
                 raise RequestError(f"view {name!r} exists already; nothing was written; say CREATE OR REPLACE VIEW")
             if not exists and len(views) >= self._config.views_max:
                 raise TooLarge(f"view {name!r} would be one more than views_max ({self._config.views_max}); nothing was written")
-        if not is_dropped and _is_made_of_itself(name, dict(views) | {name: change.definition}):
+        # Of the views that the principal sees: that one which is hidden is made of this one is nothing to be told. The limit of
+        # how deep views may be made of one another ends a circle through it.
+        seen = self._engine.views(snapshot.seen_by(principal))
+        if not is_dropped and _is_made_of_itself(name, dict(seen) | {name: change.definition}):
             raise RequestError(f"view {name!r} would be made of itself; nothing was written")
         now = datetime.datetime.now(datetime.UTC)
         row = {"view": name, "definition": None if is_dropped else change.definition, "defined": now}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
@@ -18,27 +18,31 @@ IDLE_SECONDS = 2
 
 
 class Turns:
-    """How many statements run at once. The next ones wait their turn, so many and so long; whoever comes after is refused."""
+    """How many statements run at once. The next ones wait their turn, so many and so long; whoever comes after is refused.
+
+    The last eighth of the slots is for principals who have no other, and so are the last places of those that wait.
+    """
 
     def __init__(self, slots: int, waiting_max: int, seconds: float) -> None:
         self._slots, self._waiting_max, self._seconds = slots, waiting_max, seconds
-        self._taken = 0
+        self._taken: Counter[str | None] = Counter()  # slots, by principal
         self._turns: set[Turn] = set()
-        self._waiting: deque[object] = deque()
+        self._waiting: dict[object, str | None] = {}  # the principals of those that wait, in the order they came
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def turn(self, stopped: Stopped) -> Iterator[Turn]:
-        """Hold a slot. Raises TryAgain when none comes free in time, Cancelled when the caller gives up."""
+    def turn(self, stopped: Stopped, principal: str | None = None) -> Iterator[Turn]:
+        """Hold a slot for a principal's statement. Raises TryAgain when none comes free in time, Cancelled when the caller gives up."""
         ticket = object()
         deadline = time.monotonic() + self._seconds
         with self._changed:
             self._end_idle()
-            if self._taken >= self._slots and len(self._waiting) >= self._waiting_max:
+            places = self._waiting_max - (self._waiting_max // 8 if self._is_known(principal) else 0)
+            if not self._is_free(principal) and len(self._waiting) >= places:
                 raise TryAgain(f"statements_max ({self._slots}) statements run and {len(self._waiting)} wait; nothing was done; try again")
-            self._waiting.append(ticket)
+            self._waiting[ticket] = principal
             try:
-                while self._taken >= self._slots or self._waiting[0] is not ticket:
+                while not self._is_free(principal) or not self._is_first(ticket):
                     if stopped():
                         raise Cancelled("the statement was stopped before its turn came")
                     if time.monotonic() > deadline:
@@ -47,11 +51,11 @@ class Turns:
                         )
                     self._changed.wait(0.1)
                     self._end_idle()
-                self._taken += 1
-                turn = Turn(self._free)
+                self._taken[principal] += 1
+                turn = Turn(lambda: self._free(principal))
                 self._turns.add(turn)
             finally:
-                self._waiting.remove(ticket)
+                del self._waiting[ticket]
                 self._changed.notify_all()
         try:
             yield turn
@@ -60,14 +64,28 @@ class Turns:
                 self._turns.discard(turn)
             turn.end()
 
+    def _is_known(self, principal: str | None) -> bool:
+        """Whether a principal has a slot already, or waits for one."""
+        return principal is not None and (self._taken[principal] > 0 or principal in self._waiting.values())
+
+    def _is_free(self, principal: str | None) -> bool:
+        kept = self._slots // 8 if principal is not None and self._taken[principal] else 0
+        return self._taken.total() < self._slots - kept
+
+    def _is_first(self, ticket: object) -> bool:
+        """Whether nobody who could go waits before this one."""
+        return next(each for each, principal in self._waiting.items() if each is ticket or self._is_free(principal)) is ticket
+
     def _end_idle(self) -> None:
-        if self._taken >= self._slots:
+        if self._taken.total() >= self._slots - self._slots // 8:
             for turn in list(self._turns):
                 turn.end_if_idle(time.monotonic() - IDLE_SECONDS)
 
-    def _free(self) -> None:
+    def _free(self, principal: str | None) -> None:
         with self._changed:
-            self._taken -= 1
+            self._taken[principal] -= 1
+            if not self._taken[principal]:
+                del self._taken[principal]
             self._changed.notify_all()
 
 
