@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -782,3 +783,177 @@ def test_a_server_is_secured_as_the_readme_says(tmp_path: Path, issuer: Issuer, 
         finally:
             server.send_signal(signal.SIGTERM)
             server.wait(60)
+
+
+# What a stranger, or somebody who may do little, could take from the others
+
+
+def test_handshakes_that_say_nothing_hold_up_nobody(start: Start, tmp_path: Path) -> None:
+    users, grants, tokens = make_users(tmp_path / "of")
+    server = start("--users", users, "--grants", str(grants), "--calls-max", "8")
+    made = Secured(server, tmp_path, users, grants, tokens)
+    says = threading.Event()
+
+    class Silent(Classic):
+        def authenticate(self, outgoing: Any, incoming: Any) -> None:
+            says.wait(60)
+
+    def shake() -> None:
+        with contextlib.suppress(pa.ArrowException, OSError), flight.connect(server.uri) as client:
+            client.authenticate(Silent("", ""))
+
+    threads = [threading.Thread(target=shake, daemon=True) for _ in range(30)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    with flight.connect(server.uri) as client:
+        for _ in range(20):
+            assert status_of(lambda: list(client.list_flights(options=made.options("root"))))[0] == OK
+        assert client.authenticate_basic_token("ann", "ann's password")
+    says.set()
+    for thread in threads:
+        thread.join(20)
+
+
+def test_a_handshake_of_any_size_is_not_looked_into(secured: Secured) -> None:
+    class Long(Classic):
+        def authenticate(self, outgoing: Any, incoming: Any) -> None:
+            outgoing.write(b"\x78" * (20 << 20))
+            self.token = incoming.read()
+
+    before = secured.server.memory_peak()
+    with flight.connect(secured.server.uri) as client:
+        status, words = status_of(lambda: client.authenticate(Long("", "")))
+    assert (status, "more than 8192 bytes" in words) == ("UNAUTHENTICATED", True)
+    assert secured.server.memory_peak() - before < 200 << 20  # 20 MiB of fields that nobody knows would take 260
+
+
+def test_one_principal_cannot_take_the_last_places(start: Start, tmp_path: Path) -> None:
+    users, grants, tokens = make_users(tmp_path / "of")
+    flags = ("--calls-max", "16", "--statements-max", "8", "--statement-wait-seconds-max", "3")
+    server = start("--users", users, "--grants", str(grants), *flags)
+    made = Secured(server, tmp_path, users, grants, tokens)
+    endless = descriptor(wire.CommandStatementQuery("SELECT count(*) AS n FROM generate_series(1, 100000000000)"))
+    options = made.options("stranger")
+
+    def take() -> None:
+        with flight.connect(server.uri) as client, contextlib.suppress(pa.ArrowException, OSError):
+            client.do_get(client.get_flight_info(endless, options).endpoints[0].ticket, options).read_all()
+
+    threads = [threading.Thread(target=take, daemon=True) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    time.sleep(1)
+    with made.adbc("root") as connection:
+        assert ask(connection, "SELECT 1 + count(*) AS n FROM system.topics")[0]["n"] >= 1
+
+
+def test_an_append_under_way_when_its_right_is_taken_is_not_written(start: Start, tmp_path: Path) -> None:
+    users, grants, tokens = make_users(tmp_path / "of")
+    server = start("--users", users, "--grants", str(grants))
+    made = Secured(server, tmp_path, users, grants, tokens)
+    sink = flight.FlightDescriptor.for_path("sink")
+    with flight.connect(server.uri) as client:
+        send(sink)(client, made.options("ann"), made)
+        begun = transaction_of(client, made.options("ann"))
+        update = wire.CommandStatementUpdate("INSERT INTO sink VALUES (7)", transaction_id=begun)
+        send(update)(client, made.options("ann"), made)
+        writer, _ = client.do_put(sink, ROWS_SCHEMA, made.options("ann"))
+        writer.write_batch(BATCH)
+        grants.write_text(GRANTS.replace('append = ["sink"]', ""))
+        server.process.send_signal(signal.SIGHUP)
+        assert eventually(lambda: "were read again" in server.errors.read_text())
+        with pytest.raises(flight.FlightUnauthorizedError, match="'ann' has no permission 'append' for 'sink'; nothing was written"):
+            writer.close()
+        end = act("EndTransaction", wire.ActionEndTransactionRequest(begun, 1))
+        assert status_of(lambda: end(client, made.options("ann"), made))[0] == DENIED
+        assert client.get_flight_info(sink, made.options("root")).total_records == 2
+
+
+def test_a_follower_is_let_go_when_its_token_is_removed(start: Start, tmp_path: Path) -> None:
+    users, grants, tokens = make_users(tmp_path / "of")
+    server = start("--users", users, "--grants", str(grants))
+    made = Secured(server, tmp_path, users, grants, tokens)
+    opened = flight.FlightDescriptor.for_path("open_a")
+    with flight.connect(server.uri) as client:
+        send(opened)(client, made.options("root"), made)
+        following = client.do_get(flight.Ticket(json.dumps({"topic": "open_a", "follow": True})), made.options("ann"))
+        assert following.read_chunk().data.num_rows == 2
+        remove_token(users, tokens["ann"].split("_")[1])
+        time.sleep(1.5)
+        send(opened)(client, made.options("root"), made)
+        with pytest.raises(flight.FlightUnauthenticatedError, match="the credentials are not valid"):
+            following.read_chunk()
+
+
+def test_who_may_append_cannot_put_entries_in_the_place_of_a_view(start: Start, tmp_path: Path) -> None:
+    users, grants, tokens = make_users(tmp_path / "of")
+    server = start("--users", users, "--grants", str(grants))
+    made = Secured(server, tmp_path, users, grants, tokens)
+    with flight.connect(server.uri) as client, made.adbc("root") as connection:
+        ask(connection, "CREATE VIEW sink AS SELECT 1 AS a")
+        for target in (flight.FlightDescriptor.for_path("sink"), wire.CommandStatementIngest(wire.TableDefinitionOptions(1, 2), "sink")):
+            status, words = status_of(lambda target=target: send(target)(client, made.options("ann"), made))  # type: ignore[misc]
+            assert (status, words.startswith("'sink' is a view; nothing was written")) == (INVALID, True)
+        assert ask(connection, "SELECT * FROM sink") == [{"a": 1}]
+
+
+def test_a_number_that_another_principal_has_taken_is_no_receipt(secured: Secured) -> None:
+    """The entries of who comes second would be lost, though acknowledged."""
+
+    def numbered(who: str, sequence: int, batch: pa.RecordBatch) -> None:
+        headers = [(b"authorization", f"Bearer {secured.tokens[who]}".encode()), (b"oplog-producer", b"pipeline")]
+        options = flight.FlightCallOptions(headers=[*headers, (b"oplog-sequence", str(sequence).encode())])
+        writer, _ = client.do_put(flight.FlightDescriptor.for_path("sink"), batch.schema, options)
+        writer.write_batch(batch)
+        writer.close()
+
+    with flight.connect(secured.server.uri) as client:
+        numbered("ann", 0, BATCH)
+        numbered("ann", 0, BATCH)  # her own, again
+        numbered("root", 1, BATCH)
+        status, words = status_of(lambda: numbered("ann", 1, BATCH))
+    assert status == INVALID
+    assert words.startswith(
+        "topic 'sink': sequence 1 of producer 'pipeline' is another principal's; nothing was written; choose another name"
+    )
+
+
+def test_values_bound_to_a_query_are_refused_before_they_are_gathered(secured: Secured) -> None:
+    with flight.connect(secured.server.uri) as client:
+        handle = handle_of(client, secured.options("stranger"), "SELECT $1 AS a")
+        large = pa.record_batch({"0": ["x" * (1 << 20)]})
+        status, words = status_of(lambda: send(PREPARED(handle), large)(client, secured.options("stranger"), secured))
+    assert (status, "more than parameter_bytes_max" in words) == (INVALID, True)
+
+
+def test_lines_about_strangers_are_few(start: Start, tmp_path: Path) -> None:
+    users, grants, tokens = make_users(tmp_path / "of")
+    server = start("--users", users, "--grants", str(grants))
+    made = Secured(server, tmp_path, users, grants, tokens)
+    with flight.connect(server.uri) as client:
+        for _ in range(300):
+            status_of(lambda: list(client.list_flights(options=made.options(None))))
+        time.sleep(1.1)
+        status_of(lambda: list(client.list_flights(options=made.options(None))))
+    assert eventually(lambda: re.search(r"[0-9]+ more calls of strangers were refused", server.errors.read_text()) is not None)
+    assert server.errors.read_text().count("UNAUTHENTICATED") < 100
+
+
+def test_bytes_in_a_header_that_are_no_text_get_no_traceback(secured: Secured) -> None:
+    with flight.connect(secured.server.uri) as client:
+        for headers in ([(b"authorization", b"Bearer \xff\xfe")], [(b"x-any", b"\xff")]):
+            with pytest.raises((pa.ArrowException, OSError)) as caught:
+                list(client.list_flights(options=flight.FlightCallOptions(headers=headers)))
+            assert "Traceback" not in str(caught.value)
+            assert ".py" not in str(caught.value)
+
+
+@pytest.mark.parametrize("grows", ["token", "cookie"])
+def test_a_header_of_any_size_is_no_way_in(secured: Secured, grows: str) -> None:
+    with flight.connect(secured.server.uri) as client:
+        for size in (8100, 8300, 20_000, 1 << 20):
+            header = (b"authorization", b"Bearer " + b"x" * size) if grows == "token" else (b"cookie", b"x" * size)
+            with pytest.raises((pa.ArrowException, OSError)):
+                list(client.list_flights(options=flight.FlightCallOptions(headers=[header])))
+        assert status_of(lambda: list(client.list_flights(options=secured.options("root"))))[0] == OK
