@@ -830,7 +830,7 @@ def test_a_handshake_of_any_size_is_not_looked_into(secured: Secured) -> None:
 
 def test_one_principal_cannot_take_the_last_places(start: Start, tmp_path: Path) -> None:
     users, grants, tokens = make_users(tmp_path / "of")
-    flags = ("--calls-max", "16", "--statements-max", "8", "--statement-wait-seconds-max", "3")
+    flags = ("--calls-max", "16", "--statements-max", "8", "--statement-wait-seconds-max", "3", "--drain-seconds-max", "1")
     server = start("--users", users, "--grants", str(grants), *flags)
     made = Secured(server, tmp_path, users, grants, tokens)
     endless = descriptor(wire.CommandStatementQuery("SELECT count(*) AS n FROM generate_series(1, 100000000000)"))
