@@ -24,6 +24,7 @@ from flight_oplog.errors import NotFound, OplogError, RequestError, Unsupported
 from flight_oplog.provider import ScanContext, topics_table
 from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, System, table_of, tables
+from flight_oplog.sql.measure import measure
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
 from flight_oplog.sql.planner import Asked, Planner, groups
 from flight_oplog.sql.plans import followed, is_constant, is_literal
@@ -255,14 +256,14 @@ class Engine:
             if first is not None:
                 yield first
                 yield from batches
-            if lexer.measure(asked.sql).first == "EXPLAIN":
+            if measure(asked.sql).first == "EXPLAIN":
                 yield from explained(context.counts, schema)
 
         return Running(schema, paced(noted(), self._config.message_bytes_max), context.counts)
 
     def _is_short(self, asked: Asked, context: ScanContext) -> bool:
         """Whether a query that has begun takes no time worth stopping it, which takes a detour of a millisecond."""
-        return context.entries <= SHORT_ENTRIES and asked.snapshot.store.is_local and lexer.measure(asked.sql).is_plain
+        return context.entries <= SHORT_ENTRIES and asked.snapshot.store.is_local and measure(asked.sql).is_plain
 
     def change(
         self,
