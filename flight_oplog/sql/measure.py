@@ -82,6 +82,7 @@ DEPTH_MAX = 1000
 _APART = frozenset(
     ("=", "<", ">", "<=", ">=", "<>", "!=", "+", "-", "*", "/", "%", "AND", "OR", "IS", "IN", "LIKE", "ILIKE", "BETWEEN", "NOT")
 )
+_BEGINS_QUERY = frozenset(("SELECT", "WITH", "VALUES", "FROM", "TABLE"))
 _SET_OPERATORS = frozenset(("UNION", "INTERSECT", "EXCEPT", "MINUS"))
 
 
@@ -320,7 +321,7 @@ class _Walk:
     def _word(self, token: Token) -> None:
         part, word = self.parts[-1], token.text.upper()
         self.first = self.first or word
-        if not part.items and not part.chain and word in ("SELECT", "WITH", "VALUES", "FROM", "TABLE"):
+        if not part.items and not part.chain and word in _BEGINS_QUERY:
             part.is_query = True
         if self._is_name(token, token.text.lower()):
             return
@@ -352,9 +353,12 @@ class _Walk:
             self._close()
 
     def _is_name(self, token: Token, name: str) -> bool:
-        """Whether a token is the name of a table, or of a common table expression that is about to be defined."""
-        part = self.parts[-1]
-        if part.expects_table and token.text.upper() not in ("LATERAL", "SELECT", "WITH", "VALUES", "TABLE", "UNNEST"):
+        """Whether a token is the name of a table, or of a common table expression that is about to be defined.
+
+        Almost any word may be one, and a string too.
+        """
+        part, word = self.parts[-1], token.text.upper()
+        if part.expects_table and word != "LATERAL" and (part.items or word not in _BEGINS_QUERY):
             part.expects_table = False
             part.items += 1
             self._source = token
@@ -366,18 +370,16 @@ class _Walk:
             self._after_operand = True
             return True
         before = "" if self._before is None else self._before.text.upper()
-        if part.with_names and before in ("WITH", "RECURSIVE", ",") and token.text.upper() not in ("RECURSIVE", "SELECT"):
+        if part.with_names and (before in ("RECURSIVE", ",") or (before == "WITH" and word != "RECURSIVE")):
             part.names = name
             self._after_operand = True
             return True
         return False
 
-    def _quoted(self, token: Token) -> None:
-        quote = token.text[0]
-        if not self._is_name(token, token.text[1:-1].replace(quote * 2, quote)):
-            self._value(token)
-
     def _value(self, token: Token) -> None:
+        quote = token.text[0]
+        if token.kind in ("quoted", "string") and self._is_name(token, token.text[1:-1].replace(quote * 2, quote)):
+            return
         part = self.parts[-1]
         part.items += 1
         if token.kind == "number":
