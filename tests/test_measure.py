@@ -21,6 +21,9 @@ MEASURED = {
     "SELECT * FROM range(0, 800000000)": (1, 1, 1),
     "SELECT * FROM t JOIN u ON t.a = ANY(range(0, 800))": (3, 2, 100),
     "SELECT replace('xxxx', 'x', '1234567890')": (0, 0, 12),
+    "SELECT approx_percentile_cont(a, 0.5, 400) FROM t": (0, 1, 101),
+    "SELECT approx_percentile_cont_with_weight(a, b + 1, 0.5) FROM t": (1, 1, 2),
+    "SELECT list_resize([a]), repeat(a), lpad(a), arrow_cast(a) FROM t": (1, 1, 1),
     "SELECT arrow_cast(a, 'FixedSizeBinary(6400)') FROM t": (0, 1, 100),
     "SELECT a FROM (SELECT b || c AS a FROM t) AS x, (SELECT 1) AS y": (1, 3, 2),
     "SELECT a || a FROM (SELECT b || c AS a FROM t) AS x": (2, 2, 4),
@@ -55,7 +58,15 @@ def test_what_views_hold_counts_where_they_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    "call", ["repeat(a, b)", "lpad(a, length(b))", "range(1, $1)", "array_resize(a, 2 * 2)", "repeat(n => 5, str => 'x')"]
+    "call",
+    [
+        "repeat(a, b)",
+        "lpad(a, length(b))",
+        "range(1, $1)",
+        "array_resize(a, 2 * 2)",
+        "repeat(n => 5, str => 'x')",
+        "approx_percentile_cont(a, 0.5, 1 + 1)",
+    ],
 )
 def test_a_size_that_is_no_number_in_the_text_is_refused(call: str) -> None:
     with pytest.raises(RequestError) as caught:

@@ -139,6 +139,7 @@ class _Argument:
     number: int | None = None
     characters: int | None = None
     written: str = ""
+    is_plain: bool = False  # one token, and no parameter
 
 
 def _sum(name: str, arguments: Sequence[_Argument]) -> int:
@@ -171,7 +172,15 @@ def _counted(name: str, arguments: Sequence[_Argument]) -> int:
     return sum(_number(name, each) for each in arguments) * 8 // UNIT_BYTES
 
 
+def _sketched(name: str, arguments: Sequence[_Argument]) -> int:
+    """A sketch has as many parts of 16 bytes as an argument says, somewhere after what it is made of."""
+    told = [each for each in arguments[2 if "weight" in name else 1 :] if each.number is not None or not each.is_plain]
+    return _sum(name, arguments) + sum(_number(name, each) for each in told) * 16 // UNIT_BYTES
+
+
 def _resized(name: str, arguments: Sequence[_Argument]) -> int:
+    if len(arguments) < 2:
+        return 1
     return arguments[0].growth + _number(name, arguments[1]) * _sum(name, arguments[2:]) + _counted(name, arguments[1:2])
 
 
@@ -210,6 +219,7 @@ _RULES = {
     **_under(_replaced, "replace", "regexp_replace", "array_replace", "array_replace_n", "array_replace_all"),
     **_under(_replaced, "list_replace", "list_replace_n", "list_replace_all"),
     **_under(_replaced, "array_to_string", "list_to_string", "array_join", "list_join"),
+    **_under(_sketched, "approx_percentile_cont", "approx_percentile_cont_with_weight"),
     **_under(_gathered, "array_agg", "string_agg"),
     **_under(_product, "levenshtein", "array_has_all", "array_has_any", "list_has_all", "list_has_any", "arrays_overlap"),
     **_under(_cast, "arrow_cast", "arrow_try_cast"),
@@ -260,6 +270,7 @@ class _Part:
         self.argument.growth = max(self.longest, self.chain)
         if self.items != 1:
             self.argument.number = self.argument.characters = None
+            self.argument.is_plain = False
         if self.items:
             self.arguments.append(self.argument)
         self.argument = _Argument()
@@ -345,6 +356,7 @@ class _Walk:
             part.joins = word not in _APART
         else:
             part.operand(1)
+            part.argument.is_plain = True
             self._operand = token
             self._after_operand = True
         if word == "CASE":
@@ -382,6 +394,7 @@ class _Walk:
             return
         part = self.parts[-1]
         part.items += 1
+        part.argument.is_plain = token.kind != "parameter"
         if token.kind == "number":
             part.argument.number = _whole(token.text)
             part.operand(0)

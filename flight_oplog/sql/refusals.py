@@ -75,6 +75,7 @@ _PREFIX = re.compile(
 )
 _NO_TABLE = re.compile(r"table '?([^']*)'? not found", re.IGNORECASE)
 _NO_REGEX = re.compile(r"Regular expression did not compile: \w+(?:\(\d+\))?")
+_NO_SIGNATURE = re.compile(r"No function matches the given name and argument types '[^']*'")
 _NOT_READING = re.compile(r"(?:DDL|DML|Statement) not supported: *(\w*)")
 
 
@@ -98,7 +99,7 @@ def translated(error: Exception, context: ScanContext) -> OplogError:
         return Unsupported(APPEND_ONLY if changing else f"{refused[1] or 'this'} is not served here: {_READING}")
     if words.startswith("Resources exhausted"):
         return out_of_memory()
-    if (wrong := _NO_REGEX.search(words)) is not None:
+    if (wrong := _NO_REGEX.search(words) or _NO_SIGNATURE.search(words)) is not None:
         return RequestError(f"the query cannot be answered: {wrong[0]}")
     if words.startswith("Internal error") or "panicked" in words[:40]:
         log.error("DataFusion: %s", text)
