@@ -78,10 +78,17 @@ class ScanContext:
     top: Top | None = None  # the statement wants no more than these, of its only table
     indexing_seconds: float = 0.0
     looks_into: bool = True  # its optimized plan may be asked for: it is small
+    tables: int = 1  # that it reads
     entries: int = 0  # of the records that its scans have to look at
     stopped: threading.Event = field(default_factory=threading.Event)
     failures: list[Exception] = field(default_factory=list)
     counts: dict[str, ScanCounts] = field(default_factory=dict)
+
+    def begin_anew(self) -> None:
+        """Forget what was counted: the statement is planned once more."""
+        self.entries = 0
+        for counts in self.counts.values():
+            vars(counts).update(vars(ScanCounts()))
 
 
 @dataclass(frozen=True, slots=True)

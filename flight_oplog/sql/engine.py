@@ -26,7 +26,7 @@ from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, System, table_of, tables
 from flight_oplog.sql.measure import measure
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
-from flight_oplog.sql.planner import Asked, Planner, groups
+from flight_oplog.sql.planner import Asked, Planner, accountable, groups
 from flight_oplog.sql.plans import followed, is_constant, is_literal
 from flight_oplog.sql.queries import Queries, explained, metrics_table
 from flight_oplog.sql.refusals import CATALOG, PUBLIC, SERVED, cannot_filter, check_declared, in_public, keys_of, translated
@@ -316,16 +316,16 @@ class Engine:
 
         def started() -> tuple[Any, ScanContext]:
             try:
-                return session.create_dataframe_from_logical_plan(plan).execute_stream(), context
+                frame = session.create_dataframe_from_logical_plan(plan)
+                return accountable(session, frame, context).execute_stream(), context
             except Exception as error:
                 if not cannot_filter(error, context):
                     raise translated(error, context) from error
             plain, again = opened()
             plain.remove_optimizer_rule("push_down_filter")
             try:
-                return plain.create_dataframe_from_logical_plan(
-                    self._change(plain, again, asked.sql, asked.values)[1]
-                ).execute_stream(), again
+                frame = plain.create_dataframe_from_logical_plan(self._change(plain, again, asked.sql, asked.values)[1])
+                return accountable(plain, frame, again).execute_stream(), again
             except Exception as error:
                 raise translated(error, again) from error
 
