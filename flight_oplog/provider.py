@@ -77,10 +77,18 @@ class ScanContext:
     offsets: tuple[int, int] | None = None  # show only entries within [first, last)
     top: Top | None = None  # the statement wants no more than these, of its only table
     indexing_seconds: float = 0.0
+    looks_into: bool = True  # its optimized plan may be asked for: it is small
+    tables: int = 1  # that it reads
     entries: int = 0  # of the records that its scans have to look at
     stopped: threading.Event = field(default_factory=threading.Event)
     failures: list[Exception] = field(default_factory=list)
     counts: dict[str, ScanCounts] = field(default_factory=dict)
+
+    def begin_anew(self) -> None:
+        """Forget what was counted: the statement is planned once more."""
+        self.entries = 0
+        for counts in self.counts.values():
+            vars(counts).update(vars(ScanCounts()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +214,12 @@ class _Fragment:
     def scanner(self, schema: Any = None, columns: Any = None, filter: Any = None, batch_size: Any = None, **_: Any) -> _Scanner:
         def batches(projected: pa.Schema) -> Iterator[pa.RecordBatch]:
             try:
-                yield from self._table.scan(self._records, projected, self._filter)
+                found = self._table.scan(self._records, projected, self._filter)
+                if batch_size is None or batch_size >= _JOINED_ROWS:
+                    yield from found
+                else:  # the statement makes large values of them
+                    for batch in found:
+                        yield from (batch.slice(row, batch_size) for row in range(0, batch.num_rows, batch_size))
             except Exception as error:
                 self._table.context.failures.append(error)
                 raise

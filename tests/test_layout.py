@@ -34,6 +34,8 @@ ORDER = [
     "top",
     "provider",
     "sql.lexer",
+    "sql.measure",
+    "sql.memory",
     "sql.refusals",
     "sql.stream",
     "sql.turns",

@@ -7,6 +7,7 @@ import pytest
 
 from flight_oplog.errors import RequestError
 from flight_oplog.sql import lexer
+from flight_oplog.sql.measure import REMEMBERED_CHARACTERS, Measure, measure
 
 NUMBERED = {
     "SELECT ?, '?', \"?\" FROM t -- ?\nWHERE a = ? /* ? */": ("SELECT $1, '?', \"?\" FROM t -- ?\nWHERE a = $2 /* ? */", ["1", "2"]),
@@ -64,8 +65,8 @@ def test_where_strings_and_comments_end_is_as_the_parser_has_it() -> None:
         f"SELECT 1 -- '\n, {hidden}",
         f"SELECT a$b, {hidden}",
     ):
-        assert lexer.measure(text).operators >= 50, text
-    assert lexer.measure("SELECT E'\\' + 1 + 1', 'x'").operators == 0
+        assert measure(text).operators >= 50, text
+    assert measure("SELECT E'\\' + 1 + 1', 'x'").operators == 0
     assert lexer.numbered("SELECT a$1, E'\\'?', b") == ("SELECT a$1, E'\\'?', b", [])
 
 
@@ -93,8 +94,8 @@ def test_a_text_whose_end_cannot_be_told_is_refused(text: str) -> None:
 )
 def test_any_word_between_operands_counts(word: str) -> None:
     chain = f" {word} ".join(["1"] * 100) if word != "INTERVAL" else "INTERVAL " * 100 + "'1'"
-    assert lexer.measure(f"SELECT {chain}").operators >= 50
-    assert lexer.measure("SELECT " + ", ".join(f"t.column{n} AS c{n}" for n in range(2000)) + " FROM t").operators < 10
+    assert measure(f"SELECT {chain}").operators >= 50
+    assert measure("SELECT " + ", ".join(f"t.column{n} AS c{n}" for n in range(2000)) + " FROM t").operators < 10
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_any_word_between_operands_counts(word: str) -> None:
 )
 def test_no_text_takes_long(text: str) -> None:
     began = time.monotonic()
-    for look in (lexer.measure, lexer.numbered, lexer.names, lambda sql: lexer.as_select(sql, "bound")):
+    for look in (measure, lexer.numbered, lexer.names, lambda sql: lexer.as_select(sql, "bound")):
         with contextlib.suppress(RequestError):
             look(text)
     assert time.monotonic() - began < 10
@@ -114,8 +115,8 @@ def test_parameters_that_say_how_many_rows_are_told() -> None:
 
 
 def test_a_text_is_measured_with_strings_and_comments_aside() -> None:
-    assert lexer.measure("/* UPDATE */ -- x\n(SELECT a FROM t, u WHERE a = 'b, c' AND NOT d)") == lexer.Measure("SELECT", 3, 2)
-    assert lexer.measure("") == lexer.Measure("", 0, 0)
+    assert measure("/* UPDATE */ -- x\n(SELECT a FROM t, u WHERE a = 'b, c' AND NOT d)") == Measure("SELECT", 3, 2)
+    assert measure("") == Measure("", 0, 0)
     assert lexer.keywords('CREATE TABLE "check" (a INT) -- UNIQUE') == {"CREATE", "TABLE", "A", "INT"}
     assert lexer.names('SELECT "A""b", c FROM Log.t, LOG.u') == {
         **{"select": 1, 'A"b': 1, "c": 1, "from": 1, "log": 2, "t": 1, "u": 1},
@@ -143,8 +144,8 @@ def test_a_text_is_measured_with_strings_and_comments_aside() -> None:
         ("SELECT a FROM t UNION SELECT a FROM t", False),
         ("SELECT 1", False),
         ("EXPLAIN SELECT a FROM t", False),
-        ("SELECT a FROM t" + " " * lexer.REMEMBERED_CHARACTERS, False),
+        ("SELECT a FROM t" + " " * REMEMBERED_CHARACTERS, False),
     ],
 )
 def test_a_plain_text_can_only_take_long_over_many_entries(sql: str, plain: bool) -> None:
-    assert lexer.measure(sql).is_plain is plain
+    assert measure(sql).is_plain is plain

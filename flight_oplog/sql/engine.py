@@ -24,8 +24,9 @@ from flight_oplog.errors import NotFound, OplogError, RequestError, Unsupported
 from flight_oplog.provider import ScanContext, topics_table
 from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, System, table_of, tables
+from flight_oplog.sql.measure import measure
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
-from flight_oplog.sql.planner import Asked, Planner, groups
+from flight_oplog.sql.planner import Asked, Planner, accountable, groups
 from flight_oplog.sql.plans import followed, is_constant, is_literal
 from flight_oplog.sql.queries import Queries, explained, metrics_table, settings_table
 from flight_oplog.sql.refusals import CATALOG, PUBLIC, SERVED, cannot_filter, check_declared, in_public, keys_of, translated
@@ -256,14 +257,14 @@ class Engine:
             if first is not None:
                 yield first
                 yield from batches
-            if lexer.measure(asked.sql).first == "EXPLAIN":
+            if measure(asked.sql).first == "EXPLAIN":
                 yield from explained(context.counts, schema)
 
         return Running(schema, paced(noted(), self._config.message_bytes_max), context.counts)
 
     def _is_short(self, asked: Asked, context: ScanContext) -> bool:
         """Whether a query that has begun takes no time worth stopping it, which takes a detour of a millisecond."""
-        return context.entries <= SHORT_ENTRIES and asked.snapshot.store.is_local and lexer.measure(asked.sql).is_plain
+        return context.entries <= SHORT_ENTRIES and asked.snapshot.store.is_local and measure(asked.sql).is_plain
 
     def change(
         self,
@@ -316,16 +317,16 @@ class Engine:
 
         def started() -> tuple[Any, ScanContext]:
             try:
-                return session.create_dataframe_from_logical_plan(plan).execute_stream(), context
+                frame = session.create_dataframe_from_logical_plan(plan)
+                return accountable(session, frame, context).execute_stream(), context
             except Exception as error:
                 if not cannot_filter(error, context):
                     raise translated(error, context) from error
             plain, again = opened()
             plain.remove_optimizer_rule("push_down_filter")
             try:
-                return plain.create_dataframe_from_logical_plan(
-                    self._change(plain, again, asked.sql, asked.values)[1]
-                ).execute_stream(), again
+                frame = plain.create_dataframe_from_logical_plan(self._change(plain, again, asked.sql, asked.values)[1])
+                return accountable(plain, frame, again).execute_stream(), again
             except Exception as error:
                 raise translated(error, again) from error
 

@@ -1,4 +1,4 @@
-"""What can be told of an SQL text without parsing it: its kind, its size, its parameters.
+"""What can be told of an SQL text without parsing it: its tokens, its names, its parameters.
 
 DataFusion parses; this looks at the text before it does. It finds out what must not reach the parser, and gives every
 parameter the one form that DataFusion binds, `$1`, `$2`, ... Where a string, a name or a comment ends is decided as
@@ -7,12 +7,10 @@ sqlparser's generic dialect does; where that cannot be told, the text is refused
 
 from __future__ import annotations
 
-import functools
-import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from flight_oplog.errors import RequestError
 
@@ -34,56 +32,6 @@ _TOKEN = re.compile(
 )
 _ESCAPED = re.compile(r"(?:[^'\\]|\\.|'')*'", re.DOTALL)
 _COMMENT_END = re.compile(r"/\*|\*/")
-# What a chain of makes a tree as deep as it is long, before its operand; between operands, any word does that is not below.
-_PREFIXES = frozenset(("NOT", "INTERVAL", "JOIN"))
-# Words that neither are operands nor make a tree deeper, each by itself.
-_PLAIN = frozenset(
-    (
-        *("SELECT", "DISTINCT", "ALL", "FROM", "WHERE", "GROUP", "BY", "HAVING", "ORDER", "LIMIT", "OFFSET", "FETCH", "WINDOW", "VALUES"),
-        *(
-            "AS",
-            "ON",
-            "USING",
-            "INNER",
-            "LEFT",
-            "RIGHT",
-            "FULL",
-            "OUTER",
-            "CROSS",
-            "NATURAL",
-            "SEMI",
-            "ANTI",
-            "LATERAL",
-            "WITH",
-            "RECURSIVE",
-        ),
-        *("CASE", "WHEN", "THEN", "ELSE", "END", "ASC", "DESC", "NULLS", "FIRST", "LAST", "OVER", "PARTITION", "ROWS", "RANGE", "INTO"),
-        *(
-            "INSERT",
-            "CREATE",
-            "TABLE",
-            "VIEW",
-            "EXPLAIN",
-            "ANALYZE",
-            "VERBOSE",
-            "FILTER",
-            "WITHIN",
-            "EXISTS",
-            "IF",
-            "REPLACE",
-            "CURRENT",
-            "ROW",
-        ),
-    )
-)
-_ENDS_FROM = frozenset(
-    ("SELECT", "WHERE", "GROUP", "HAVING", "WINDOW", "ORDER", "LIMIT", "UNION", "INTERSECT", "EXCEPT", "MINUS", "VALUES")
-)
-REMEMBERED_CHARACTERS = 4096
-# What a plain text may have before a parenthesis, and between operands; and what it has nowhere.
-_SHORT_CALLS = frozenset(("COUNT", "SUM", "MIN", "MAX", "AVG", "CAST", "IN", "AND", "OR", "NOT", "WHERE", "BETWEEN", "BY", "SELECT"))
-_SHORT_OPERATORS = frozenset(("=", "<", ">", "<=", ">=", "<>", "!=", "+", "-", "*", "/", "%"))
-_LONG = frozenset(("LIKE", "ILIKE", "SIMILAR", "OVER", "UNION", "INTERSECT", "EXCEPT"))
 _UNENDED = "the SQL text has a string, a quoted name or a comment that does not end"
 
 
@@ -143,74 +91,6 @@ def _after_comment(sql: str, place: int) -> int:
         depth += 1 if found[0] == "/*" else -1
         place = found.end()
     return place
-
-
-@dataclass(frozen=True)
-class Measure:
-    """What a text looks like: its first word, how many operators it has, how many tables it reads, and whether it is plain.
-
-    A plain text reads one table once, and asks nothing of an entry that could take long: it compares, reckons and sums up.
-    """
-
-    first: str
-    operators: int
-    tables: int
-    is_plain: bool = False
-
-
-def measure(sql: str) -> Measure:
-    """Measure a text. Every word that stands where an operator may counts as one, known or not, but for a few."""
-    return _remembered(sql) if len(sql) <= REMEMBERED_CHARACTERS else _measured(tokens(sql))
-
-
-# A dashboard asks the same over and over.
-@functools.lru_cache(maxsize=1024)
-def _remembered(sql: str) -> Measure:
-    found = list(tokens(sql))
-    measured = _measured(found)
-    return replace(measured, is_plain=_is_plain(found, measured))
-
-
-def _measured(found: Iterable[Token]) -> Measure:
-    first, operators, tables = "", 0, 0
-    after_operand = False
-    in_from = [False]  # for each open parenthesis: whether a comma there separates tables
-    for token in found:
-        word = token.text.upper() if token.kind == "word" else ""
-        if word:
-            first = first or word
-            tables += word in ("FROM", "JOIN")
-            in_from[-1] = word == "FROM" or (in_from[-1] and word not in _ENDS_FROM)
-            if word in _PLAIN:
-                after_operand = False
-            elif after_operand or word in _PREFIXES:
-                operators += 1
-                after_operand = False
-            else:
-                after_operand = True
-        elif token.kind == "operator":
-            operators += 1
-            after_operand = False
-        elif token.kind == "point":
-            if token.text == "(":
-                in_from.append(False)
-            elif token.text == ")":
-                in_from[-1:] = [] if len(in_from) > 1 else in_from
-            elif token.text == ",":
-                tables += in_from[-1]
-            after_operand = token.text in ")]}"
-        else:
-            after_operand = True
-    return Measure(first, operators, tables)
-
-
-def _is_plain(found: Sequence[Token], measured: Measure) -> bool:
-    if measured.first != "SELECT" or measured.tables != 1:
-        return False
-    words = [token.text.upper() for token in found if token.kind == "word"]
-    calls = {one.text.upper() for one, other in itertools.pairwise(found) if one.kind in ("word", "quoted") and other.text == "("}
-    operators = {token.text for token in found if token.kind == "operator"}
-    return words.count("SELECT") == 1 and calls <= _SHORT_CALLS and operators <= _SHORT_OPERATORS and not _LONG & set(words)
 
 
 def keywords(sql: str) -> set[str]:
@@ -275,8 +155,10 @@ def table_options(sql: str) -> tuple[str, dict[str, str]]:
 
     Raises RequestError for options that are written otherwise. Any other text is returned as it is.
     """
-    found = list(tokens(sql)) if measure(sql).first == "CREATE" else []
+    found = list(tokens(sql))
     words = [token.text.upper() for token in found]
+    if words[:1] != ["CREATE"]:
+        return sql, {}
     depth, start = 0, 0
     for place, word in enumerate(words):
         depth += (word == "(") - (word == ")")

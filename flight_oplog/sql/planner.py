@@ -23,8 +23,9 @@ from flight_oplog.cache import ColumnCache
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import RequestError, TooLarge, Unsupported
 from flight_oplog.provider import ScanContext
-from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import TIME_TRAVEL, Catalog, Shelf, System, register_time_travel, table_of
+from flight_oplog.sql.measure import REMEMBERED_CHARACTERS, UNIT_BYTES, measure
+from flight_oplog.sql.memory import Watch
 from flight_oplog.sql.parameters import Values
 from flight_oplog.sql.plans import chain, top_of
 from flight_oplog.sql.refusals import APPEND_ONLY, CATALOG, CHANGES, CHANGING, PUBLIC, REFUSED, SERVED, cannot_filter, translated
@@ -35,10 +36,17 @@ from flight_oplog.store import Snapshot
 # Plans of statements that were prepared, until they are run.
 PLANS_KEPT = 32
 PLAN_SECONDS = 1.0
+BATCH_ROWS = 32_768
+# A statement's batches that are in memory at once, as a guess, where its functions make large values.
+BATCHES_AT_ONCE = 8
+# One cross join of two tables keeps no more than a table.
+CROSSED_TABLES = 3
+# DataFusion optimizes a plan for us without letting go of the interpreter: only a small one, or everybody would wait.
+LOOKED_INTO_OPERATORS, LOOKED_INTO_GROWTH = 100, 10_000
 
 _READ_ONLY = SQLOptions().with_allow_ddl(False).with_allow_dml(False).with_allow_statements(False)
 _SETTINGS = {
-    "datafusion.execution.batch_size": "32768",
+    "datafusion.execution.batch_size": str(BATCH_ROWS),
     # Records are dealt out over the partitions of a scan already; dealing out again costs a short query a tenth of its time.
     "datafusion.optimizer.enable_round_robin_repartition": "false",
     "datafusion.execution.parquet.schema_force_view_types": "false",
@@ -52,6 +60,7 @@ _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
 _WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+([\w.\"]+)\s*;?\s*", re.IGNORECASE)
 # What a plan takes the time of its making for, or who asks.
 _DATED = re.compile(r"\b(?:now|today|current_\w+|system|queries)\b", re.IGNORECASE)
+_CROSSES = re.compile(r"\b(?:CrossJoin|NestedLoopJoin)Exec\b")
 _SORTS = re.compile(r"\bORDER\s+BY\b.*\bLIMIT\b", re.IGNORECASE | re.DOTALL)
 
 
@@ -83,6 +92,7 @@ class Planner:
         self.cache = ColumnCache(config.cache_bytes_max)
         self.views = Views(config)
         self._config = config
+        self._watch = Watch(config.statement_bytes_max)
         self._system = system
         self._partitions = os.cpu_count() or 1
         self._lock = threading.Lock()
@@ -100,8 +110,8 @@ class Planner:
         for views, push_filters in ways:
             session, frame, context = self.plan(asked, views, push_filters)
             try:
-                frame = shaped(session, frame)
-                if asked.offsets is None and _SORTS.search(asked.sql):
+                frame = accountable(session, shaped(session, frame), context)
+                if asked.offsets is None and _SORTS.search(asked.sql) and context.looks_into:
                     context.top = top_of(frame.optimized_logical_plan())
                 stream = frame.execute_stream()
                 if context.failures:  # an EXPLAIN shows what went wrong as a row, as Python prints it
@@ -170,7 +180,7 @@ class Planner:
 
     def pulled(self, stream: Any, context: ScanContext, schema: pa.Schema, asked: Asked) -> Pulled:
         """Return the batches of a stream, as they come. Let go of the stream and of its frame: they hold running tasks."""
-        puller = Puller(self._loop, stream, context)
+        puller = Puller(self._loop, stream, context, self._watch.begin())
         seconds_max = self._config.statement_seconds_max
         return Pulled(pulled(puller, context, schema, asked.deadline, seconds_max, asked.stopped), puller)
 
@@ -195,20 +205,28 @@ class Planner:
     ) -> tuple[SessionContext, ScanContext]:
         partitions = self._partitions if offsets is None else 1
         context = ScanContext(self.cache, partitions, views, offsets)
-        first = lexer.measure(sql).first
-        catalog = Catalog(snapshot, context, self._system, bound, inserts=first == "INSERT")
+        measured = measure(sql)
+        catalog = Catalog(snapshot, context, self._system, bound, inserts=measured.first == "INSERT")
         session = _new_session(db_schema, partitions, self._runtime(), catalog)
         defined = self.views.of(snapshot)
         travels = TIME_TRAVEL.search(sql) or any(TIME_TRAVEL.search(definition) for definition in defined.values())
         if travels:
             register_time_travel(session, snapshot, context)
-        if defined and first != "DROP":
+        if defined and measured.first != "DROP":
             of_views = session
             if db_schema != PUBLIC:
                 of_views = _new_session(PUBLIC, partitions, RuntimeEnvBuilder(), catalog)
                 if travels:
                     register_time_travel(of_views, snapshot, context)
-            self.views.plan(sql, defined, catalog, context, of_views)
+            measured = self.views.plan(sql, defined, catalog, context, of_views)
+        characters = len(sql) + sum(len(defined[name]) for name in catalog.views)
+        context.looks_into = (
+            measured.operators <= LOOKED_INTO_OPERATORS and measured.growth <= LOOKED_INTO_GROWTH and characters <= REMEMBERED_CHARACTERS
+        )
+        context.tables = measured.tables
+        rows = self._config.statement_bytes_max // (BATCHES_AT_ONCE * UNIT_BYTES * measured.growth)
+        if rows < BATCH_ROWS:  # what a function makes of a batch is in memory as a whole
+            session.sql(f"SET datafusion.execution.batch_size = {max(rows, 1)}")
         return session, context
 
     def _runtime(self) -> RuntimeEnvBuilder:
@@ -226,13 +244,30 @@ class Planner:
             raise RequestError("the SQL text is not UTF-8") from None
         if size > self._config.sql_bytes_max:
             raise TooLarge(f"the SQL text has {size} bytes; sql_bytes_max is {self._config.sql_bytes_max}")
-        found = lexer.measure(sql)
+        found = measure(sql)
         self.views.check_weight(found, "the SQL text")
         if found.first in CHANGING:
             raise Unsupported(APPEND_ONLY)
         if found.first in REFUSED:
             raise Unsupported(f"{found.first} is not served: {SERVED}")
         return found.first in CHANGES
+
+
+def accountable(session: SessionContext, frame: Any, context: ScanContext) -> Any:
+    """Return a frame that does the same and whose joins hold batches with columns.
+
+    A cross join keeps all of its left side. COUNT(*) needs no column of it, and batches without columns take no memory that
+    DataFusion counts: five topics of a thousand entries took all there was, and the join never pauses to be stopped. With their
+    columns it is refused as soon as it is too large.
+    """
+    if context.tables < CROSSED_TABLES:
+        return frame
+    crossed = len(_CROSSES.findall(frame.execution_plan().display_indent()))
+    context.begin_anew()
+    if crossed < CROSSED_TABLES - 1:
+        return frame
+    session.remove_optimizer_rule("optimize_projections")
+    return session.create_dataframe_from_logical_plan(frame.logical_plan())
 
 
 def groups(sql: str) -> bool:

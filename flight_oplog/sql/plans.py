@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flight_oplog.errors import RequestError
-from flight_oplog.sql import lexer
+from flight_oplog.sql.measure import measure
 from flight_oplog.top import LIMIT_MAX, Top
 
 
@@ -76,7 +76,7 @@ def followed(sql: str, plan: Any) -> str:
         if kind not in _EACH_BY_ITSELF or len(inputs) > 1:
             raise RequestError(f"the statement cannot be followed: {kind} needs more than one entry at a time; use columns and WHERE alone")
         plan = inputs[0] if inputs else None
-    if kind != "TableScan" or lexer.measure(sql).tables != 1:
+    if kind != "TableScan" or measure(sql).tables != 1:
         raise RequestError("the statement cannot be followed: it has to read one topic, once")
     _, db_schema, name = variant.fqn()
     if db_schema not in (None, "public", "log"):

@@ -64,12 +64,18 @@ def no_table(name: str) -> NotFound:
     return NotFound(f"table {name!r} does not exist; SELECT topic FROM system.topics lists them, quote names with capital letters")
 
 
+def out_of_memory() -> TryAgain:
+    return TryAgain("the query needs more memory than statement_bytes_max and could not spill; ask for less or raise it")
+
+
 # DataFusion tells its kinds of error apart only by the words they begin with.
 _PREFIX = re.compile(
     r"^(DataFusion error: |Error during planning: |Execution error: |Schema error: |External error: |Arrow error: |SQL error: |"
     r"Optimizer rule '\w+' failed\s*|This feature is not implemented: |[Cc]aused by:?\s*)+"
 )
 _NO_TABLE = re.compile(r"table '?([^']*)'? not found", re.IGNORECASE)
+_NO_REGEX = re.compile(r"Regular expression did not compile: \w+(?:\(\d+\))?")
+_NO_SIGNATURE = re.compile(r"No function matches the given name and argument types '[^']*'")
 _NOT_READING = re.compile(r"(?:DDL|DML|Statement) not supported: *(\w*)")
 
 
@@ -92,7 +98,9 @@ def translated(error: Exception, context: ScanContext) -> OplogError:
         changing = refused[1].upper() in CHANGING
         return Unsupported(APPEND_ONLY if changing else f"{refused[1] or 'this'} is not served here: {_READING}")
     if words.startswith("Resources exhausted"):
-        return TryAgain("the query needs more memory than statement_bytes_max and could not spill; ask for less or raise it")
+        return out_of_memory()
+    if (wrong := _NO_REGEX.search(words) or _NO_SIGNATURE.search(words)) is not None:
+        return RequestError(f"the query cannot be answered: {wrong[0]}")
     if words.startswith("Internal error") or "panicked" in words[:40]:
         log.error("DataFusion: %s", text)
         return OplogError(f"the query failed inside the engine: {words}")

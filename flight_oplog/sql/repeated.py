@@ -72,7 +72,7 @@ class Repeated:
             return None
         session, frame, context = self._planner.plan(asked)
         try:
-            apart = _taken_apart(session, frame)
+            apart = _taken_apart(session, frame) if context.looks_into else None
             topic = None if apart is None else asked.snapshot.topics.get(apart.topic)
             if apart is None or topic is None:
                 self._states.dismiss(key)

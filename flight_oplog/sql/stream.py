@@ -22,7 +22,8 @@ from flight_oplog.cache import ScanCounts
 from flight_oplog.errors import Cancelled, RequestError, TooLarge
 from flight_oplog.provider import ScanContext
 from flight_oplog.schema import plain_field
-from flight_oplog.sql.refusals import translated
+from flight_oplog.sql.memory import Watched
+from flight_oplog.sql.refusals import out_of_memory, translated
 
 POLL_SECONDS = 0.05
 BATCHES_AHEAD = 2
@@ -48,8 +49,10 @@ def pulled(
     try:
         while True:
             try:
-                batch = puller.next(lambda: stopped() or time.monotonic() > deadline)
+                batch = puller.next(lambda: stopped() or time.monotonic() > deadline or puller.is_too_large())
             except Cancelled:
+                if puller.is_over:
+                    raise out_of_memory() from None
                 if time.monotonic() > deadline:
                     raise _overdue(seconds_max) from None
                 raise
@@ -120,8 +123,10 @@ class Puller:
     It runs a little ahead of whoever takes the batches, so computing overlaps sending.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, stream: Any, context: ScanContext) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, stream: Any, context: ScanContext, watched: Watched) -> None:
+        self.is_over = False  # it took too much memory
         self._loop = loop
+        self._watched = watched
         self._stream = [stream]
         self._context = context
         self._ready: queue.SimpleQueue[pa.RecordBatch | Exception | None] = queue.SimpleQueue()
@@ -152,8 +157,16 @@ class Puller:
             self._loop.call_soon_threadsafe(self._room.release)
         return batch
 
+    def is_too_large(self) -> bool:
+        """Whether the query is to be stopped for the memory it takes."""
+        if not self.is_over and self._watched.is_to_stop():
+            self._watched.stop()
+            self.is_over = True
+        return self.is_over
+
     def close(self) -> None:
         """Stop the query: cancel the pull, then drop it and the stream. Whoever holds either keeps the work going."""
+        self._watched.end()
         self._context.stopped.set()
         for pulling in self._pulling:
             pulling.cancel()

@@ -12,10 +12,13 @@ from flight_oplog.provider import ScanContext, topic_batches
 from flight_oplog.schema import VIEWS_TOPIC
 from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import Catalog
+from flight_oplog.sql.measure import UNIT_BYTES, Measure, measure, measure_with
 from flight_oplog.sql.refusals import translated
 from flight_oplog.store import Snapshot
 
 VIEW_DEPTH_MAX = 16
+# One value may take this part of a statement's memory, going by its text.
+VALUE_SHARE = 16
 
 
 class Views:
@@ -46,28 +49,34 @@ class Views:
             self._defined[key] = found
         return self._defined[key]
 
-    def plan(self, sql: str, defined: dict[str, str], catalog: Catalog, context: ScanContext, session: Any) -> None:
+    def plan(self, sql: str, defined: dict[str, str], catalog: Catalog, context: ScanContext, session: Any) -> Measure:
         """Plan the views that a statement may name, those first that others are made of; their names are looked up in `public`.
+
+        Return what the statement measures with them.
 
         DataFusion cannot plan one while it plans the statement. One that cannot be planned fails the statement that reads it.
         Each is planned once and copied into whatever names it, so what it reads and its operators add up: they are limited.
         """
-        weights: dict[str, lexer.Measure] = {}
+        weights: dict[str, Measure] = {}
 
-        def weigh(text: str, above: tuple[str, ...]) -> lexer.Measure:
+        def weigh(text: str, above: tuple[str, ...]) -> Measure:
             """Plan the views that a text names, but for itself, and return what it measures with them."""
-            found = lexer.measure(text)
+            found = measure(text)
             tables, operators = found.tables, found.operators
+            views: dict[str, Measure] = {}
             for name, times in (lexer.names(text) - Counter(above[-1:])).items():
                 if name in defined:
-                    of_view = plan(name, above)
+                    of_view = views[name] = plan(name, above)
                     tables, operators = tables + times * of_view.tables, operators + times * of_view.operators
-            return lexer.Measure(found.first, operators, tables)
+            if views:  # and they may be within what is copied itself
+                copied = measure_with(text, views)
+                return Measure(found.first, max(operators, copied.operators), max(tables, copied.tables), copied.growth)
+            return found
 
-        def plan(name: str, above: tuple[str, ...]) -> lexer.Measure:
+        def plan(name: str, above: tuple[str, ...]) -> Measure:
             if name in weights:
                 return weights[name]
-            nothing = lexer.Measure("", 0, 0)
+            nothing = Measure("", 0, 0)
             if name in above or len(above) >= VIEW_DEPTH_MAX:
                 catalog.broken[name] = RequestError(f"view {name!r} is made of itself, or of views more than {VIEW_DEPTH_MAX} deep")
                 return nothing
@@ -90,10 +99,16 @@ class Views:
         if "INFORMATION_SCHEMA" in lexer.keywords(sql) or total.first in ("SHOW", "DESCRIBE", "DESC"):
             for name in defined:
                 plan(name, ())
+        return total
 
-    def check_weight(self, found: lexer.Measure, what: str) -> None:
+    def check_weight(self, found: Measure, what: str) -> None:
         """Raise TooLarge for a text, or what it measures with its views, that would make too deep or too wide a plan."""
         if found.operators > self._config.sql_operators_max:
             raise TooLarge(f"{what} has {found.operators} operators; sql_operators_max is {self._config.sql_operators_max}")
         if found.tables > self._config.sql_tables_max:
             raise TooLarge(f"{what} reads {found.tables} tables; sql_tables_max is {self._config.sql_tables_max}")
+        if found.growth * UNIT_BYTES > self._config.statement_bytes_max // VALUE_SHARE:
+            raise TooLarge(
+                f"{what} may make values {found.growth} times as large as what they are made of, by its functions; "
+                f"with statement_bytes_max ({self._config.statement_bytes_max}) that is too much"
+            )
