@@ -151,6 +151,7 @@ class Calls(fl.ServerMiddlewareFactory):
         self._calls_max = config.calls_max
         self._lock = threading.Lock()
         self._under_way: Counter[str | None] = Counter()  # calls, by principal
+        self._all = 0
         # Handshakes that have said nothing yet: whoever says nothing at all holds up nobody but others of their kind.
         self._silent = threading.BoundedSemaphore(HANDSHAKES_MAX)
         self.shaking: dict[int, Call] = {}  # by the thread that is about to make it
@@ -200,11 +201,11 @@ class Calls(fl.ServerMiddlewareFactory):
             return
         name = call.principal.name
         with self._lock:
-            under_way = self._under_way.total()
             kept = self._calls_max // 8 if name is not None and self._under_way[name] else 0
-            if under_way >= self._calls_max - kept:
+            if self._all >= self._calls_max - kept:
                 raise TryAgain(f"the server is busy: calls_max ({self._calls_max}) calls are under way; try again")
             self._under_way[name] += 1
+            self._all += 1
             call.counted = name
 
     def end(self, call: Call) -> None:
@@ -213,6 +214,7 @@ class Calls(fl.ServerMiddlewareFactory):
             self._silent.release()
             return
         with self._lock:
+            self._all -= 1
             self._under_way[call.counted] -= 1
             if not self._under_way[call.counted]:
                 del self._under_way[call.counted]

@@ -6,17 +6,15 @@ cannot begin a line of its own.
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import datetime
 import json
 import logging
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(slots=True)
 class Call:
     """What a line says of the call it is about."""
 
@@ -28,14 +26,17 @@ class Call:
 _CURRENT: contextvars.ContextVar[Call | None] = contextvars.ContextVar("call", default=None)
 
 
-@contextlib.contextmanager
-def during(call: Call) -> Iterator[None]:
+class during:
     """What is logged in the block, by this thread, is said to be of the call."""
-    token = _CURRENT.set(call)
-    try:
-        yield
-    finally:
-        _CURRENT.reset(token)
+
+    def __init__(self, call: Call) -> None:
+        self._token = _CURRENT.set(call)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        _CURRENT.reset(self._token)
 
 
 def begin(form: str) -> None:
