@@ -130,7 +130,7 @@ class ServerProcess:
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], 60)
         self.uri = self.process.stdout.readline().strip() if ready else ""
-        assert self.uri.startswith("grpc://127.0.0.1:"), self.errors.read_text()
+        assert self.uri.startswith(("grpc://127.0.0.1:", "grpc+tls://127.0.0.1:")), self.errors.read_text()
 
     def memory(self) -> int:
         """Resident bytes of the server right now."""

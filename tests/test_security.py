@@ -22,6 +22,7 @@ import adbc_driver_flightsql.dbapi as adbc
 import adbc_driver_manager
 import pyarrow as pa
 import pytest
+from certificates import Authority
 from conftest import ServerProcess, ask, eventually
 from issuer import Issuer, claims, signed
 from pyarrow import flight
@@ -957,3 +958,57 @@ def test_a_header_of_any_size_is_no_way_in(secured: Secured, grows: str) -> None
             with pytest.raises((pa.ArrowException, OSError)):
                 list(client.list_flights(options=flight.FlightCallOptions(headers=[header])))
         assert status_of(lambda: list(client.list_flights(options=secured.options("root"))))[0] == OK
+
+
+# Certificates of clients
+
+
+def test_a_certificate_is_its_holders_name_and_nothing_else_is(tmp_path: Path) -> None:
+    folder = tmp_path / "of"
+    folder.mkdir()
+    authority, strangers = Authority(folder), Authority(folder, "strangers")
+    certificate, key = map(str, authority.server())
+    (folder / "grants.toml").write_text(GRANTS + '[principal."spiffe://example.org/ann"]\nread = ["open_a"]\n')
+    flags = (
+        "--tls-cert",
+        certificate,
+        "--tls-key",
+        key,
+        "--client-ca",
+        str(authority.certificate),
+        "--grants",
+        str(folder / "grants.toml"),
+    )
+    server = ServerProcess(tmp_path / "log", tmp_path / "errors", *flags)
+    try:
+
+        def connected(by: Authority, name: str, *uris: str) -> flight.FlightClient:
+            chain, private = by.client(name, *uris)
+            trusted = authority.certificate.read_bytes()
+            return flight.connect(server.uri, tls_root_certs=trusted, cert_chain=chain.read_bytes(), private_key=private.read_bytes())
+
+        def status(client: flight.FlightClient, headers: list[tuple[bytes, bytes]] | None = None) -> str:
+            options = flight.FlightCallOptions(headers=headers or [], timeout=20)
+            return status_of(lambda: client.get_flight_info(flight.FlightDescriptor.for_path("open_a"), options))[0]
+
+        with connected(authority, "root") as client:
+            for topic in ("open_a", "hidden"):
+                writer, _ = client.do_put(flight.FlightDescriptor.for_path(topic), ROWS_SCHEMA)
+                writer.write_batch(BATCH)
+                writer.close()
+            assert status(client) == OK
+            found = client.get_flight_info(descriptor(wire.CommandStatementQuery("SELECT appends FROM records.open_a")))
+            [row] = client.do_get(found.endpoints[0].ticket).read_all().to_pylist()
+            assert row["appends"][0]["principal"] == "root"
+        for name, uris, expected in (("ann", (), OK), ("nobody", (), NONE), ("any", ("spiffe://example.org/ann",), OK)):
+            with connected(authority, name, *uris) as client:
+                assert status(client) == expected, name
+                assert status_of(lambda: client.get_flight_info(PATH))[0] == NONE
+                assert status(client, [(b"authorization", b"Basic " + base64.b64encode(b"root:root's password"))]) == expected
+        with connected(strangers, "root") as client, pytest.raises((pa.ArrowException, OSError)):
+            client.get_flight_info(flight.FlightDescriptor.for_path("open_a"), flight.FlightCallOptions(timeout=5))
+        trusted = authority.certificate.read_bytes()
+        with flight.connect(server.uri, tls_root_certs=trusted) as client, pytest.raises((pa.ArrowException, OSError)):
+            client.get_flight_info(flight.FlightDescriptor.for_path("open_a"), flight.FlightCallOptions(timeout=5))
+    finally:
+        server.stop()

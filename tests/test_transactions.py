@@ -415,3 +415,33 @@ def test_a_transaction_id_in_the_command(server: ServerProcess, client: flight.F
         ingest("a", begun)
     with refused(pa.ArrowInvalid, "EndTransaction says neither commit nor rollback; the transaction is as it was"):
         action("EndTransaction", wire.ActionEndTransactionRequest(begun, 0))
+
+
+def test_principals_share_a_connection_and_no_transaction(log: OpLog, held: Transactions) -> None:
+    """Behind a proxy, several principals may come over one connection."""
+    peer = ["ipv4:127.0.0.1:1"]
+    held.introduce(peer, "ann")
+    anns = held.begin(peer, "ann")
+    held.introduce(peer, "bob")
+    assert (held.of(peer, "ann"), held.of(peer, "bob")) == (anns, None)
+    bobs = held.begin(peer, "bob")
+    assert (held.of(peer, "ann"), held.of(peer, "bob")) == (anns, bobs)
+    with pytest.raises(RequestError, match="was not begun by you"):
+        held.check(anns, "bob")
+    with pytest.raises(RequestError, match="was not begun by you"):
+        held.commit(anns, peer, "bob")
+    held.rollback(anns, peer, "bob")
+    held.hold(anns, writer(log, "a", batch(1)), "ann")
+    assert (held.topics(anns, "ann"), held.topics(bobs, "bob")) == ({"a"}, set())
+    assert len(held.commit(anns, peer, "ann")) == 1
+
+
+def test_nobody_drives_out_what_is_remembered_of_another(held: Transactions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transactions, "ENDED_KEPT", 10)
+    monkeypatch.setattr(transactions, "SESSIONS_KEPT", 10)
+    peer = ["ipv4:127.0.0.1:1"]
+    begun = held.begin(peer, "ann")
+    for number in range(50):
+        held.commit(held.begin([f"ipv4:127.0.0.1:{number}"], "mallory"), (), "mallory")
+    held.check(begun, "ann")
+    assert held.of(peer, "ann") == begun
