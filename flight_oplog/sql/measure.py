@@ -27,42 +27,10 @@ _PREFIXES = frozenset(("NOT", "INTERVAL", "JOIN"))
 # Words that neither are operands nor make a tree deeper, each by itself.
 _PLAIN = frozenset(
     (
-        *("SELECT", "DISTINCT", "ALL", "FROM", "WHERE", "GROUP", "BY", "HAVING", "ORDER", "LIMIT", "OFFSET", "FETCH", "WINDOW", "VALUES"),
-        *(
-            "AS",
-            "ON",
-            "USING",
-            "INNER",
-            "LEFT",
-            "RIGHT",
-            "FULL",
-            "OUTER",
-            "CROSS",
-            "NATURAL",
-            "SEMI",
-            "ANTI",
-            "LATERAL",
-            "WITH",
-            "RECURSIVE",
-        ),
-        *("CASE", "WHEN", "THEN", "ELSE", "END", "ASC", "DESC", "NULLS", "FIRST", "LAST", "OVER", "PARTITION", "ROWS", "RANGE", "INTO"),
-        *(
-            "INSERT",
-            "CREATE",
-            "TABLE",
-            "VIEW",
-            "EXPLAIN",
-            "ANALYZE",
-            "VERBOSE",
-            "FILTER",
-            "WITHIN",
-            "EXISTS",
-            "IF",
-            "REPLACE",
-            "CURRENT",
-            "ROW",
-        ),
-    )
+        "SELECT DISTINCT ALL FROM WHERE GROUP BY HAVING ORDER LIMIT OFFSET FETCH WINDOW VALUES AS ON USING INNER LEFT RIGHT FULL "
+        "OUTER CROSS NATURAL SEMI ANTI LATERAL WITH RECURSIVE CASE WHEN THEN ELSE END ASC DESC NULLS FIRST LAST OVER PARTITION "
+        "ROWS RANGE INTO INSERT CREATE TABLE VIEW EXPLAIN ANALYZE VERBOSE FILTER WITHIN EXISTS IF REPLACE CURRENT ROW"
+    ).split()
 )
 _ENDS_FROM = frozenset(
     ("SELECT", "WHERE", "GROUP", "HAVING", "WINDOW", "ORDER", "LIMIT", "UNION", "INTERSECT", "EXCEPT", "MINUS", "VALUES")
