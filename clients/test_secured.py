@@ -570,9 +570,9 @@ def test_a_password_may_come_with_each_call_as_go_sends_it(realm: Realm, bearers
     assert said.endswith("="), "there is no padding to leave out"
     received = Received()
     with realm.flight(bearers, middleware=[received]) as connected:
-        assert topics(connected, sending(f"Basic {said if padding else said.rstrip('=')}")) == ["orders"]
-        [bearer] = received.bearers
-        assert topics(connected, sending(bearer)) == ["orders"]
+        for _ in range(3):
+            assert topics(connected, sending(f"Basic {said if padding else said.rstrip('=')}")) == ["orders"]
+    assert received.bearers == []  # ADBC's driver would send it beside the password
 
 
 def test_a_call_with_two_credentials_is_refused(realm: Realm, bearers: Server) -> None:

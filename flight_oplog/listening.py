@@ -37,8 +37,9 @@ def check_listen(config: Config) -> tuple[str, int]:
 
 def is_private(uri: str) -> bool:
     """Whether what is sent to a server at an address is nobody else's to read."""
-    found = _LISTEN.fullmatch(uri)
-    return found is None or found[1] is not None or _is_loopback(found[2])
+    scheme, _, place = uri.partition("://")
+    found = re.match(r"(\[[^\]]*\]|[^:/?]*)", place)
+    return scheme in ("grpc+tls", "grpc+unix") or (found is not None and _is_loopback(found[1]))
 
 
 def _is_loopback(host: str) -> bool:

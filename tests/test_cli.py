@@ -22,6 +22,7 @@ from pyarrow import flight
 
 from flight_oplog import OpLog
 from flight_oplog.config import SETTINGS
+from flight_oplog.listening import is_private
 
 Start = Callable[..., ServerProcess]
 
@@ -301,6 +302,32 @@ def test_users_and_tokens_are_kept_by_commands(tmp_path: Path) -> None:
     assert run("user", "remove", "ann", "--users", users).stdout == "user ann: removed\n"
     assert run("user", "remove", "ann", "--users", users).stderr == f"flight-oplog: error: user 'ann' is not in {users}\n"
     assert run("user", "list").stderr == "flight-oplog: error: the setting users names no file: add --users FILE\n"
+
+
+@pytest.mark.parametrize(
+    ("uri", "private"),
+    [
+        ("grpc+tls://db.example:8815", True),
+        ("grpc+unix:///run/oplog", True),
+        ("grpc://127.0.0.1:8815", True),
+        ("grpc://[::1]:8815", True),
+        ("grpc://localhost:8815", True),
+        ("grpc://db.example:8815", False),
+        ("grpc+tcp://db.example:8815", False),
+        ("grpc://localhost.example:8815", False),
+        ("grpc://127.0.0.1.example", False),
+        ("db.example:8815", False),
+        ("", False),
+    ],
+)
+def test_a_secret_is_sent_where_nobody_else_can_read_it(uri: str, private: bool) -> None:
+    assert is_private(uri) == private
+
+
+def test_a_token_is_not_sent_in_the_clear(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("oplog_secret")
+    done = run("topics", "--server", "grpc://192.0.2.1:8815", "--token-file", str(tmp_path / "token"))
+    fails(done, "server grpc://192.0.2.1:8815: a password or token is sent over grpc+tls:// only; nothing was sent")
 
 
 def test_a_password_is_asked_for_unseen_on_a_terminal(tmp_path: Path) -> None:

@@ -502,7 +502,7 @@ def test_the_classic_handshake_knows_what_changed_while_the_server_runs(start: S
 
 
 def test_adbc_may_send_a_password_where_a_bearer_goes(secured: Secured) -> None:
-    """The bearer that it is answered with comes once: of two, the driver would send both, and be refused."""
+    """No bearer comes back for it: the driver would send that beside the password, and be refused."""
     basic = base64.b64encode(b"ann:ann's password").decode()
     options = {"adbc.flight.sql.authorization_header": f"Basic {basic}"}
     with adbc.connect(secured.server.uri, options, autocommit=True) as connection:
