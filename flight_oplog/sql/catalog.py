@@ -28,10 +28,16 @@ System = Mapping[str, Callable[[Snapshot], pa.RecordBatch]]
 def tables(snapshot: Snapshot) -> Iterator[tuple[str, str, str]]:
     """Yield (SQL schema, table, type) of every table of the log, `information_schema` and views aside; the default schema first."""
     own = sorted(snapshot.topics)
-    yield from (("public", name, "TABLE") for name in own if not name.startswith("_"))
-    yield from ((db_schema, name, "TABLE") for db_schema in ("log", "records") for name in own)
-    oversees = snapshot.viewer.rights.oversees
-    yield from (("system", name, "SYSTEM TABLE") for name in SYSTEM if oversees or name not in OVERSEEN)
+    for db_schema, kind in (("public", "TABLE"), ("log", "TABLE"), ("records", "TABLE"), ("system", "SYSTEM TABLE")):
+        names = SYSTEM if db_schema == "system" else own
+        yield from ((db_schema, name, kind) for name in names if has(snapshot, db_schema, name))
+
+
+def has(snapshot: Snapshot, db_schema: str, name: str) -> bool:
+    """Whether there is such a table, for whoever looks at the snapshot."""
+    if db_schema == "system":
+        return name in SYSTEM and (name not in OVERSEEN or snapshot.viewer.rights.oversees)
+    return name in snapshot.topics and not (db_schema == PUBLIC and name.startswith("_"))
 
 
 def table_of(snapshot: Snapshot, db_schema: str, name: str, context: ScanContext, system: System) -> ds.Dataset:
@@ -66,16 +72,13 @@ class Catalog(CatalogProvider):
         self, snapshot: Snapshot, context: ScanContext, system: System, bound: pa.RecordBatch | None = None, inserts: bool = False
     ) -> None:
         self.inserts = inserts
-        names: dict[str, list[str]] = {"public": [], "log": [], "records": [], "system": []}
-        for db_schema, name, _ in tables(snapshot):
-            names[db_schema].append(name)
         self.hides = not snapshot.viewer.may("read", "*")
         self.views: dict[str, Any] = {}
         self.broken: dict[str, RequestError] = {}
         self._schemas: dict[str, Any] = {
-            db_schema: _Schema(snapshot, db_schema, of_schema, context, system) for db_schema, of_schema in names.items()
+            PUBLIC: _PublicSchema(snapshot, context, self),
+            **{db_schema: _Schema(snapshot, db_schema, context, system) for db_schema in ("log", "records", "system")},
         }
-        self._schemas[PUBLIC] = _PublicSchema(snapshot, names[PUBLIC], context, self)
         if bound is not None:
             self._schemas[BOUND] = _BoundSchema(RowsTable(bound, context))
 
@@ -87,39 +90,41 @@ class Catalog(CatalogProvider):
 
 
 class _Schema(SchemaProvider):
-    """One SQL schema; its tables are made when a statement names them."""
+    """One SQL schema; its tables are made when a statement names them, and listed when it asks for them: there may be thousands."""
 
     owner_name = None  # information_schema reads it as an attribute too, and would show a method
 
-    def __init__(self, snapshot: Snapshot, db_schema: str, names: list[str], context: ScanContext, system: System) -> None:
+    def __init__(self, snapshot: Snapshot, db_schema: str, context: ScanContext, system: System) -> None:
         self._snapshot = snapshot
         self._db_schema = db_schema
-        self._names = names
         self._context = context
         self._system = system
 
     @property
     def table_names(self) -> list[str]:  # type: ignore[override]
         # Declared a method upstream, yet information_schema reads it as an attribute that holds a sequence.
-        return self._names
+        return [name for db_schema, name, _ in tables(self._snapshot) if db_schema == self._db_schema]
 
     def table(self, name: str) -> Any:
-        return table_of(self._snapshot, self._db_schema, name, self._context, self._system) if name in self._names else None
+        return table_of(self._snapshot, self._db_schema, name, self._context, self._system) if self._has(name) else None
 
     def table_exist(self, name: str) -> bool:
-        return name in self._names
+        return self._has(name)
+
+    def _has(self, name: str) -> bool:
+        return has(self._snapshot, self._db_schema, name)
 
 
 class _PublicSchema(_Schema):
     """`public`: topics and views; a topic goes before a view of its name."""
 
-    def __init__(self, snapshot: Snapshot, names: list[str], context: ScanContext, catalog: Catalog) -> None:
-        super().__init__(snapshot, PUBLIC, names, context, {})
+    def __init__(self, snapshot: Snapshot, context: ScanContext, catalog: Catalog) -> None:
+        super().__init__(snapshot, PUBLIC, context, {})
         self._catalog = catalog
 
     @property
     def table_names(self) -> list[str]:  # type: ignore[override]
-        return [*self._names, *(name for name in self._catalog.views if name not in self._names)]
+        return [*super().table_names, *(name for name in self._catalog.views if not self._has(name))]
 
     def table(self, name: str) -> Any:
         found = super().table(name)
@@ -131,7 +136,7 @@ class _PublicSchema(_Schema):
         return self._catalog.views.get(name) if found is None else found
 
     def table_exist(self, name: str) -> bool:
-        known = name in self._names or name in self._catalog.views or name in self._catalog.broken
+        known = self._has(name) or name in self._catalog.views or name in self._catalog.broken
         return known or (self._catalog.inserts and name in self._snapshot.writable)
 
 
