@@ -86,3 +86,43 @@ def test_brackets_one_deeper_than_their_limit_are_refused() -> None:
     assert measure("(" * (DEPTH_MAX - 1) + ")" * (DEPTH_MAX - 1)).growth == 1
     with pytest.raises(RequestError, match=f"the SQL text has brackets more than {DEPTH_MAX} deep"):
         measure("(" * DEPTH_MAX + ")" * DEPTH_MAX)
+
+
+HEAVY = (
+    "SELECT repeat(repeat('x', 1000), 1000) AS word",
+    "SELECT s || s || s AS word FROM t",
+    "WITH a AS (SELECT repeat('x', 1000) AS word), b AS (SELECT word || word AS word FROM a), c AS (SELECT word || word AS word FROM b) "
+    "SELECT word FROM c, t",
+    "SELECT word FROM t, (WITH a AS (SELECT 'x' AS word), b AS (SELECT repeat(word, 1000) AS word FROM a) SELECT word FROM b) AS y",
+    "SELECT word FROM t UNION ALL SELECT repeat(word, 1000) FROM t",
+    "VALUES (repeat('x', 1000)), ('y')",
+    "SELECT a, count(*) FROM t, u GROUP BY CUBE (a, b, c)",
+)
+HIDDEN = (
+    "SELECT * FROM ({})",
+    "SELECT * FROM (({}))",
+    "SELECT * FROM t, ({}) AS x",
+    "SELECT * FROM ({}) AS x, ({}) AS y",
+    "SELECT * FROM t JOIN LATERAL ({}) AS x ON true",
+    "SELECT * FROM (WITH z AS ({}) SELECT * FROM z)",
+    "SELECT * FROM (WITH y AS (SELECT 1), z AS ({}) SELECT * FROM z, y)",
+    "WITH z AS ({}), y AS (SELECT * FROM z) SELECT * FROM y",
+    "SELECT (SELECT word FROM ({}) AS x)",
+    "SELECT a FROM t WHERE a IN ({})",
+    "SELECT a FROM t WHERE EXISTS ({}) ORDER BY ({})",
+    "({})",
+    "SELECT 1 UNION ({})",
+    "EXPLAIN {}",
+    "INSERT INTO t {}",
+    "CREATE VIEW v AS {}",
+    "CREATE TABLE v AS ({})",
+)
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+@pytest.mark.parametrize("heavy", HEAVY)
+def test_what_is_within_another_statement_weighs_what_it_does_alone(heavy: str, hidden: str) -> None:
+    alone, within = measure(heavy), measure(hidden.replace("{}", heavy))
+    assert within.growth >= alone.growth
+    assert within.tables >= alone.tables
+    assert within.operators >= alone.operators

@@ -310,7 +310,7 @@ class _Walk:
             part.expects_table = part.is_query
         if word == "OVER" and part.gathers:
             raise Unsupported("array_agg and string_agg are not served with OVER: every row would hold the values of those before it")
-        part.in_from = word == "FROM" or (part.in_from and word not in _ENDS_FROM)
+        part.in_from = word == "FROM" or (part.in_from and word not in _ENDS_FROM and not (word == "WITH" and part.items == 1))
         part.expects_table = part.expects_table and word in ("FROM", "JOIN", "LATERAL")
         if word in _SET_OPERATORS and part.is_query:
             part.end_branch()
