@@ -87,7 +87,7 @@ def format_without_wire_errors(*args: Any, **kwargs: Any) -> list[str]:
     try:
         sys._getframe(1)
     except ValueError:  # nobody in Python calls: it is pyarrow, about an error that came up before or after what is served here
-        return [type(error).__name__]
+        return [type(error).__name__.lstrip("_")]
     return [type(error).__name__.lstrip("_")] if isinstance(error, _WireError) else _format_exception(*args, **kwargs)
 
 
