@@ -28,6 +28,7 @@ from typing import Any
 from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError
 
+from flight_oplog.config import read_bytes
 from flight_oplog.errors import NotFound, RequestError
 from flight_oplog.grants import check_name
 
@@ -78,13 +79,7 @@ class Accounts:
     @classmethod
     def load(cls, file: str) -> Accounts:
         """Raises RequestError that says what is wrong with the file."""
-        try:
-            with open(file, "rb") as stream:
-                text = stream.read(FILE_BYTES_MAX + 1)
-        except OSError as error:
-            raise RequestError(f"users file {file}: {error.strerror}") from None
-        if len(text) > FILE_BYTES_MAX:
-            raise RequestError(f"users file {file}: more than {FILE_BYTES_MAX} bytes")
+        text = read_bytes("users file", file, FILE_BYTES_MAX)
         try:
             body = json.loads(text)
             found = cls(

@@ -1,4 +1,4 @@
-"""From credentials to a principal. No gRPC: `server.py` hands over what a call came with.
+"""From credentials to a principal. No gRPC: `calls.py` hands over what a call came with.
 
 What is taken: a user's name and password (HTTP Basic), or a bearer, which is an API token, a JWT, or what a login with a
 password returned; or the certificate of a TLS connection. Which of them, the settings say: with none of them, nobody is
@@ -21,13 +21,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flight_oplog.accounts import PASSWORD_BYTES_MAX, TOKEN_PATTERN, Accounts
-from flight_oplog.bearers import INVALID, Claimed, Issued, Logins
-from flight_oplog.config import Config
+from flight_oplog.bearers import BEARER_EXPIRED, INVALID, LOGIN_EXPIRED, TOKEN_EXPIRED, Claimed, Issued, Logins
+from flight_oplog.config import Config, read_bytes
 from flight_oplog.errors import OplogError, RequestError, TryAgain, Unauthenticated
-from flight_oplog.grants import ANYBODY, NAME_CHARACTERS_MAX, Grants, Principal
+from flight_oplog.grants import ANYBODY, NAME_CHARACTERS_MAX, Grants, Principal, is_name
+from flight_oplog.kept import remember
 
 log = logging.getLogger("flight_oplog.auth")
 
@@ -48,10 +49,14 @@ _NEEDED = "this server asks who is calling: send a user's name and password, or 
 
 @dataclass(frozen=True)
 class Admission:
-    """Who calls, and what they have shown for it; None where nothing had to be, or it is their connection's certificate."""
+    """Who calls, and what they have shown for it; None where nothing had to be, or it is their connection's certificate.
+
+    `shown` is the bearer or the API token that they sent, in whatever place.
+    """
 
     principal: Principal
     claimed: Claimed | None = None
+    shown: str | None = field(default=None, repr=False)
 
 
 class Gate:
@@ -107,7 +112,7 @@ class Gate:
 
     def certified(self, name: str) -> Admission:
         """Admit whom a connection's certificate names."""
-        if not 0 < len(name) <= NAME_CHARACTERS_MAX or not name.isprintable():
+        if not is_name(name):
             raise Unauthenticated("the certificate names nobody")
         return Admission(self.grants.principal(name))
 
@@ -121,22 +126,27 @@ class Gate:
             return Admission(ANYBODY)
         if not authorization:
             raise Unauthenticated(_NEEDED)
-        if len(authorization) > CREDENTIAL_BYTES_MAX:
-            raise Unauthenticated(f"the credentials have more than {CREDENTIAL_BYTES_MAX} bytes")
+        check_size(authorization)
         scheme, _, given = authorization.partition(" ")
         if scheme.lower() == "basic":
-            return self.log_in(*basic_parts(given))
+            return self.log_in(*_basic_parts(given))
         if scheme.lower() == "bearer":
-            return self._proven_by(("bearer", given.strip()), lambda: self._borne(given.strip()))
+            return self._bearing(given.strip())
         raise Unauthenticated(_NEEDED)
 
     def log_in(self, name: str, password: str) -> Admission:
         """Admit whom a name and a password stand for. An API token may stand for a password, whatever the name is."""
         if TOKEN_PATTERN.fullmatch(password):
-            return self._proven_by(("bearer", password), lambda: self._borne(password))
+            return self._bearing(password)
         if not self._config.users or len(name) > NAME_CHARACTERS_MAX or len(password.encode("utf-8", "replace")) > PASSWORD_BYTES_MAX:
             raise Unauthenticated(INVALID)
-        return self._proven_by((name, password), lambda: self._passworded(name, password))
+        return self._admitted(self._proven_by((name, password), lambda: self._passworded(name, password)))
+
+    def _bearing(self, bearer: str) -> Admission:
+        return self._admitted(self._proven_by(("bearer", bearer), lambda: self._borne(bearer)), bearer)
+
+    def _admitted(self, claimed: Claimed, shown: str | None = None) -> Admission:
+        return Admission(self.grants.principal(claimed.name, claimed.roles), claimed, shown)
 
     def again(self, admission: Admission) -> Principal:
         """Return who was admitted, with the rights they have by now. Raises Unauthenticated when they would be admitted no more."""
@@ -147,25 +157,18 @@ class Gate:
         return was if was.name is None else self.grants.principal(was.name, was.roles)
 
     def bearer(self, admission: Admission) -> str | None:
-        """Return the bearer to send from then on instead of a name and a password; None where there was none."""
+        """Return the bearer to send from then on, in place of a name and a password where those were shown."""
         claimed = admission.claimed
-        return self._logins.issue(claimed.name, claimed.stamp) if claimed is not None and claimed.stamp else None
+        return self._logins.issue(claimed.name, claimed.stamp) if claimed is not None and admission.shown is None else admission.shown
 
-    def _proven_by(self, shown: tuple[str, str], prove: Callable[[], Claimed]) -> Admission:
-        """Admit who shows something: by what is remembered of it, or by proving it once, however many show it at the same time."""
+    def _proven_by(self, shown: tuple[str, str], prove: Callable[[], Claimed]) -> Claimed:
+        """Return what is remembered of what somebody shows, or prove it: once, however many show it at the same time."""
         self._look()
         key = hmac.digest(self._proof_key, "\0".join(shown).encode("utf-8", "surrogatepass"), hashlib.sha256)
-        claimed = self._proven.get(key)
-        if claimed is not None:
-            try:
-                self._check(claimed)
-            except Unauthenticated:  # it may be good again, by another proof
-                claimed = None
-        if claimed is None:
-            claimed = self._prove(key, prove)
-        return Admission(self.grants.principal(claimed.name, claimed.roles), claimed)
-
-    def _prove(self, key: bytes, prove: Callable[[], Claimed]) -> Claimed:
+        with contextlib.suppress(KeyError, Unauthenticated):  # it may be good again, by another proof
+            claimed = self._proven[key]
+            self._check(claimed)
+            return claimed
         mine: Future[Claimed] = Future()
         with self._lock:
             proving = self._proving.setdefault(key, mine)
@@ -173,10 +176,7 @@ class Gate:
             return proving.result()
         try:
             claimed = prove()
-            with self._lock:
-                self._proven[key] = claimed
-                while len(self._proven) > PROVEN_KEPT:
-                    self._proven.popitem(last=False)
+            remember(self._proven, key, claimed, PROVEN_KEPT)
             mine.set_result(claimed)
             return claimed
         except BaseException as error:
@@ -217,13 +217,7 @@ class Gate:
         if claimed.token and claimed.token not in accounts.tokens:
             raise Unauthenticated(INVALID)
         if claimed.expires < time.time():
-            raise Unauthenticated(
-                "the API token has expired; ask for another"
-                if claimed.token
-                else "the bearer has expired; ask its issuer for another"
-                if claimed.key
-                else "the login has expired; log in again"
-            )
+            raise Unauthenticated(TOKEN_EXPIRED if claimed.token else BEARER_EXPIRED if claimed.key else LOGIN_EXPIRED)
         if claimed.key is not None and self._issued is not None:
             self._issued.check(claimed.key)
         if claimed.stamp and ((user := accounts.users.get(claimed.name)) is None or user.stamp != claimed.stamp):
@@ -253,7 +247,13 @@ class Gate:
                 log.error("the users stay as they were: %s", error)
 
 
-def basic_parts(basic: str) -> tuple[str, str]:
+def check_size(credential: str | bytes) -> None:
+    """Raise Unauthenticated for a credential that is too long to be looked into."""
+    if len(credential) > CREDENTIAL_BYTES_MAX:
+        raise Unauthenticated(f"the credentials have more than {CREDENTIAL_BYTES_MAX} bytes")
+
+
+def _basic_parts(basic: str) -> tuple[str, str]:
     """Return the name and the password of HTTP Basic credentials, whose padding Go leaves out."""
     text = basic.strip()
     try:
@@ -289,10 +289,7 @@ class _Passwords:
             if self._waiting >= PASSWORDS_WAITING_MAX:
                 raise TryAgain("too many logins are under way; nothing was done; try again")
             tries = 1 if now - free > FAILURES_SECONDS else tries + 1
-            self._tries[name] = tries, now + _pause(tries)
-            self._tries.move_to_end(name)
-            while len(self._tries) > FAILURES_KEPT:
-                self._tries.popitem(last=False)
+            remember(self._tries, name, (tries, now + _pause(tries)), FAILURES_KEPT)
             self._waiting += 1
         try:
             with self._free:
@@ -317,11 +314,7 @@ def derived(secret: bytes, purpose: str) -> bytes:
 
 
 def _secret_in(file: str) -> bytes:
-    try:
-        with open(file, "rb") as stream:
-            found = stream.read(4096).strip()
-    except OSError as error:
-        raise RequestError(f"secret {file}: {error.strerror}") from None
+    found = read_bytes("secret", file).strip()
     if len(found) < SECRET_BYTES_LEAST:
         raise RequestError(f"secret {file}: fewer than {SECRET_BYTES_LEAST} bytes, and can be guessed; make one with: openssl rand -hex 32")
     return found

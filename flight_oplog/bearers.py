@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import logging
-import re
 import threading
 import time
 import urllib.error
@@ -17,9 +15,10 @@ from typing import Any
 
 import jwt
 
-from flight_oplog.config import Config
+from flight_oplog.config import Config, read_bytes
 from flight_oplog.errors import OplogError, RequestError, TryAgain, Unauthenticated
 from flight_oplog.grants import check_name
+from flight_oplog.listening import is_loopback
 
 log = logging.getLogger("flight_oplog.auth")
 
@@ -34,7 +33,11 @@ KEYS_SECONDS, KEYS_PAUSE_SECONDS = 300.0, 10.0
 KEYS_STALE_SECONDS = 3600.0
 FETCH_SECONDS = 5.0
 _LOGIN = "flight-oplog-login"
-_LOOPBACK_HTTP = re.compile(r"http://", re.IGNORECASE)
+
+INVALID = "the credentials are not valid"
+LOGIN_EXPIRED = "the login has expired; log in again"
+BEARER_EXPIRED = "the bearer has expired; ask its issuer for another"
+TOKEN_EXPIRED = "the API token has expired; ask for another"
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,10 @@ class Logins:
         try:
             body = jwt.decode(bearer, self._key, ["HS256"], options={"require": ["sub", "exp", "stamp"], "verify_iat": False})
         except jwt.ExpiredSignatureError:
-            raise Unauthenticated("the login has expired; log in again") from None
+            raise Unauthenticated(LOGIN_EXPIRED) from None
         except jwt.PyJWTError:
             raise Unauthenticated(INVALID) from None
         return Claimed(body["sub"], (), body["exp"], body["stamp"])
-
-
-INVALID = "the credentials are not valid"
 
 
 class Issued:
@@ -88,11 +88,12 @@ class Issued:
             raise RequestError("settings jwt_issuer and jwt_audience are needed beside jwt_keys: a key alone does not say whom to trust")
         self._config = config
         self._source = config.jwt_keys
-        self._is_remote = re.match(r"https?://", self._source, re.IGNORECASE) is not None
-        if _LOOPBACK_HTTP.match(self._source) and not _is_loopback(self._source):
+        address = urllib.parse.urlsplit(self._source)
+        self._is_remote = address.scheme in ("http", "https")
+        if address.scheme == "http" and not is_loopback(address.hostname or ""):
             raise RequestError(f"setting jwt_keys: {self._source} is read without TLS, and whoever is between may answer; use https://")
         self._lock = threading.Lock()
-        self.keys: list[jwt.PyJWK] = []  # replaced, never changed
+        self.keys: dict[str, jwt.PyJWK] = {}  # by all that they say; replaced, never changed
         self._fetched = self._tried = float("-inf")
         if not self._is_remote:
             self._fetch()
@@ -117,7 +118,7 @@ class Issued:
                     options={"require": ["exp", "iss", "aud"]},
                 )
             except jwt.ExpiredSignatureError:
-                raise Unauthenticated("the bearer has expired; ask its issuer for another") from None
+                raise Unauthenticated(BEARER_EXPIRED) from None
             except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
                 continue
             return self._claimed(body, key)
@@ -127,7 +128,7 @@ class Issued:
         """Raise Unauthenticated for a key that has been withdrawn, TryAgain when nobody has said for long whether it was."""
         self._refresh()
         self._check_fresh()
-        if not any(key is each for each in self.keys):
+        if not any(key is each for each in self.keys.values()):
             raise Unauthenticated(INVALID)
 
     def _claimed(self, body: Mapping[str, Any], key: jwt.PyJWK) -> Claimed:
@@ -147,7 +148,7 @@ class Issued:
             return []
         for is_last in (False, True):
             self._refresh(wanted=is_last)
-            found = [key for key in self.keys if key.algorithm_name == algorithm and (name is None or key.key_id in (None, name))]
+            found = [key for key in self.keys.values() if key.algorithm_name == algorithm and (name is None or key.key_id in (None, name))]
             if found:
                 break
         self._check_fresh()
@@ -180,10 +181,9 @@ class Issued:
 
     def _fetch(self) -> None:
         self._tried = time.monotonic()
-        known = {json.dumps(key._jwk_data, sort_keys=True): key for key in self.keys}
-        found = _keys_in(self._source, _fetched(self._source) if self._is_remote else _read(self._source))
+        found = _keys_in(self._source, _fetched(self._source) if self._is_remote else read_bytes("jwt_keys", self._source, KEYS_BYTES_MAX))
         # A key that goes on is the same object, so that what it has signed need not be looked at again.
-        self.keys = [known.get(json.dumps(key._jwk_data, sort_keys=True), key) for key in found]
+        self.keys = {text: self.keys.get(text, key) for text, key in found.items()}
         self._fetched = time.monotonic()
 
 
@@ -204,15 +204,15 @@ def _claim(body: Mapping[str, Any], path: str) -> Any:
     return found
 
 
-def _keys_in(source: str, text: bytes) -> list[jwt.PyJWK]:
-    """Return the keys of a JWKS that are of a kind served. Raises RequestError when there is none, or too many."""
+def _keys_in(source: str, text: bytes) -> dict[str, jwt.PyJWK]:
+    """Return the keys of a JWKS that are of a kind served, by all that they say. Raises RequestError when there is none, or too many."""
     try:
         listed = json.loads(text)["keys"]
         if not isinstance(listed, list) or len(listed) > KEYS_MAX:
             raise RequestError(f"jwt_keys {source}: not 1 to {KEYS_MAX} keys")
     except (ValueError, KeyError, TypeError, RecursionError):
         raise RequestError(f"jwt_keys {source}: not a JSON Web Key Set") from None
-    found = []
+    found = {}
     for each in listed:
         try:
             key = jwt.PyJWK(each)
@@ -221,18 +221,10 @@ def _keys_in(source: str, text: bytes) -> list[jwt.PyJWK]:
         if isinstance(key.key, bytes) and len(key.key) < HMAC_BYTES_LEAST:
             raise RequestError(f"jwt_keys {source}: an HS256 key has fewer than {HMAC_BYTES_LEAST} bytes, and can be guessed")
         if key.algorithm_name in ALGORITHMS and each.get("use", "sig") == "sig":
-            found.append(key)
+            found[json.dumps(each, sort_keys=True)] = key
     if not found:
         raise RequestError(f"jwt_keys {source}: it has no key for {', '.join(ALGORITHMS)}")
     return found
-
-
-def _read(file: str) -> bytes:
-    try:
-        with open(file, "rb") as stream:
-            return stream.read(KEYS_BYTES_MAX)
-    except OSError as error:
-        raise RequestError(f"jwt_keys {file}: {error.strerror}") from None
 
 
 def _fetched(address: str) -> bytes:
@@ -253,11 +245,3 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_NoRedirects)
-
-
-def _is_loopback(address: str) -> bool:
-    host = urllib.parse.urlsplit(address).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -20,6 +20,7 @@ from flight_oplog import codec
 from flight_oplog.datafile import microseconds
 from flight_oplog.errors import CorruptLog
 from flight_oplog.filters import TextIndex
+from flight_oplog.kept import remember
 from flight_oplog.keys import is_filter
 from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.store import Snapshot
@@ -130,9 +131,7 @@ class ColumnCache:
                 return found  # type: ignore[no-any-return]
             was_asked, has_none = key in self._asked, self._asked.get(key, False)
             if not was_asked:
-                self._asked[key] = False
-                if len(self._asked) > FRAGMENTS_MAX:
-                    self._asked.popitem(last=False)
+                remember(self._asked, key, False, FRAGMENTS_MAX)
         if not was_asked or has_none or not may_make or not self._bytes_max:
             return None
         made = TextIndex.of(texts)

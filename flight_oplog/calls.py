@@ -15,7 +15,6 @@ import threading
 import time
 import traceback
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,11 +22,12 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from flight_oplog import logs
-from flight_oplog.auth import CREDENTIAL_BYTES_MAX, Admission, Gate, basic_parts
+from flight_oplog.auth import Admission, Gate, check_size
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, OplogError, TryAgain, Unauthenticated
 from flight_oplog.flightsql.service import Caller
 from flight_oplog.grants import ANYBODY, NOBODY, Principal
+from flight_oplog.shares import Shares
 
 log = logging.getLogger("flight_oplog.server")
 
@@ -81,14 +81,13 @@ FROM_GET_SCHEMA = dict.fromkeys(("UNAUTHENTICATED", "PERMISSION_DENIED", "UNAVAI
 _format_exception = traceback.format_exception
 
 
-def format_without_wire_errors(*args: Any, **kwargs: Any) -> list[str]:
+def format_nothing_for_the_wire(*args: Any, **kwargs: Any) -> list[str]:
     """Stand in for traceback.format_exception, which pyarrow's C++ calls by name to build the text it sends."""
-    error = args[0] if len(args) == 1 else args[1] if len(args) > 1 else None
     try:
         sys._getframe(1)
-    except ValueError:  # nobody in Python calls: it is pyarrow, about an error that came up before or after what is served here
-        return [type(error).__name__.lstrip("_")]
-    return [type(error).__name__.lstrip("_")] if isinstance(error, _WireError) else _format_exception(*args, **kwargs)
+    except ValueError:  # nobody in Python calls: it is pyarrow
+        return [type(args[1] if len(args) > 1 else args[0]).__name__.lstrip("_")]
+    return _format_exception(*args, **kwargs)
 
 
 def to_wire(error: BaseException, classes: dict[str, type[Exception]] = CLASSES) -> Exception:
@@ -150,8 +149,7 @@ class Calls(fl.ServerMiddlewareFactory):
         self.logged = config.log_calls
         self._calls_max = config.calls_max
         self._lock = threading.Lock()
-        self._under_way: Counter[str | None] = Counter()  # calls, by principal
-        self._all = 0
+        self._under_way = Shares(config.calls_max)
         # Handshakes that have said nothing yet: whoever says nothing at all holds up nobody but others of their kind.
         self._silent = threading.BoundedSemaphore(HANDSHAKES_MAX)
         self.shaking: dict[int, Call] = {}  # by the thread that is about to make it
@@ -161,21 +159,17 @@ class Calls(fl.ServerMiddlewareFactory):
     def start_call(self, info: Any, headers: dict[str, list[str]]) -> Call:
         first = {name.lower(): values[0] for name, values in headers.items()}
         call = Call(self, info.method, first)
-        try:
-            if not self.gate.takes_certificates:
-                with logs.during(call.words):
+        with logs.during(call.words):
+            try:
+                if not self.gate.takes_certificates:
                     self._admit(call, info.method, headers)
-            self._begin(call)
-        except BaseException as error:
-            call.failed = error
-            call.end()
-            refused = (
-                error
-                if isinstance(error, TryAgain) or not isinstance(error, OplogError)
-                else type(error)(f"{error}; request {call.words.request}")
-            )
-            with logs.during(call.words):
-                raise to_wire(refused) from None
+                self._begin(call)
+            except BaseException as error:
+                call.failed = error
+                call.end()
+                # Its client gets no headers of ours, so the words have to name the request.
+                named = Unauthenticated(f"{error}; request {call.words.request}") if isinstance(error, Unauthenticated) else error
+                raise to_wire(named) from None
         return call
 
     def _admit(self, call: Call, method: Any, headers: dict[str, list[str]]) -> None:
@@ -188,25 +182,21 @@ class Calls(fl.ServerMiddlewareFactory):
             if not found:
                 call.is_silent = True
                 return  # what it says comes later: see Handshakes
-        given = _text(found[0]) if found else None
-        call.admitted(self.gate.admit(given))
-        if is_handshake and given is not None:
-            call.bearer = self.gate.bearer(call.admission) or _secret_of(given)
+        call.admitted(self.gate.admit(_text(found[0]) if found else None))
+        if is_handshake:
+            call.bearer = self.gate.bearer(call.admission)
 
     def _begin(self, call: Call) -> None:
-        """Count a call in. Raises TryAgain for one too many; the last eighth of the places is for those who have no other."""
+        """Count a call in. Raises TryAgain for one too many."""
         if call.is_silent:
             if not self._silent.acquire(blocking=False):
                 raise TryAgain(f"{HANDSHAKES_MAX} handshakes have said nothing yet; try again")
             return
-        name = call.principal.name
+        call.counted = call.principal.name
         with self._lock:
-            kept = self._calls_max // 8 if name is not None and self._under_way[name] else 0
-            if self._all >= self._calls_max - kept:
+            if not self._under_way.is_free(call.counted):
                 raise TryAgain(f"the server is busy: calls_max ({self._calls_max}) calls are under way; try again")
-            self._under_way[name] += 1
-            self._all += 1
-            call.counted = name
+            self._under_way.take(call.counted)
 
     def end(self, call: Call) -> None:
         """Count a call out."""
@@ -214,10 +204,7 @@ class Calls(fl.ServerMiddlewareFactory):
             self._silent.release()
             return
         with self._lock:
-            self._all -= 1
-            self._under_way[call.counted] -= 1
-            if not self._under_way[call.counted]:
-                del self._under_way[call.counted]
+            self._under_way.give(call.counted)
 
     def may_log(self, call: Call) -> bool:
         """Whether there is to be a line about a call; strangers, of whom anybody can be any number, get a few a second."""
@@ -233,12 +220,6 @@ class Calls(fl.ServerMiddlewareFactory):
                 self._second, self._lines = now, 0
             self._lines += 1
             return self._lines <= STRANGERS_LINES
-
-
-def _secret_of(authorization: str) -> str:
-    """Return the bearer in a header, or the API token that stands where a password does."""
-    scheme, _, given = authorization.partition(" ")
-    return given.strip() if scheme.lower() == "bearer" else basic_parts(given)[1]
 
 
 def _text(header: str | bytes) -> str:
@@ -270,13 +251,14 @@ class Handshakes(fl.ServerAuthHandler):
     def _bearer_for(self, said: bytes) -> str:
         gate = self._calls.gate
         try:
-            if len(said) > CREDENTIAL_BYTES_MAX:
-                raise Unauthenticated(f"the credentials have more than {CREDENTIAL_BYTES_MAX} bytes")
+            check_size(said)
             given = fl.BasicAuth.deserialize(said)
             name, password = given.username.decode(), given.password.decode()
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             raise Unauthenticated("a handshake has a user's name and password, or an authorization header") from None
-        return gate.bearer(gate.log_in(name, password)) or password
+        bearer = gate.bearer(gate.log_in(name, password))
+        assert bearer is not None
+        return bearer
 
     def is_valid(self, token: bytes) -> bytes:
         """What is sent with each call, the middleware has seen already."""

@@ -121,34 +121,26 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_accounts(commands: Any) -> None:
-    user = commands.add_parser("user", help="add, remove and list those who log in with a password")
-    users = user.add_subparsers(required=True, metavar="ACTION")
-    added = users.add_parser("add", help="add a user, or give one another password, which is asked for or read from standard input")
-    added.add_argument("name")
-    _add_settings(added, ["users"])
-    added.set_defaults(command=_add_user)
-    removed = users.add_parser("remove", help="remove a user; a login of theirs is not good any more within a second")
-    removed.add_argument("name")
-    _add_settings(removed, ["users"])
-    removed.set_defaults(command=_remove_user)
-    listed = users.add_parser("list", help="list the users")
-    _add_settings(listed, ["users"])
-    listed.set_defaults(command=_list_users)
+    def action(of: Any, name: str, command: Callable[[argparse.Namespace], int], help: str, *arguments: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = of.add_parser(name, help=help)
+        for argument in arguments:
+            made.add_argument(argument)
+        _add_settings(made, ["users"])
+        made.set_defaults(command=command)
+        return made
 
-    token = commands.add_parser("token", help="add, remove and list API tokens")
-    tokens = token.add_subparsers(required=True, metavar="ACTION")
-    added = tokens.add_parser("add", help="make a token for a principal, and show it this once")
-    added.add_argument("principal")
-    added.add_argument("--days", type=float, default=TOKEN_DAYS, help=f"how long it is good, 0 for ever (default: {TOKEN_DAYS})")
-    _add_settings(added, ["users"])
-    added.set_defaults(command=_add_token)
-    removed = tokens.add_parser("remove", help="revoke a token; it is not good any more within a second")
-    removed.add_argument("id")
-    _add_settings(removed, ["users"])
-    removed.set_defaults(command=_remove_token)
-    listed = tokens.add_parser("list", help="list the tokens, without what makes them good")
-    _add_settings(listed, ["users"])
-    listed.set_defaults(command=_list_tokens)
+    user = commands.add_parser("user", help="add, remove and list those who log in with a password").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    action(user, "add", _add_user, "add a user, or give one another password, which is asked for or read from standard input", "name")
+    action(user, "remove", _remove_user, "remove a user; a login of theirs is not good any more within a second", "name")
+    action(user, "list", _list_users, "list the users")
+
+    token = commands.add_parser("token", help="add, remove and list API tokens").add_subparsers(required=True, metavar="ACTION")
+    made = action(token, "add", _add_token, "make a token for a principal, and show it this once", "principal")
+    made.add_argument("--days", type=float, default=TOKEN_DAYS, help=f"how long it is good, 0 for ever (default: {TOKEN_DAYS})")
+    action(token, "remove", _remove_token, "revoke a token; it is not good any more within a second", "id")
+    action(token, "list", _list_tokens, "list the tokens, without what makes them good")
 
 
 def _add_settings(parser: argparse.ArgumentParser, names: list[str]) -> None:

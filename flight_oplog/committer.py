@@ -33,6 +33,7 @@ from flight_oplog import codec
 from flight_oplog.config import Config
 from flight_oplog.datafile import Record, StagedFile
 from flight_oplog.errors import NotFound, OplogError, OutcomeUnknown, OutOfOrder, RequestError, SchemaMismatch, TooLarge, TryAgain
+from flight_oplog.kept import remember
 from flight_oplog.keys import filters_of
 from flight_oplog.parts import Parts
 from flight_oplog.schema import KEYS_METADATA, SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, schema_id
@@ -371,9 +372,7 @@ class _Producers:
         return epoch or 0, -1 if sequence is None else sequence
 
     def remember(self, key: tuple[str, str, int, int], receipt: Receipt, principal: str | None) -> None:
-        self._receipts[key] = receipt, principal
-        if len(self._receipts) > RECEIPTS_KEPT:
-            self._receipts.popitem(last=False)
+        remember(self._receipts, key, (receipt, principal), RECEIPTS_KEPT)
 
     def original(self, append: Append, snapshot: Snapshot, table_version: int) -> Receipt:
         """Return the receipt of the append that this one repeats, as far as it can still be told.

@@ -17,6 +17,7 @@ from flight_oplog.errors import RequestError
 
 MIB = 1 << 20
 NUMBER_MAX = 1 << 40  # no limit needs more, and seconds beyond it overflow the system's clocks
+FILE_BYTES_MAX = 1 * MIB
 ENVIRONMENT_PREFIX = "FLIGHT_OPLOG_"
 
 
@@ -147,14 +148,28 @@ def provide_engine_threads() -> None:
     os.environ.setdefault("TOKIO_WORKER_THREADS", str(16 + 2 * (os.cpu_count() or 1)))
 
 
-def _read_file(file: str) -> dict[str, Any]:
+def read_bytes(what: str, file: str, most: int = FILE_BYTES_MAX) -> bytes:
+    """Read a file that a setting names; `what` says what it is. Raises RequestError when it cannot be read or has more bytes."""
     try:
         with open(file, "rb") as stream:
-            values = tomllib.load(stream)
+            found = stream.read(most + 1)
     except OSError as error:
-        raise RequestError(f"settings file {file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RequestError(f"settings file {file}: {error}") from None
+        raise RequestError(f"{what} {file}: {error.strerror}") from None
+    if len(found) > most:
+        raise RequestError(f"{what} {file}: more than {most} bytes")
+    return found
+
+
+def read_toml(what: str, file: str) -> dict[str, Any]:
+    """Read a TOML file that a setting names. Raises RequestError that says what is wrong with it."""
+    try:
+        return tomllib.loads(read_bytes(what, file).decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"{what} {file}: {error}") from None
+
+
+def _read_file(file: str) -> dict[str, Any]:
+    values = read_toml("settings file", file)
     for name in values:
         if name not in _NAMES:
             raise RequestError(f"settings file {file}: there is no setting {name!r}")

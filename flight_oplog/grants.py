@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import functools
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flight_oplog.config import read_toml
 from flight_oplog.errors import Forbidden, RequestError
 
 PERMISSIONS = ("append", "read", "admin")
-FILE_BYTES_MAX = 1 << 20
 NAME_CHARACTERS_MAX = 256
 PRINCIPALS_KEPT = 10_000
 _PATTERN = re.compile(r"[A-Za-z0-9_*]{1,128}")
@@ -89,9 +88,12 @@ class Principal:
         return self.rights.may(permission, name)
 
 
-def forbidden(principal: Principal, permission: str, name: str) -> Forbidden:
-    """Return what to raise, in words that do not tell whether there is a topic or view of the name."""
-    return Forbidden(f"{principal.name!r} has no permission {permission!r} for {name!r}; nothing was written; ask whoever keeps the grants")
+def check_may(principal: Principal, permission: str, name: str) -> None:
+    """Raise Forbidden where a principal has no permission, in words that do not tell whether there is a topic or view of the name."""
+    if not principal.may(permission, name):
+        raise Forbidden(
+            f"{principal.name!r} has no permission {permission!r} for {name!r}; nothing was written; ask whoever keeps the grants"
+        )
 
 
 # Where nobody is asked who they are; and who has not been told from others yet.
@@ -129,16 +131,7 @@ class Grants:
         return found
 
     def _read(self, file: str) -> None:
-        try:
-            with open(file, "rb") as stream:
-                text = stream.read(FILE_BYTES_MAX + 1)
-            if len(text) > FILE_BYTES_MAX:
-                raise RequestError(f"grants {file}: more than {FILE_BYTES_MAX} bytes")
-            body = tomllib.loads(text.decode())
-        except OSError as error:
-            raise RequestError(f"grants {file}: {error.strerror}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise RequestError(f"grants {file}: {error}") from None
+        body = read_toml("grants", file)
         for kind in body:
             if kind not in ("role", "principal"):
                 raise RequestError(f"grants {file}: there is no {kind!r}; tables are [role.NAME] and [principal.NAME]")
@@ -180,8 +173,13 @@ def _texts(where: str, given: Mapping[str, Any], name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def is_name(name: str) -> bool:
+    """Whether a text may be the name of a principal or role."""
+    return 0 < len(name) <= NAME_CHARACTERS_MAX and name.isprintable()
+
+
 def check_name(what: str, name: object) -> str:
     """Return the name of a principal or role. Raises RequestError for what cannot be one."""
-    if not isinstance(name, str) or not 0 < len(name) <= NAME_CHARACTERS_MAX or not name.isprintable():
+    if not isinstance(name, str) or not is_name(name):
         raise RequestError(f"{what} {str(name)[:80]!r} is not a name of 1 to {NAME_CHARACTERS_MAX} printable characters")
     return name

@@ -7,7 +7,7 @@ import re
 import ssl
 from typing import Any
 
-from flight_oplog.config import Config
+from flight_oplog.config import Config, read_bytes
 from flight_oplog.errors import RequestError
 
 _LISTEN = re.compile(r"grpc(\+tls)?://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})")
@@ -28,7 +28,7 @@ def check_listen(config: Config) -> tuple[str, int]:
         raise RequestError(f"setting {'listen' if found[1] else 'client_ca'}: it takes TLS; set tls_cert and tls_key")
     host = found[2]
     missing = lacking(config)
-    if not _is_loopback(host) and missing and not config.insecure:
+    if not is_loopback(host) and missing and not config.insecure:
         raise RequestError(
             f"{config.listen} is reachable from other machines and there is no {missing}; add --insecure to serve there all the same"
         )
@@ -39,10 +39,11 @@ def is_private(uri: str) -> bool:
     """Whether what is sent to a server at an address is nobody else's to read."""
     scheme, _, place = uri.partition("://")
     found = re.match(r"(\[[^\]]*\]|[^:/?]*)", place)
-    return scheme in ("grpc+tls", "grpc+unix") or (found is not None and _is_loopback(found[1]))
+    return scheme in ("grpc+tls", "grpc+unix") or (found is not None and is_loopback(found[1]))
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether a host, by its name or address, is this machine."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -63,16 +64,11 @@ def check_tls(config: Config) -> dict[str, Any]:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(config.tls_cert, config.tls_key)
     except (OSError, ssl.SSLError) as error:
         raise RequestError(f"settings tls_cert {config.tls_cert}, tls_key {config.tls_key}: {error.strerror or error}") from None
-    found: dict[str, Any] = {"tls_certificates": [(_pem(config.tls_cert), _pem(config.tls_key))]}
+    found: dict[str, Any] = {"tls_certificates": [(read_bytes("tls_cert", config.tls_cert), read_bytes("tls_key", config.tls_key))]}
     if config.client_ca:
         try:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(config.client_ca)
         except (OSError, ssl.SSLError) as error:
             raise RequestError(f"setting client_ca {config.client_ca}: {error.strerror or error}") from None
-        found |= {"verify_client": True, "root_certificates": _pem(config.client_ca)}
+        found |= {"verify_client": True, "root_certificates": read_bytes("client_ca", config.client_ca)}
     return found
-
-
-def _pem(file: str) -> bytes:
-    with open(file, "rb") as stream:
-        return stream.read()

@@ -19,6 +19,8 @@ from collections.abc import Iterable, Sequence
 
 import pyarrow as pa
 
+from flight_oplog.kept import remember
+
 # A map of a removed file keeps its bytes on the disk: no more than these are kept for the next record of the same file.
 MAPS_KEPT = 64
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -68,9 +70,7 @@ class Maps:
                 if found is None or number != status.st_ino:
                     with pa.memory_map(path) as file:  # what was read outlives it, without a handle of the system's
                         found = file.read_buffer()
-                self._kept[path] = status.st_ino, found
-                while len(self._kept) > MAPS_KEPT:
-                    self._kept.popitem(last=False)
+                remember(self._kept, path, (status.st_ino, found), MAPS_KEPT)
                 return found
         except OSError:
             return None

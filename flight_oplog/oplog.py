@@ -185,6 +185,10 @@ class OpLog:
         """Return the log as of the newest commit, this process's or another's."""
         return self._store.snapshot()
 
+    def knows(self, topic: str) -> bool:
+        """Whether there was such a topic when this process last looked at the log; it does not look now."""
+        return topic in self._store.latest.topics
+
     def at_least(self, table_version: int) -> Snapshot:
         """Return a snapshot that shows what was acknowledged with this table_version, by whichever server."""
         return self._store.at_least(table_version)

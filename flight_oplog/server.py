@@ -25,12 +25,12 @@ import pyarrow.flight as fl
 
 from flight_oplog import codec
 from flight_oplog.auth import Gate
-from flight_oplog.calls import CLASSES, FROM_GET_SCHEMA, OPTIONS_COOKIE, Call, Calls, Handshakes, format_without_wire_errors, rpc, streamed
+from flight_oplog.calls import CLASSES, FROM_GET_SCHEMA, OPTIONS_COOKIE, Call, Calls, Handshakes, format_nothing_for_the_wire, rpc, streamed
 from flight_oplog.committer import Origin, Receipt, check_data
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import wire
-from flight_oplog.flightsql.service import AT_TIMESTAMP, AT_VERSION, Caller, Put, Service, Update
+from flight_oplog.flightsql.service import AT_TIMESTAMP, AT_VERSION, Caller, Service, Update
 from flight_oplog.follow import Place, TopicRead, is_place
 from flight_oplog.listening import check_listen, check_tls
 from flight_oplog.oplog import AppendWriter, OpLog
@@ -126,7 +126,7 @@ class Server(fl.FlightServerBase):
         self._engine = Engine(config)
         self._gate = Gate(config, oplog.secret())
         self._service = Service(oplog, self._engine, config, self._gate)
-        traceback.format_exception = format_without_wire_errors  # type: ignore[assignment]
+        traceback.format_exception = format_nothing_for_the_wire  # type: ignore[assignment]
         host, port = check_listen(config)
         calls = Calls(self._gate, config)
         scheme, tls = "grpc+tls" if config.tls_cert else "grpc", check_tls(config)
@@ -140,10 +140,7 @@ class Server(fl.FlightServerBase):
 
     def reload(self) -> None:
         """Read grants and users again; when one of them cannot be used it stays as it was, and the log says so."""
-        try:
-            self._gate.reload()
-        except OplogError as error:
-            log.error("grants and users stay as they were: %s", error)
+        self._gate.reload()
 
     def drain(self, seconds: float) -> bool:
         """Take no new calls, let those under way finish for up to `seconds`, then stop queries. True when all ended."""
@@ -177,27 +174,25 @@ class Server(fl.FlightServerBase):
         is_command = descriptor.descriptor_type == fl.DescriptorType.CMD and bool(descriptor.command)
         named = "" if is_command else _topic_of(descriptor)
         caller = self._caller(context, named)
-        put = self._service.put(descriptor.command, caller) if is_command else Put(named)
+        put = self._service.put(descriptor.command, caller) if is_command else self._service.put_into(named, caller)
         if isinstance(put, Update):
             writer.write(put.perform(self._parameters(context, reader, put.bytes_max) if put.takes_parameters else None))
             return
         topic = put.topic
-        self._service.check_append(topic, caller)
         try:
             schema = reader.schema
         except (pa.ArrowException, OSError, StopIteration):
             raise RequestError(f"topic {topic!r}: the stream does not begin with a readable schema; nothing was written") from None
         headers = context.get_middleware("call").headers
-        origin = _origin_of(topic, context.get_middleware("call"))
         messages = _received(reader, topic)
         first = next(messages, (None, {}))
         if "sequence" in first[1] and not is_command:
-            self._append_each(context, caller, topic, schema, origin, itertools.chain([first], messages), writer)
+            self._append_each(context, caller, topic, schema, itertools.chain([first], messages), writer)
             return
-        append = self._oplog.writer(topic, schema, origin, put.role)
+        append = self._oplog.writer(topic, schema, caller.origin, put.role)
         try:
             self._fill(context, append, itertools.chain([first], messages), headers)
-            caller.now().check("append", topic)  # it may have taken hours
+            caller.check_again("append", topic)  # it may have taken hours
             answer: bytes | None = None
             if put.transaction_id is not None:
                 answer = wire.encode(wire.DoPutUpdateResult(self._service.transactions.hold(put.transaction_id, append, caller.name)))
@@ -261,9 +256,7 @@ class Server(fl.FlightServerBase):
             raise Cancelled(f"topic {topic!r}: the client broke off; nothing was written")
         self._check_open()
 
-    def _append_each(
-        self, context: Any, caller: Caller, topic: str, schema: pa.Schema, origin: Origin, messages: Iterator[_Message], writer: Any
-    ) -> None:
+    def _append_each(self, context: Any, caller: Caller, topic: str, schema: pa.Schema, messages: Iterator[_Message], writer: Any) -> None:
         """Take every batch of the stream as an append of its own; receipts go back in their order, while others arrive."""
         acks = _Acks(writer, self._config.appends_in_flight_max)
         try:
@@ -271,8 +264,8 @@ class Server(fl.FlightServerBase):
                 if batch is None or not words.keys() <= {"sequence", "expected_offset"} or "sequence" not in words:
                     raise RequestError(f'topic {topic!r}: after a batch with a sequence, each message is a batch with {{"sequence": n}}')
                 self._check_open()
-                caller.now().check("append", topic)
-                append = self._oplog.writer(topic, schema, replace(origin, **words))
+                caller.check_again("append", topic)
+                append = self._oplog.writer(topic, schema, replace(caller.origin, **words))
                 try:
                     append.write(batch)
                     if context.is_cancelled():

@@ -37,6 +37,7 @@ from flight_oplog.deltalog import Changes
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
 from flight_oplog.files import reading_error, storage_error
 from flight_oplog.grants import ANYBODY, Principal
+from flight_oplog.kept import remember
 from flight_oplog.parts import PARTS_FROM_BYTES
 from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records
 from flight_oplog.schema import (
@@ -165,10 +166,7 @@ class Snapshot:
             shown = _Some(whole.topics, lambda name: viewer.may("read", name))
             writable = _Some(whole.topics, lambda name: viewer.may("append", name) and name not in shown)
             found = Snapshot(whole.table_version, shown, whole.store, {}, viewer, writable, whole)
-            whole._seen[viewer] = found
-            while len(whole._seen) > VIEWERS_KEPT:
-                with contextlib.suppress(KeyError):  # another thread may have been here
-                    whole._seen.popitem(last=False)
+            remember(whole._seen, viewer, found, VIEWERS_KEPT)
         return found
 
     def topic(self, name: str) -> Topic:
@@ -392,9 +390,7 @@ class Store:
     def _remember(self, snapshot: Snapshot) -> None:
         with self._lock:
             self._current = snapshot
-            self._recent[snapshot.table_version] = snapshot
-            while len(self._recent) > SNAPSHOTS_KEPT:
-                self._recent.popitem(last=False)
+            remember(self._recent, snapshot.table_version, snapshot, SNAPSHOTS_KEPT)
         with self._news:
             self._news.notify_all()
 

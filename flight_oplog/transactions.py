@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from flight_oplog.committer import Append, Receipt
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, OutcomeUnknown, RequestError, TooLarge, TryAgain
+from flight_oplog.kept import remember
 from flight_oplog.oplog import AppendWriter, OpLog
 
 log = logging.getLogger("flight_oplog.transactions")
@@ -107,10 +108,7 @@ class Transactions:
             kept.pop(before.cookie, None)  # offered, and not taken
         session = _Session(transaction, time.monotonic(), sessions[0] if len(sessions) > 1 else None)
         for name in sessions:
-            kept[name] = session
-            kept.move_to_end(name)
-        while len(kept) > SESSIONS_KEPT:
-            kept.popitem(last=False)
+            remember(kept, name, session, SESSIONS_KEPT)
 
     def _session(self, sessions: Sequence[str], principal: str | None) -> _Session | None:
         kept = self._remembered[principal].sessions

@@ -8,8 +8,11 @@ PACKAGE = Path(__file__).parent.parent / "flight_oplog"
 # Each module imports only from those above it.
 ORDER = [
     "errors",
+    "kept",
+    "shares",
     "config",
     "logs",
+    "listening",
     "grants",
     "accounts",
     "bearers",
@@ -56,7 +59,6 @@ ORDER = [
     "flightsql.metadata",
     "flightsql.handles",
     "flightsql.service",
-    "listening",
     "calls",
     "server",
     "client",

@@ -113,6 +113,20 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
     server.stop()
 
 
+Fresh = Callable[..., Secured]
+
+
+@pytest.fixture
+def fresh(start: Start, tmp_path: Path) -> Fresh:
+    """Start a server of a test's own, that asks who calls."""
+
+    def run(*flags: str) -> Secured:
+        users, grants, tokens = make_users(tmp_path / "of")
+        return Secured(start("--users", users, "--grants", str(grants), *flags), tmp_path, users, grants, tokens)
+
+    return run
+
+
 # The matrix: one row for each call that can be made, and each command and action that is served in it.
 
 Caller = Callable[[flight.FlightClient, flight.FlightCallOptions, "Secured"], Any]
@@ -603,63 +617,56 @@ def test_no_secret_is_told(secured: Secured) -> None:
 # Grants that are read again
 
 
-def test_grants_are_read_again_without_dropping_a_call(start: Start, tmp_path: Path) -> None:
-    users, grants, tokens = make_users(tmp_path / "of")
-    server = start("--users", users, "--grants", str(grants))
-    made = Secured(server, tmp_path, users, grants, tokens)
-    with flight.connect(server.uri) as client:
+def test_grants_are_read_again_without_dropping_a_call(fresh: Fresh) -> None:
+    made = fresh()
+    with flight.connect(made.server.uri) as client:
         for topic in ("open_a", "hidden"):
             send(flight.FlightDescriptor.for_path(topic))(client, made.options("root"), made)
         following = client.do_get(flight.Ticket(json.dumps({"topic": "hidden", "follow": True})), made.options("root"))
         assert following.read_chunk().data.num_rows == 2
         assert status_of(lambda: client.get_flight_info(PATH, made.options("ann")))[0] == NONE
-        grants.write_text(GRANTS.replace('"open*"', '"open*", "hidden"'))
-        server.process.send_signal(signal.SIGHUP)
+        made.grants.write_text(GRANTS.replace('"open*"', '"open*", "hidden"'))
+        made.server.process.send_signal(signal.SIGHUP)
         assert eventually(lambda: status_of(lambda: client.get_flight_info(PATH, made.options("ann")))[0] == OK)
-        assert "grants and users were read again" in server.errors.read_text()
-        grants.write_text("[role.reader\n")
-        server.process.send_signal(signal.SIGHUP)
-        assert eventually(lambda: "what was there stays: grants" in server.errors.read_text())
+        assert "grants and users were read again" in made.server.errors.read_text()
+        made.grants.write_text("[role.reader\n")
+        made.server.process.send_signal(signal.SIGHUP)
+        assert eventually(lambda: "what was there stays: grants" in made.server.errors.read_text())
         assert status_of(lambda: client.get_flight_info(PATH, made.options("ann")))[0] == OK
         send(PATH)(client, made.options("root"), made)
         assert following.read_chunk().data.num_rows == 2  # the call went on all the while
         following.cancel()
 
 
-def test_a_stream_of_appends_ends_when_its_right_is_taken(start: Start, tmp_path: Path) -> None:
-    users, grants, tokens = make_users(tmp_path / "of")
-    server = start("--users", users, "--grants", str(grants))
-    made = Secured(server, tmp_path, users, grants, tokens)
-    headers = [(b"authorization", f"Bearer {tokens['ann']}".encode()), (b"oplog-producer", b"p")]
-    with flight.connect(server.uri) as client:
+def test_a_stream_of_appends_ends_when_its_right_is_taken(fresh: Fresh) -> None:
+    made = fresh()
+    headers = [(b"authorization", f"Bearer {made.tokens['ann']}".encode()), (b"oplog-producer", b"p")]
+    with flight.connect(made.server.uri) as client:
         writer, answers = client.do_put(flight.FlightDescriptor.for_path("sink"), ROWS_SCHEMA, flight.FlightCallOptions(headers=headers))
         writer.write_with_metadata(BATCH, b'{"sequence": 0}')
         assert json.loads(answers.read().to_pybytes())["entries"] == 2
-        grants.write_text(GRANTS.replace('append = ["sink"]', ""))
-        server.process.send_signal(signal.SIGHUP)
-        assert eventually(lambda: "were read again" in server.errors.read_text())
+        made.grants.write_text(GRANTS.replace('append = ["sink"]', ""))
+        made.server.process.send_signal(signal.SIGHUP)
+        assert eventually(lambda: "were read again" in made.server.errors.read_text())
         writer.write_with_metadata(BATCH, b'{"sequence": 1}')
         with pytest.raises(flight.FlightUnauthorizedError, match="'ann' has no permission 'append' for 'sink'; nothing was written"):
             writer.close()
         assert client.get_flight_info(flight.FlightDescriptor.for_path("sink"), made.options("root")).total_records == 2
 
 
-def test_a_revoked_token_is_not_good_any_more_within_a_second(start: Start, tmp_path: Path) -> None:
-    users, grants, tokens = make_users(tmp_path / "of")
-    server = start("--users", users, "--grants", str(grants))
-    made = Secured(server, tmp_path, users, grants, tokens)
-    with flight.connect(server.uri) as client:
+def test_a_revoked_token_is_not_good_any_more_within_a_second(fresh: Fresh) -> None:
+    made = fresh()
+    with flight.connect(made.server.uri) as client:
         assert status_of(lambda: list(client.list_flights(options=made.options("ann"))))[0] == OK
-        remove_token(users, tokens["ann"].split("_")[1])
+        remove_token(made.users, made.tokens["ann"].split("_")[1])
         time.sleep(1)
         assert status_of(lambda: list(client.list_flights(options=made.options("ann"))))[0] == "UNAUTHENTICATED"
 
 
-def test_calls_that_are_refused_hold_no_place(start: Start, tmp_path: Path) -> None:
-    users, grants, tokens = make_users(tmp_path / "of")
-    server = start("--users", users, "--grants", str(grants), "--calls-max", "2")
-    made = Secured(server, tmp_path, users, grants, tokens | {"wrong": "x"})
-    with flight.connect(server.uri) as client:
+def test_calls_that_are_refused_hold_no_place(fresh: Fresh) -> None:
+    made = fresh("--calls-max", "2")
+    made.tokens |= {"wrong": "x"}
+    with flight.connect(made.server.uri) as client:
         for _ in range(10):
             assert status_of(lambda: list(client.list_flights(options=made.options("wrong"))))[0] == "UNAUTHENTICATED"
         assert status_of(lambda: list(client.list_flights(options=made.options("root"))))[0] == OK
@@ -789,10 +796,8 @@ def test_a_server_is_secured_as_the_readme_says(tmp_path: Path, issuer: Issuer, 
 # What a stranger, or somebody who may do little, could take from the others
 
 
-def test_handshakes_that_say_nothing_hold_up_nobody(start: Start, tmp_path: Path) -> None:
-    users, grants, tokens = make_users(tmp_path / "of")
-    server = start("--users", users, "--grants", str(grants), "--calls-max", "8")
-    made = Secured(server, tmp_path, users, grants, tokens)
+def test_handshakes_that_say_nothing_hold_up_nobody(fresh: Fresh) -> None:
+    made = fresh("--calls-max", "8")
     says = threading.Event()
 
     class Silent(Classic):
@@ -800,14 +805,14 @@ def test_handshakes_that_say_nothing_hold_up_nobody(start: Start, tmp_path: Path
             says.wait(60)
 
     def shake() -> None:
-        with contextlib.suppress(pa.ArrowException, OSError), flight.connect(server.uri) as client:
+        with contextlib.suppress(pa.ArrowException, OSError), flight.connect(made.server.uri) as client:
             client.authenticate(Silent("", ""))
 
     threads = [threading.Thread(target=shake, daemon=True) for _ in range(30)]
     for thread in threads:
         thread.start()
     time.sleep(1)
-    with flight.connect(server.uri) as client:
+    with flight.connect(made.server.uri) as client:
         for _ in range(20):
             assert status_of(lambda: list(client.list_flights(options=made.options("root"))))[0] == OK
         assert client.authenticate_basic_token("ann", "ann's password")
@@ -829,16 +834,14 @@ def test_a_handshake_of_any_size_is_not_looked_into(secured: Secured) -> None:
     assert secured.server.memory_peak() - before < 200 << 20  # 20 MiB of fields that nobody knows would take 260
 
 
-def test_one_principal_cannot_take_the_last_places(start: Start, tmp_path: Path) -> None:
-    users, grants, tokens = make_users(tmp_path / "of")
+def test_one_principal_cannot_take_the_last_places(fresh: Fresh) -> None:
     flags = ("--calls-max", "16", "--statements-max", "8", "--statement-wait-seconds-max", "3", "--drain-seconds-max", "1")
-    server = start("--users", users, "--grants", str(grants), *flags)
-    made = Secured(server, tmp_path, users, grants, tokens)
+    made = fresh(*flags)
     endless = descriptor(wire.CommandStatementQuery("SELECT count(*) AS n FROM generate_series(1, 100000000000)"))
     options = made.options("stranger")
 
     def take() -> None:
-        with flight.connect(server.uri) as client, contextlib.suppress(pa.ArrowException, OSError):
+        with flight.connect(made.server.uri) as client, contextlib.suppress(pa.ArrowException, OSError):
             client.do_get(client.get_flight_info(endless, options).endpoints[0].ticket, options).read_all()
 
     threads = [threading.Thread(target=take, daemon=True) for _ in range(20)]
@@ -849,21 +852,19 @@ def test_one_principal_cannot_take_the_last_places(start: Start, tmp_path: Path)
         assert ask(connection, "SELECT 1 + count(*) AS n FROM system.topics")[0]["n"] >= 1
 
 
-def test_an_append_under_way_when_its_right_is_taken_is_not_written(start: Start, tmp_path: Path) -> None:
-    users, grants, tokens = make_users(tmp_path / "of")
-    server = start("--users", users, "--grants", str(grants))
-    made = Secured(server, tmp_path, users, grants, tokens)
+def test_an_append_under_way_when_its_right_is_taken_is_not_written(fresh: Fresh) -> None:
+    made = fresh()
     sink = flight.FlightDescriptor.for_path("sink")
-    with flight.connect(server.uri) as client:
+    with flight.connect(made.server.uri) as client:
         send(sink)(client, made.options("ann"), made)
         begun = transaction_of(client, made.options("ann"))
         update = wire.CommandStatementUpdate("INSERT INTO sink VALUES (7)", transaction_id=begun)
         send(update)(client, made.options("ann"), made)
         writer, _ = client.do_put(sink, ROWS_SCHEMA, made.options("ann"))
         writer.write_batch(BATCH)
-        grants.write_text(GRANTS.replace('append = ["sink"]', ""))
-        server.process.send_signal(signal.SIGHUP)
-        assert eventually(lambda: "were read again" in server.errors.read_text())
+        made.grants.write_text(GRANTS.replace('append = ["sink"]', ""))
+        made.server.process.send_signal(signal.SIGHUP)
+        assert eventually(lambda: "were read again" in made.server.errors.read_text())
         with pytest.raises(flight.FlightUnauthorizedError, match="'ann' has no permission 'append' for 'sink'; nothing was written"):
             writer.close()
         end = act("EndTransaction", wire.ActionEndTransactionRequest(begun, 1))
@@ -871,27 +872,23 @@ def test_an_append_under_way_when_its_right_is_taken_is_not_written(start: Start
         assert client.get_flight_info(sink, made.options("root")).total_records == 2
 
 
-def test_a_follower_is_let_go_when_its_token_is_removed(start: Start, tmp_path: Path) -> None:
-    users, grants, tokens = make_users(tmp_path / "of")
-    server = start("--users", users, "--grants", str(grants))
-    made = Secured(server, tmp_path, users, grants, tokens)
+def test_a_follower_is_let_go_when_its_token_is_removed(fresh: Fresh) -> None:
+    made = fresh()
     opened = flight.FlightDescriptor.for_path("open_a")
-    with flight.connect(server.uri) as client:
+    with flight.connect(made.server.uri) as client:
         send(opened)(client, made.options("root"), made)
         following = client.do_get(flight.Ticket(json.dumps({"topic": "open_a", "follow": True})), made.options("ann"))
         assert following.read_chunk().data.num_rows == 2
-        remove_token(users, tokens["ann"].split("_")[1])
+        remove_token(made.users, made.tokens["ann"].split("_")[1])
         time.sleep(1.5)
         send(opened)(client, made.options("root"), made)
         with pytest.raises(flight.FlightUnauthenticatedError, match="the credentials are not valid"):
             following.read_chunk()
 
 
-def test_who_may_append_cannot_put_entries_in_the_place_of_a_view(start: Start, tmp_path: Path) -> None:
-    users, grants, tokens = make_users(tmp_path / "of")
-    server = start("--users", users, "--grants", str(grants))
-    made = Secured(server, tmp_path, users, grants, tokens)
-    with flight.connect(server.uri) as client, made.adbc("root") as connection:
+def test_who_may_append_cannot_put_entries_in_the_place_of_a_view(fresh: Fresh) -> None:
+    made = fresh()
+    with flight.connect(made.server.uri) as client, made.adbc("root") as connection:
         ask(connection, "CREATE VIEW sink AS SELECT 1 AS a")
         for target in (flight.FlightDescriptor.for_path("sink"), wire.CommandStatementIngest(wire.TableDefinitionOptions(1, 2), "sink")):
             status, words = status_of(lambda target=target: send(target)(client, made.options("ann"), made))  # type: ignore[misc]
@@ -928,17 +925,15 @@ def test_values_bound_to_a_query_are_refused_before_they_are_gathered(secured: S
     assert (status, "more than parameter_bytes_max" in words) == (INVALID, True)
 
 
-def test_lines_about_strangers_are_few(start: Start, tmp_path: Path) -> None:
-    users, grants, tokens = make_users(tmp_path / "of")
-    server = start("--users", users, "--grants", str(grants))
-    made = Secured(server, tmp_path, users, grants, tokens)
-    with flight.connect(server.uri) as client:
+def test_lines_about_strangers_are_few(fresh: Fresh) -> None:
+    made = fresh()
+    with flight.connect(made.server.uri) as client:
         for _ in range(300):
             status_of(lambda: list(client.list_flights(options=made.options(None))))
         time.sleep(1.1)
         status_of(lambda: list(client.list_flights(options=made.options(None))))
-    assert eventually(lambda: re.search(r"[0-9]+ more calls of strangers were refused", server.errors.read_text()) is not None)
-    assert server.errors.read_text().count("UNAUTHENTICATED") < 100
+    assert eventually(lambda: re.search(r"[0-9]+ more calls of strangers were refused", made.server.errors.read_text()) is not None)
+    assert made.server.errors.read_text().count("UNAUTHENTICATED") < 100
 
 
 def test_bytes_in_a_header_that_are_no_text_get_no_traceback(secured: Secured) -> None:

@@ -30,7 +30,8 @@ from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, T
 from flight_oplog.flightsql import metadata, wire
 from flight_oplog.flightsql.handles import Sealer
 from flight_oplog.follow import Follower, Place, TopicRead, words
-from flight_oplog.grants import ANYBODY, Principal, forbidden
+from flight_oplog.grants import ANYBODY, Principal, check_may
+from flight_oplog.kept import remember
 from flight_oplog.oplog import OpLog
 from flight_oplog.schema import check_topic, schema_id
 from flight_oplog.sql.catalog import moment
@@ -75,14 +76,13 @@ class Caller:
     def name(self) -> str | None:
         return self.principal.name
 
-    def now(self) -> Caller:
-        """Return the caller with the rights they have by now, for a call that takes long."""
-        return replace(self, principal=self.again())
-
     def check(self, permission: str, name: str) -> None:
         """Raise Forbidden unless the caller has a permission for a topic or view, in words that do not tell whether there is one."""
-        if not self.principal.may(permission, name):
-            raise forbidden(self.principal, permission, name)
+        check_may(self.principal, permission, name)
+
+    def check_again(self, permission: str, name: str) -> None:
+        """The same, by the rights they have by now: for a call that takes long."""
+        check_may(self.again(), permission, name)
 
 
 @dataclass(frozen=True)
@@ -330,7 +330,7 @@ class Service:
             self._running[name].remove(event)
             if not self._running[name]:
                 del self._running[name]
-                _remember(self._ended, name)
+                remember(self._ended, name, None, CANCELLED_KEPT)
 
     def _cancel(self, tickets: Sequence[bytes], caller: Caller) -> int:
         """Stop what the tickets stand for; return a CancelStatus. One that has not begun here will not begin."""
@@ -346,7 +346,7 @@ class Service:
                 event.set()
             unknown = [name for name in names if name not in self._running and name not in self._ended]
             for name in (*unknown, *(name for name in names if name in self._running)):
-                _remember(self._cancelled, name)
+                remember(self._cancelled, name, None, CANCELLED_KEPT)
         if running:
             return _CANCELLED
         return _CANCELLING if unknown else _NOT_CANCELLABLE
@@ -507,21 +507,22 @@ class Service:
 
     # Appends
 
-    def check_append(self, name: str, caller: Caller) -> None:
-        """Raise Forbidden or RequestError where a caller may not append to a topic, or begin it."""
+    def put_into(self, name: str, caller: Caller) -> Put:
+        """Return where entries for a topic go. Raises Forbidden or RequestError where the caller may not append to it, or begin it."""
         caller.check("append", name)
-        snapshot = self._oplog.snapshot()
-        if name not in snapshot.topics and name in self._engine.views(snapshot):
-            raise RequestError(f"{name!r} is a view; nothing was written; choose another name or drop it first")
+        if not self._oplog.knows(name):  # else it is no view's name, and the log need not be looked at
+            snapshot = self._oplog.snapshot()
+            if name not in snapshot.topics and name in self._engine.views(snapshot):
+                raise RequestError(f"{name!r} is a view; nothing was written; choose another name or drop it first")
+        return Put(name)
 
     def _begin(self, message: wire.ActionBeginTransactionRequest, caller: Caller) -> list[bytes]:
         return [wire.pack(wire.ActionBeginTransactionResult(self.transactions.begin(caller.sessions, caller.name)))]
 
     def _end(self, message: wire.ActionEndTransactionRequest, caller: Caller) -> list[bytes]:
         if message.action == _COMMIT:
-            now = caller.now()
             for topic in self.transactions.topics(message.transaction_id, caller.name):
-                now.check("append", topic)
+                caller.check_again("append", topic)
             self.transactions.commit(message.transaction_id, caller.sessions, caller.name)
         elif message.action == _ROLLBACK:
             self.transactions.rollback(message.transaction_id, caller.sessions, caller.name)
@@ -532,7 +533,7 @@ class Service:
     def _ingest(self, message: wire.CommandStatementIngest, caller: Caller) -> Put:
         name = message.table
         check_topic(name)
-        self.check_append(name, caller)
+        put = self.put_into(name, caller)
         transaction_id = message.transaction_id or (self.transactions.of(caller.sessions, caller.name) if caller.leaves_out else None)
         if transaction_id is not None:
             self.transactions.check(transaction_id, caller.name)
@@ -550,7 +551,7 @@ class Service:
             raise RequestError(f"topic {name!r} exists already; nothing was written; append to it instead")
         if not exists and options.if_not_exist == _IF_NOT_EXIST_FAIL:
             raise NotFound(f"topic {name!r} does not exist; nothing was written; create it with the first append")
-        return Put(name, transaction_id, _ROLES.get(options.if_exists, Role.APPENDS))
+        return replace(put, transaction_id=transaction_id, role=_ROLES.get(options.if_exists, Role.APPENDS))
 
     # Metadata
 
@@ -612,12 +613,6 @@ def _refusing(message: type[Any], sentence: str) -> Act:
 def _key_of(handle: bytes, caller: Caller) -> bytes:
     """Return what values bound to a handle are kept under: nobody else's reach them."""
     return hashlib.sha256(repr(caller.name).encode() + handle).digest()
-
-
-def _remember(names: OrderedDict[str, None], name: str) -> None:
-    names[name] = None
-    while len(names) > CANCELLED_KEPT:
-        names.popitem(last=False)
 
 
 def _tickets(info: wire.FlightInfo | None) -> list[bytes]:

@@ -6,7 +6,6 @@ nothing, and what they would change is returned as a `Change` for the log to car
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import time
@@ -21,6 +20,7 @@ from datafusion import SessionContext
 from flight_oplog.cache import ColumnCache
 from flight_oplog.config import Config
 from flight_oplog.errors import NotFound, OplogError, RequestError, Unsupported
+from flight_oplog.kept import remember
 from flight_oplog.provider import ScanContext, topics_table
 from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, System, table_of, tables
@@ -106,7 +106,7 @@ class Engine:
         if found is None:
             made = self._prepare(sql, snapshot, None, db_schema)
             found = made.schema, made.parameters, made.is_update
-        _remember(self._prepared, key, found, PREPARED_KEPT)
+        remember(self._prepared, key, found, PREPARED_KEPT)
         return Statement(snapshot, *found)
 
     def _prepare(self, sql: str, snapshot: Snapshot, values: pa.RecordBatch | None, db_schema: str) -> Statement:
@@ -141,15 +141,15 @@ class Engine:
 
     def _readable_views(self, snapshot: Snapshot) -> Iterator[str]:
         """Yield the views that whoever looks at a snapshot may read: a view of what does not exist for them does not either."""
-        for name in sorted(self._planner.views.of(snapshot)):
-            try:
-                if not snapshot.viewer.may("read", "*"):
-                    self.table_schema(snapshot, PUBLIC, name)
-            except NotFound:
-                continue
-            except OplogError:
-                pass
-            yield name
+        names = sorted(self._planner.views.of(snapshot))
+        yield from names if snapshot.viewer.may("read", "*") else filter(lambda name: self._is_there(snapshot, name), names)
+
+    def _is_there(self, snapshot: Snapshot, view: str) -> bool:
+        try:
+            self.table_schema(snapshot, PUBLIC, view)
+        except OplogError as error:
+            return not isinstance(error, NotFound)
+        return True
 
     def table_schema(self, snapshot: Snapshot, db_schema: str, name: str) -> pa.Schema:
         """Return the schema of one of `tables`."""
@@ -242,7 +242,7 @@ class Engine:
             batches = paced(at_once(stream, context, schema), self._config.message_bytes_max)
             if asked.values is None and len(asked.sql) <= CONSTANT_CHARACTERS and is_literal(frame.logical_plan()):
                 kept = list(batches)
-                _remember(self._constants, asked.sql, (schema, kept), CONSTANTS_KEPT)
+                remember(self._constants, asked.sql, (schema, kept), CONSTANTS_KEPT)
                 batches = iter(kept)
             return Running(schema, batches)
         if self._is_short(asked, context):
@@ -372,13 +372,6 @@ class Engine:
         if kind in ("DropTable", "DropView"):
             return Change("DROP TABLE" if kind == "DropTable" else "DROP VIEW", in_public(found.name()), tolerant=found.if_exists()), None
         raise Unsupported(f"{' '.join(sql.split()[:2]).upper()[:40]} is not served: {SERVED}")
-
-
-def _remember(kept: OrderedDict[Any, Any], key: Any, value: Any, most: int) -> None:
-    kept[key] = value
-    while len(kept) > most:
-        with contextlib.suppress(KeyError):  # another thread may have been here
-            kept.popitem(last=False)
 
 
 _READS = re.compile(r"\b(?:FROM|SHOW|DESCRIBE|DESC|EXPLAIN)\b", re.IGNORECASE)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from flight_oplog.committer import Origin, Role
 from flight_oplog.config import Config
 from flight_oplog.errors import NotFound, OutOfOrder, RequestError, TooLarge, TryAgain, Unsupported
-from flight_oplog.grants import ANYBODY, Principal, forbidden
+from flight_oplog.grants import ANYBODY, Principal, check_may
 from flight_oplog.oplog import AppendWriter, OpLog
 from flight_oplog.schema import TOPIC_PATTERN, VIEWS_SCHEMA, VIEWS_TOPIC, check_topic
 from flight_oplog.sql import lexer
@@ -54,9 +54,7 @@ class Statements:
         """
         snapshot = self._oplog.snapshot().seen_by(principal)
         change = self._engine.change(sql, snapshot, stopped, parameters)
-        permission = "append" if change.what == "INSERT" else "admin"
-        if not principal.may(permission, change.name):
-            raise forbidden(principal, permission, change.name)
+        check_may(principal, "append" if change.what == "INSERT" else "admin", change.name)
         if change.tolerant and change.what.startswith("DROP") and not TOPIC_PATTERN.fullmatch(change.name):
             return 0  # nothing can have such a name
         if change.what == "INSERT":

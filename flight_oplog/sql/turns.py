@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 
 import pyarrow as pa
 
 from flight_oplog.errors import Cancelled, TryAgain
+from flight_oplog.shares import Shares
 from flight_oplog.sql.stream import Stopped
 
 # A statement whose client has not read for so long gives its turn to one that waits.
@@ -20,12 +20,12 @@ IDLE_SECONDS = 2
 class Turns:
     """How many statements run at once. The next ones wait their turn, so many and so long; whoever comes after is refused.
 
-    The last eighth of the slots is for principals who have no other, and so are the last places of those that wait.
+    Slots are shared out (`Shares`); the last eighth of the places to wait in is for principals who have nothing here, too.
     """
 
     def __init__(self, slots: int, waiting_max: int, seconds: float) -> None:
         self._slots, self._waiting_max, self._seconds = slots, waiting_max, seconds
-        self._taken: Counter[str | None] = Counter()  # slots, by principal
+        self._taken = Shares(slots)
         self._turns: set[Turn] = set()
         self._waiting: dict[object, str | None] = {}  # the principals of those that wait, in the order they came
         self._changed = threading.Condition()
@@ -38,11 +38,11 @@ class Turns:
         with self._changed:
             self._end_idle()
             places = self._waiting_max - (self._waiting_max // 8 if self._is_known(principal) else 0)
-            if not self._is_free(principal) and len(self._waiting) >= places:
+            if not self._taken.is_free(principal) and len(self._waiting) >= places:
                 raise TryAgain(f"statements_max ({self._slots}) statements run and {len(self._waiting)} wait; nothing was done; try again")
             self._waiting[ticket] = principal
             try:
-                while not self._is_free(principal) or not self._is_first(ticket):
+                while not self._taken.is_free(principal) or not self._is_first(ticket):
                     if stopped():
                         raise Cancelled("the statement was stopped before its turn came")
                     if time.monotonic() > deadline:
@@ -51,7 +51,7 @@ class Turns:
                         )
                     self._changed.wait(0.1)
                     self._end_idle()
-                self._taken[principal] += 1
+                self._taken.take(principal)
                 turn = Turn(lambda: self._free(principal))
                 self._turns.add(turn)
             finally:
@@ -66,26 +66,20 @@ class Turns:
 
     def _is_known(self, principal: str | None) -> bool:
         """Whether a principal has a slot already, or waits for one."""
-        return principal is not None and (self._taken[principal] > 0 or principal in self._waiting.values())
-
-    def _is_free(self, principal: str | None) -> bool:
-        kept = self._slots // 8 if principal is not None and self._taken[principal] else 0
-        return self._taken.total() < self._slots - kept
+        return principal is not None and (self._taken.has(principal) or principal in self._waiting.values())
 
     def _is_first(self, ticket: object) -> bool:
         """Whether nobody who could go waits before this one."""
-        return next(each for each, principal in self._waiting.items() if each is ticket or self._is_free(principal)) is ticket
+        return next(each for each, principal in self._waiting.items() if each is ticket or self._taken.is_free(principal)) is ticket
 
     def _end_idle(self) -> None:
-        if self._taken.total() >= self._slots - self._slots // 8:
+        if self._taken.all >= self._slots - self._slots // 8:
             for turn in list(self._turns):
                 turn.end_if_idle(time.monotonic() - IDLE_SECONDS)
 
     def _free(self, principal: str | None) -> None:
         with self._changed:
-            self._taken[principal] -= 1
-            if not self._taken[principal]:
-                del self._taken[principal]
+            self._taken.give(principal)
             self._changed.notify_all()
 
 
