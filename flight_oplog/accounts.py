@@ -164,7 +164,7 @@ def _changing(file: str) -> Iterator[dict[str, Any]]:
     """Read the file, let its content be changed, and put it in place of the old one, while nobody else does."""
     named, file = file, os.path.realpath(file)  # a link stays one
     try:
-        lock = os.open(f"{file}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        lock = os.open(f"{file}.lock", os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             body: dict[str, Any] = {"users": {}, "tokens": {}}

@@ -146,6 +146,29 @@ def test_users_are_kept_hashed_privately_and_whole(users: str) -> None:
         remove_user(users, "ann")
 
 
+def test_a_users_file_behind_a_link_stays_there_and_as_readable_as_it_was(users: str, tmp_path: Path) -> None:
+    link = tmp_path / "elsewhere" / "link"
+    link.parent.mkdir()
+    link.symlink_to(users)
+    os.chmod(users, 0o666)
+    assert add_user(str(link), "bob", "long enough")
+    assert link.is_symlink()
+    assert os.listdir(link.parent) == ["link"]
+    assert Accounts.load(users).users.keys() == {"ann", "bob"}
+    assert stat.S_IMODE(os.stat(users).st_mode) == 0o660  # a group that may read it still may; others, never
+
+
+def test_a_link_planted_beside_the_users_file_is_not_followed(users: str, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    os.unlink(f"{users}.lock")
+    os.symlink(victim, f"{users}.lock")
+    before = Path(users).read_text()
+    with pytest.raises(RequestError, match="nothing was changed"):
+        add_user(users, "bob", "long enough")
+    assert not victim.exists()
+    assert Path(users).read_text() == before
+
+
 @pytest.mark.parametrize(
     ("name", "password", "said"),
     [
