@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from flight_oplog import codec
-from flight_oplog.committer import Receipt
+from flight_oplog.appends import Receipt
 from flight_oplog.errors import Forbidden, NotFound, OplogError, RequestError, TryAgain, Unauthenticated, Unsupported
 
 # Room under the 16 MiB that other servers and proxies on the way accept.

@@ -24,24 +24,12 @@ from typing import TypeAlias
 import pyarrow as pa
 
 from flight_oplog import codec
-from flight_oplog.committer import (
-    CLOSED,
-    Append,
-    Committer,
-    Origin,
-    Receipt,
-    Role,
-    check_data,
-    check_room,
-    end_of,
-    make_record,
-    merge,
-    one_line,
-    owner_of,
-)
+from flight_oplog.appends import Append, Origin, Receipt, Role, check_data, end_of, make_record, one_line, owner_of
+from flight_oplog.committer import CLOSED, Committer
 from flight_oplog.config import Config
 from flight_oplog.datafile import Record, StagedFile
 from flight_oplog.errors import CorruptLog, RequestError, TooLarge, TryAgain
+from flight_oplog.group import check_room, merge
 from flight_oplog.keys import check_keys, filters_of, holds
 from flight_oplog.parts import Parts
 from flight_oplog.records import RecordMeta

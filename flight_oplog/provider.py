@@ -5,14 +5,12 @@ it needs and the filters it could translate, and asks for fragments; each fragme
 and is pulled batch by batch. Filters arrive with the promise that the table applies them fully, so every batch is
 filtered here.
 
-A scan narrows in steps, each cheaper than the next: files by the event-time range in the Delta log, records by the
-bounds beside their content, columns by the projection; only then is content fetched, checked and decoded. Decoded
-columns are kept in a cache bounded in bytes: data files never change, so an entry can never be stale.
+A scan narrows in steps: files and records that the filter rules out (`pruning.py`), columns by the projection; only then is
+content fetched, checked and decoded. Decoded columns are kept in a cache bounded in bytes (`cache.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 import threading
@@ -27,44 +25,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
 from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
-from flight_oplog.errors import Cancelled, CorruptLog
+from flight_oplog.errors import Cancelled
 from flight_oplog.filters import Filter, candidates
-from flight_oplog.keys import hashes_of, is_key, may_hold
-from flight_oplog.records import DataFile, RecordMeta, binary_array, outer_row
+from flight_oplog.gathering import JOINED_ROWS, LOG_FIELDS, LOG_NAMES, Columns, Few, as_type, log_columns
+from flight_oplog.pruning import Pruner
+from flight_oplog.records import RecordMeta, binary_array, outer_row
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.store import Snapshot, Topic
 from flight_oplog.top import Top
 
-_TIME = pa.timestamp("us", "UTC")
-LOG_FIELDS = (
-    pa.field("_offset", pa.int64()),
-    pa.field("_timestamp", _TIME),
-    pa.field("_producer", pa.string()),
-    pa.field("_sequence", pa.int64()),
-    pa.field("_schema_id", pa.string()),
-)
-_LOG_NAMES = frozenset(f.name for f in LOG_FIELDS)
 _ROWS_PER_RECORDS_BATCH = 1024
-# What a filter leaves of a record is joined up to this: a batch has its price, however small; copying has one too.
-_JOINED_ROWS = 32_768
-_JOINED_BYTES = 1 << 18
-# So few rows of a record are cut out one by one; and few rows wait this long for company.
-_SINGLE_ROWS = 64
-_GATHERING_SECONDS = 0.005
 # How long one statement may spend on making indexes of texts that are looked for again and again.
 INDEXING_SECONDS = 0.03
-_RUNS_FROM = 16
-_SPANS_FROM = 32
 VIEW_BYTES = 12
 # Records of fewer entries on average are not dealt out over the cores; nor are texts of files with fewer shown as views.
 SHARED_ENTRIES = 4096
-
-_FORMAT = ds.IpcFileFormat()
-_FILESYSTEM = LocalFileSystem()
 
 
 @dataclass
@@ -91,107 +69,6 @@ class ScanContext:
             vars(counts).update(vars(ScanCounts()))
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Neighbouring records, pruned together before each alone: a fragment costs Arrow 20 µs."""
-
-    records: tuple[RecordMeta, ...]
-
-    @property
-    def key(self) -> str:
-        return "+".join(record.key for record in self.records)
-
-
-class _Columns:
-    """Columns of one record as a query sees them, in the pieces of `lengths` rows that they are stored in."""
-
-    def __init__(self, schema: pa.Schema, lengths: Sequence[int], stored: dict[str, list[pa.Array]], own: dict[str, pa.Array]) -> None:
-        self.lengths = lengths
-        self._schema, self._stored, self._own = schema, stored, own
-
-    def array(self, name: str, place: int) -> pa.Array:
-        return codec.recast(self._piece(name, place), self._schema.field(name).type)
-
-    def arrays(self, name: str) -> list[pa.Array]:
-        return [self.array(name, place) for place in range(len(self.lengths))]
-
-    def some(self, name: str, place: int, rows: np.ndarray) -> pa.Array:
-        """Return some values of a piece, whose places in it rise; neighbours are not copied."""
-        piece, first = self._piece(name, place), int(rows[0])
-        found = piece.slice(first, len(rows)) if rows[-1] - first == len(rows) - 1 else piece.take(pa.array(rows))
-        return codec.recast(found, self._schema.field(name).type)
-
-    def singly(self, name: str, places: list[int], rows: list[int]) -> list[pa.Array]:
-        """Return single values, each by its piece and its place in that."""
-        pieces = {place: self._piece(name, place) for place in {*places}}
-        found = [pieces[place].slice(row, 1) for place, row in zip(places, rows, strict=True)]
-        kind = self._schema.field(name).type
-        return found if found[0].type == kind else [codec.recast(value, kind) for value in found]
-
-    def _piece(self, name: str, place: int) -> pa.Array:
-        if name in self._own:
-            return self._own[name].slice(sum(self.lengths[:place]), self.lengths[place])
-        found = self._stored.get(name)
-        return pa.nulls(self.lengths[place], self._schema.field(name).type) if found is None else found[place]
-
-
-class _Few:
-    """Gathers rows from here and there into batches: a batch has its price, however small; copying has one too.
-
-    With a filter, only those of them that pass it come out.
-    """
-
-    def __init__(self, projected: pa.Schema, schema: pa.Schema, filter: Filter | None) -> None:
-        self.names = [*projected.names, *(key for key in (filter.keys if filter else ()) if key not in projected.names)]
-        self._projected, self._filter = projected, filter
-        self._gathered_schema = pa.schema([schema.field(name) for name in self.names])
-        self._since = time.monotonic()
-        self._clear()
-
-    def _clear(self) -> None:
-        self._gathered: dict[str, list[pa.Array]] = {name: [] for name in self.names}
-        self._rows = self._bytes = 0
-
-    def add(self, columns: _Columns, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
-        """Take rows of a record, whose places rise; yield what is enough for a batch."""
-        ends = np.cumsum(columns.lengths)
-        if len(rows) <= _SINGLE_ROWS:
-            places = np.searchsorted(ends, rows, "right")
-            local = (rows - (ends - columns.lengths)[places]).tolist()
-            for name, gathered in self._gathered.items():
-                gathered.extend(columns.singly(name, places.tolist(), local))
-            self._rows += len(rows)
-        else:
-            yield from self._add_many(columns, rows, ends)
-        if self._rows >= _JOINED_ROWS or time.monotonic() - self._since > _GATHERING_SECONDS:
-            yield from self.taken()
-
-    def _add_many(self, columns: _Columns, rows: np.ndarray, ends: np.ndarray) -> Iterator[pa.RecordBatch]:
-        cuts = [0, *np.searchsorted(rows, ends).tolist()]
-        for place, end in enumerate(ends.tolist()):
-            if cuts[place + 1] > cuts[place]:
-                local = rows[cuts[place] : cuts[place + 1]] - (end - columns.lengths[place])
-                for name, gathered in self._gathered.items():
-                    gathered.append(columns.some(name, place, local))
-                    self._bytes += gathered[-1].nbytes
-                self._rows += len(local)
-                if self._rows >= _JOINED_ROWS or self._bytes >= _JOINED_BYTES:
-                    yield from self.taken()
-
-    def taken(self) -> Iterator[pa.RecordBatch]:
-        """Yield what was gathered."""
-        if self._rows:
-            arrays = [pa.concat_arrays(gathered) for gathered in self._gathered.values()]
-            batch = codec.with_rows(arrays, self._gathered_schema, self._rows)
-            if self._filter is not None:
-                batch = batch.take(pa.array(self._filter.passing([batch])))
-            if batch.num_rows:
-                shown = [_as(batch.column(f.name), f.type) for f in self._projected]
-                yield codec.with_rows(shown, self._projected, batch.num_rows)
-            self._clear()
-        self._since = time.monotonic()
-
-
 class _Scanner:
     """The part of a pyarrow Scanner that DataFusion uses."""
 
@@ -215,7 +92,7 @@ class _Fragment:
         def batches(projected: pa.Schema) -> Iterator[pa.RecordBatch]:
             try:
                 found = self._table.scan(self._records, projected, self._filter)
-                if batch_size is None or batch_size >= _JOINED_ROWS:
+                if batch_size is None or batch_size >= JOINED_ROWS:
                     yield from found
                 else:  # the statement makes large values of them
                     for batch in found:
@@ -290,20 +167,16 @@ class _Table(ds.Dataset):
         offsets = self.context.offsets
         self.context.cache.let_go(self._topic.name, self._snapshot.table_version, self._topic.files)
         files = self._topic.files if offsets is None else self._topic.files_within(*offsets)
-        kept = files if filter is None or len(files) == 1 else self._prune_files(filter, files)
+        pruner = None if filter is None else self._pruner(filter)
+        kept = files if pruner is None or len(files) == 1 else pruner.files(files)
         self._snapshot.store.prefetch(kept)
         found = [self._snapshot.records_of(self._topic, file, self._shows_rows) for file in kept]
         records: Sequence[RecordMeta] = list(itertools.chain.from_iterable(found))
         if offsets is not None:
             first, last = offsets
             records = sorted((r for r in records if r.first_offset < last and r.first_offset + r.entries > first), key=_by_offset)
-        survivors = records
-        if filter is not None:
-            if offsets is None and len(records) >= _SPANS_FROM:
-                survivors = self._within_spans(filter, files if len(kept) == len(files) else kept, found, records)
-            if survivors is records or not self._spans_tell(filter):
-                survivors = self._prune_records(filter, survivors)
-            survivors = self._prune_keys(filter, survivors)
+        of_files = (files if len(kept) == len(files) else kept, found) if offsets is None else None
+        survivors = records if pruner is None else pruner.records(records, of_files)
         self.counts.files += len(self._topic.files)
         self.counts.files_pruned += len(self._topic.files) - len(kept)
         considered = sum(map(_rows, records))
@@ -311,69 +184,8 @@ class _Table(ds.Dataset):
         self.counts.records_pruned += considered - sum(map(_rows, survivors))
         return survivors
 
-    def _prune_files(self, filter: Filter, files: Sequence[DataFile]) -> Sequence[DataFile]:
-        """Prune files by what the Delta log says of them: all at once where there are many, then one by one."""
-        name = self._event_time
-        if name is None or name not in filter.keys:
-            return files  # the Delta log knows nothing of the filter's columns
-        if len(files) >= _SPANS_FROM:
-            low, high = filter.spans(self._plain).get(name, (None, None))
-            earliest, latest = self.context.cache.times(files)
-            meets = np.ones(len(files), bool)
-            if low is not None:
-                meets &= latest >= low
-            if high is not None:
-                meets &= earliest <= high
-            files = [files[place] for place in np.flatnonzero(meets).tolist()]
-        return self._prune(filter, files, self._file_guarantee)
-
-    @property
-    def _event_time(self) -> str | None:
-        """The column that the Delta log has the bounds of, if it has them of one."""
-        return None
-
-    def _prune(self, filter: Filter, items: Sequence[Any], guarantee: Callable[..., Any]) -> list[Any]:
-        """Return the items whose guarantee does not rule out `filter`, by Arrow's own simplification of expressions.
-
-        Arrow offers it only through the fragments of a file system dataset; these fragments name no real files.
-        """
-        names = filter.keys
-        shape = (*names, *(str(self._plain.field(name).type) for name in names))
-        by_key = {item.key: item for item in items}
-        fragments = [self.context.cache.fragment(shape, key, functools.partial(guarantee, item, names)) for key, item in by_key.items()]
-        dataset = ds.FileSystemDataset(fragments, self._plain, _FORMAT, _FILESYSTEM)
-        return [by_key[fragment.path] for fragment in dataset.get_fragments(filter.expression)]
-
-    def _prune_records(self, filter: Filter, records: Sequence[RecordMeta]) -> list[RecordMeta]:
-        """Prune runs of neighbours by what holds for all of them, then the records of those that are left."""
-        if len(records) >= _RUNS_FROM:
-            size = 1 << len(records).bit_length() // 2  # about as many runs as records in one
-            runs = [_Run(tuple(records[start : start + size])) for start in range(0, len(records), size)]
-            records = [record for run in self._prune(filter, runs, self._run_guarantee) for record in run.records]
-        return self._prune(filter, records, self._record_guarantee)
-
-    def _within_spans(
-        self, filter: Filter, files: Sequence[DataFile], found: Sequence[Sequence[RecordMeta]], records: Sequence[RecordMeta]
-    ) -> Sequence[RecordMeta]:
-        """Return the records, here of each file, whose numbers the filter may pass: all at once, before each is looked at."""
-        return records
-
-    def _prune_keys(self, filter: Filter, records: Sequence[RecordMeta]) -> Sequence[RecordMeta]:
-        """Prune records by the filters of their keys: those that cannot hold what the filter wants."""
-        return records
-
-    def _spans_tell(self, filter: Filter) -> bool:
-        """Whether `_within_spans` leaves no more to be pruned."""
-        return False
-
-    def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
-        """What holds for every entry of a file, said of the columns `names`; None when nothing is known."""
-        return None
-
-    def _run_guarantee(self, run: _Run, names: Sequence[str]) -> pc.Expression | None:
-        return None
-
-    def _record_guarantee(self, record: RecordMeta, names: Sequence[str]) -> pc.Expression | None:
+    def _pruner(self, filter: Filter) -> Pruner | None:
+        """Return what tells what a filter rules out, where anything does."""
         return None
 
     def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
@@ -392,11 +204,8 @@ class EntriesTable(_Table):
         if context.views and topic.entries >= SHARED_ENTRIES * len(topic.files):  # showing a small file's texts so costs more than it saves
             self._schema = pa.schema([f.with_type(pa.string_view()) if self._looks_short(f) else f for f in schema])
 
-    @property
-    def _event_time(self) -> str | None:
-        name = self._topic.event_time
-        # The Delta log keeps microseconds; other units are pruned by the records' own bounds.
-        return name if name is not None and self._plain.field(name).type.unit == "us" else None
+    def _pruner(self, filter: Filter) -> Pruner | None:
+        return Pruner(self._snapshot, self._topic, self._plain, filter, self.context.cache, self.counts)
 
     def _looks_short(self, column: pa.Field) -> bool:
         """Whether a column holds texts of at most 12 bytes, going by one record's bounds: views keep such texts inline.
@@ -408,73 +217,6 @@ class EntriesTable(_Table):
         limits = self._snapshot.store.records(self._topic.files[-1])[-1].bounds.get(column.name, {})
         return "min" in limits and max(len(limits["min"].encode()), len(limits["max"].encode())) <= VIEW_BYTES
 
-    def _within_spans(
-        self, filter: Filter, files: Sequence[DataFile], found: Sequence[Sequence[RecordMeta]], records: Sequence[RecordMeta]
-    ) -> Sequence[RecordMeta]:
-        meets = np.ones(len(records), bool)
-        for name, (low, high) in filter.spans(self._plain).items():
-            if (kind := self._plain.field(name).type) == pa.uint64():
-                continue  # its bounds do not fit the numbers below
-            lows, highs = self.context.cache.limits_of_all(files, found, name, kind, self._topic.schemas)
-            if low is not None:
-                meets &= highs >= low
-            if high is not None:
-                meets &= lows <= high
-        return [records[place] for place in np.flatnonzero(meets).tolist()]
-
-    def _spans_tell(self, filter: Filter) -> bool:
-        if not filter.range:
-            return False
-        [name] = filter.keys
-        stored = {schema.field(name).type for schema in self._topic.schemas.values() if name in schema.names}
-        return stored <= {self._plain.field(name).type} and stored != {pa.uint64()}
-
-    def _prune_keys(self, filter: Filter, records: Sequence[RecordMeta]) -> Sequence[RecordMeta]:
-        for name in (name for name in self._topic.keys if name in filter.keys and is_key(self._plain.field(name).type)):
-            values = filter.among(self._plain, name)
-            if values is not None:
-                kinds = [self._kind(record, name) for record in records]
-                hashes = {kind: None if kind is None else hashes_of(values, kind) for kind in {*kinds}}
-                filters = self.context.cache.filters(self._snapshot, records, name, self.counts)
-                records = [r for r, kind, bits in zip(records, kinds, filters, strict=True) if _may_hold(bits, hashes[kind])]
-        return records
-
-    def _kind(self, record: RecordMeta, name: str) -> pa.DataType | None:
-        """Return the type that a column has in a record, if it is there."""
-        stored = self._stored(record)
-        return stored.field(name).type if name in stored.names else None
-
-    def _file_guarantee(self, file: DataFile, names: Sequence[str]) -> pc.Expression | None:
-        name = self._event_time
-        if name is None or name not in names or file.min_time is None or file.max_time is None:
-            return None
-        kind = self._plain.field(name).type
-        low, high = (pa.scalar(time, _TIME).cast(pa.int64()).cast(kind) for time in (file.min_time, file.max_time))
-        return _between(name, low, high)
-
-    def _record_guarantee(self, record: RecordMeta, names: Sequence[str]) -> pc.Expression | None:
-        return self._guarantee([record], self._stored(record), names)
-
-    def _run_guarantee(self, run: _Run, names: Sequence[str]) -> pc.Expression | None:
-        stored = {record.schema_id: self._stored(record) for record in run.records}
-        return self._guarantee(run.records, next(iter(stored.values())), names) if len(stored) == 1 else None
-
-    def _guarantee(self, records: Sequence[RecordMeta], stored: pa.Schema, names: Sequence[str]) -> pc.Expression | None:
-        """What holds for every entry of neighbouring records of one stored schema."""
-        parts = []
-        for name in names:
-            limits = [record.bounds.get(name, {}) for record in records]
-            if any("min" not in of_record for of_record in limits):
-                continue
-            kind, target = stored.field(name).type, self._plain.field(name).type
-            low, high = (codec.bound_scalar(codec.outermost(limits, end, kind), kind).cast(target) for end in ("min", "max"))
-            nulls = any(of_record["nulls"] for of_record in limits)
-            parts.append(_between(name, low, high) if nulls else (pc.field(name) >= low) & (pc.field(name) <= high))
-        if "_offset" in names and "_offset" not in stored.names:
-            offset = pc.field("_offset")
-            parts.append((offset >= records[0].first_offset) & (offset < records[-1].first_offset + records[-1].entries))
-        return functools.reduce(operator.and_, parts) if parts else None
-
     def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
         if filter is None and not projected.names and self.context.offsets is None:  # COUNT(*): the records' numbers are enough
             yield codec.with_rows([], projected, sum(record.entries for record in records))
@@ -482,9 +224,9 @@ class EntriesTable(_Table):
         top = self.context.top
         if top is not None and (not top.takes(self._plain) or (filter is not None and filter.wanted is not None)):
             top = None
-        few = _Few(projected, self._plain, filter if filter is not None and filter.wanted is not None else None)
+        few = Few(projected, self._plain, filter if filter is not None and filter.wanted is not None else None)
         names = projected.names if filter is None else filter.keys if filter.wanted is None else filter.wanted[:1]
-        for record, best in self._ahead(records, names) if top is None else top.in_order(records, self._plain, self._stored):
+        for record, best in self._ahead(records, names) if top is None else top.in_order(records, self._plain, self._topic.stored):
             if self.context.stopped.is_set():
                 return
             if top is not None and top.is_behind(best):
@@ -560,12 +302,6 @@ class EntriesTable(_Table):
             return None if first <= 0 and last >= record.entries else np.arange(max(0, first), min(record.entries, last))
         return rows[(rows >= first) & (rows < last)]
 
-    def _stored(self, record: RecordMeta) -> pa.Schema:
-        try:
-            return self._topic.schemas[record.schema_id]
-        except KeyError:
-            raise CorruptLog(f"{record.where}: its schema_id is not registered; restore the file") from None
-
     def batches(self, record: RecordMeta, names: Sequence[str]) -> Iterator[pa.RecordBatch]:
         schema = pa.schema([self._plain.field(name) for name in names])
         if not names:
@@ -577,21 +313,21 @@ class EntriesTable(_Table):
 
     def _of_entries(self, record: RecordMeta, names: Sequence[str]) -> list[str]:
         """Return those of some columns that a record's content has."""
-        stored = self._stored(record)
-        return [name for name in names if name in stored.names and name not in _LOG_NAMES]
+        stored = self._topic.stored(record)
+        return [name for name in names if name in stored.names and name not in LOG_NAMES]
 
-    def columns(self, record: RecordMeta, names: Sequence[str]) -> _Columns:
+    def columns(self, record: RecordMeta, names: Sequence[str]) -> Columns:
         """Return columns of a record, from memory or decoded now."""
         of_entries = self._of_entries(record, names)
         if not of_entries:
-            return _Columns(self._plain, [record.entries], {}, _log_columns(record, names))
+            return Columns(self._plain, [record.entries], {}, log_columns(record, names))
         if record.key not in self._read:
             self._read.add(record.key)
             self.counts.records_read += record.rows
         decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts, self._held.get(record.key))
         if record.key in self._held:
             self._held[record.key] = decoded
-        return _Columns(self._plain, decoded.lengths, decoded.columns, _log_columns(record, names))
+        return Columns(self._plain, decoded.lengths, decoded.columns, log_columns(record, names))
 
 
 class RecordsTable(_Table):
@@ -658,118 +394,11 @@ def topic_batches(
             skip = max(0, skip - batch.num_rows)
 
 
-def whole_of(snapshot: Snapshot, topic: Topic, function: str, column: str | None) -> pa.Scalar | None:
-    """Return the count, min or max of a column of all of a topic, going by its records alone; None when they do not tell.
-
-    Without a column, the count of its entries. Bounds of numbers and times are values that occur; those of texts are cut.
-    """
-    if column is None:
-        return pa.scalar(topic.entries)
-    if column not in topic.schema.names:
-        return None
-    kind = topic.schema.field(column).type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return None
-    limits, present = [], 0
-    for file in topic.files:
-        for record in snapshot.records_of(topic, file):
-            stored = topic.schemas.get(record.schema_id)
-            if stored is None:
-                return None
-            found = record.bounds.get(column, {"nulls": record.entries} if column not in stored.names else {})
-            if "nulls" not in found:
-                return None
-            present += record.entries - found["nulls"]
-            if found["nulls"] < record.entries:
-                if function != "count" and "min" not in found:
-                    return None
-                limits.append((stored.field(column).type, found))
-    if function == "count":
-        return pa.scalar(present)
-    values = [codec.bound_scalar(found[function], stored).cast(kind) for stored, found in limits]
-    if not values:
-        return pa.scalar(None, kind)
-    return pc.min_max(pa.array(values, kind))[function]
-
-
-def topics_table(snapshot: Snapshot) -> pa.RecordBatch:
-    """`system.topics`: one row a topic, from the Delta log alone."""
-    rows = []
-    for topic in sorted(snapshot.topics.values(), key=lambda topic: topic.name):
-        # Another program may have put records that were dropped beside those that count: such files are looked into.
-        whole = [file for file in topic.files if file.first_offset >= topic.start]
-        mixed = [file for file in topic.files if file.first_offset < topic.start]
-        parts = [record for file in mixed for record in snapshot.records_of(topic, file)]
-        times = [(f.min_time, f.max_time) for f in whole] + [(r.min_time, r.max_time) for r in parts]
-        known = bool(times) and all(low is not None and high is not None for low, high in times)
-        rows.append(
-            {
-                "topic": topic.name,
-                "entries": topic.entries,
-                "first_offset": topic.first_offset,
-                "next_offset": topic.next_offset,
-                "columns": len(topic.schema),
-                "keys": ", ".join(topic.keys) or None,
-                "schemas": len(topic.schemas),
-                "files": len(topic.files),
-                "records": sum(file.records for file in whole) + len(parts),
-                "file_bytes": sum(f.size for f in topic.files),
-                "min_time": min(low for low, _ in times if low is not None) if known else None,
-                "max_time": max(high for _, high in times if high is not None) if known else None,
-            }
-        )
-    return pa.RecordBatch.from_pylist(rows, _TOPICS_SCHEMA)
-
-
-_TOPICS_SCHEMA = pa.schema(
-    [
-        ("topic", pa.string()),
-        ("entries", pa.int64()),
-        ("first_offset", pa.int64()),
-        ("next_offset", pa.int64()),
-        ("columns", pa.int64()),
-        ("keys", pa.string()),
-        ("schemas", pa.int64()),
-        ("files", pa.int64()),
-        ("records", pa.int64()),
-        ("file_bytes", pa.int64()),
-        ("min_time", _TIME),
-        ("max_time", _TIME),
-    ]
-)
-
-
-def _log_columns(record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array]:
-    """Return the log's own columns for all entries of a record."""
-    if _LOG_NAMES.isdisjoint(names):
-        return {}
-    counts = [owner["entries"] for owner in record.appends]
-    found: dict[str, pa.Array] = {}
-    for name in (name for name in names if name in _LOG_NAMES):
-        if name == "_offset":
-            found[name] = pa.array(np.arange(record.first_offset, record.first_offset + record.entries))
-        elif name == "_schema_id":
-            found[name] = pa.repeat(pa.scalar(record.schema_id), record.entries)
-        else:
-            kind = next(f.type for f in LOG_FIELDS if f.name == name)
-            values = pa.array([owner[name.removeprefix("_")] for owner in record.appends], kind)
-            found[name] = values.take(pa.array(np.repeat(np.arange(len(counts)), counts)))
-    return found
-
-
 def _shown(batch: pa.RecordBatch, projected: pa.Schema) -> pa.RecordBatch:
     """Return a batch in the types DataFusion was told; only plain texts may have to become views."""
     if batch.schema.equals(projected) or not projected.names:
         return batch
-    return pa.RecordBatch.from_arrays([_as(c, f.type) for c, f in zip(batch.columns, projected, strict=True)], schema=projected)
-
-
-def _as(array: pa.Array, kind: pa.DataType) -> pa.Array:
-    return array if array.type == kind else array.cast(kind)
-
-
-def _may_hold(bits: memoryview | None, hashes: Sequence[int] | None) -> bool:
-    return bits is None or hashes is None or any(may_hold(bits, hash) for hash in hashes)
+    return pa.RecordBatch.from_arrays([as_type(c, f.type) for c, f in zip(batch.columns, projected, strict=True)], schema=projected)
 
 
 _rows = operator.attrgetter("rows")
@@ -777,12 +406,6 @@ _rows = operator.attrgetter("rows")
 
 def _by_offset(record: RecordMeta) -> int:
     return record.first_offset
-
-
-def _between(name: str, low: pa.Scalar, high: pa.Scalar) -> pc.Expression:
-    """A column's guarantee: within [low, high] or null, in the form that Arrow's simplification understands."""
-    column = pc.field(name)
-    return ((column >= low) | column.is_null()) & ((column <= high) | column.is_null())
 
 
 def _deal(records: Sequence[RecordMeta], before: np.ndarray, partitions: int) -> list[Sequence[RecordMeta]]:

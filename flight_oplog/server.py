@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from flight_oplog import codec
+from flight_oplog.appends import Origin, Receipt, check_data
 from flight_oplog.auth import Gate
 from flight_oplog.calls import CLASSES, FROM_GET_SCHEMA, OPTIONS_COOKIE, Call, Calls, Handshakes, format_nothing_for_the_wire, rpc, streamed
-from flight_oplog.committer import Origin, Receipt, check_data
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import wire

@@ -118,6 +118,13 @@ class Topic:
         end = len(self.files) if last is None else bisect.bisect_left(self.files, last, key=_first_offset)
         return self.files[start:end]
 
+    def stored(self, record: RecordMeta) -> pa.Schema:
+        """Return the schema of a record's content. Raises CorruptLog where it is not registered."""
+        try:
+            return self.schemas[record.schema_id]
+        except KeyError:
+            raise CorruptLog(f"{record.where}: its schema_id is not registered; restore the file") from None
+
 
 class _Some(Mapping[str, Topic]):
     """Those of some topics whose names pass."""

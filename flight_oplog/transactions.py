@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from flight_oplog.committer import Append, Receipt
+from flight_oplog.appends import Append, Receipt
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, OutcomeUnknown, RequestError, TooLarge, TryAgain
 from flight_oplog.kept import remember

@@ -14,7 +14,7 @@ from deltalake import DeltaTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flight_oplog import Config, OpLog, Origin, Receipt, committer, deltalog, store
+from flight_oplog import Config, OpLog, Origin, Receipt, appends, deltalog, producers, store
 from flight_oplog.datafile import Record
 from flight_oplog.errors import OutOfOrder, RequestError, SchemaMismatch, TryAgain
 from flight_oplog.files import OutputFile
@@ -137,7 +137,7 @@ def test_receipts_survive_a_restart_another_server_and_a_compaction(folder: Path
 
 
 def test_a_duplicate_older_than_what_is_remembered_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(committer, "RECORDS_SEARCHED_MAX", 3)
+    monkeypatch.setattr(producers, "RECORDS_SEARCHED_MAX", 3)
     with OpLog.open(str(folder)) as log:
         for sequence in range(5):
             log.append("t", batch(sequence), Origin("p", sequence=sequence))
@@ -147,7 +147,7 @@ def test_a_duplicate_older_than_what_is_remembered_says_so(folder: Path, monkeyp
 
 
 def test_receipts_are_forgotten_one_by_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(committer, "RECEIPTS_KEPT", 2)
+    monkeypatch.setattr(producers, "RECEIPTS_KEPT", 2)
     with OpLog.open(str(folder)) as log:
         for sequence in range(4):
             log.append("t", batch(sequence), Origin("p", sequence=sequence))
@@ -228,7 +228,7 @@ def waiting_group(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> threading.Even
     gate = threading.Event()
     real = log._committer._commit_group
 
-    def held(appends: list[committer.Append]) -> None:
+    def held(appends: list[appends.Append]) -> None:
         real(appends)
         gate.wait(20)
 

@@ -19,7 +19,7 @@ from test_follow import Tail, ticket
 from test_server import message, refused
 
 from flight_oplog import Config, OpLog, Origin
-from flight_oplog.committer import Receipt, end_of
+from flight_oplog.appends import Receipt, end_of
 from flight_oplog.errors import OplogError, OutOfOrder, RequestError, SchemaMismatch, TooLarge
 from flight_oplog.flightsql import wire
 from flight_oplog.sql.engine import Engine

@@ -12,7 +12,7 @@ from conftest import rows
 from datafusion import SessionContext
 from test_engine import counts
 
-from flight_oplog import Config, OpLog, provider, records
+from flight_oplog import Config, OpLog, pruning, records
 from flight_oplog.sql.engine import Engine
 
 TIME = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -96,10 +96,10 @@ def made_log(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield log, pa.concat_tables(parts, promote_options="permissive")
 
 
-@pytest.fixture(params=[provider._SPANS_FROM, 1], ids=["few", "many"])
+@pytest.fixture(params=[pruning._SPANS_FROM, 1], ids=["few", "many"])
 def spans(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prune as where there are few files and records, and as where there are very many."""
-    monkeypatch.setattr(provider, "_SPANS_FROM", request.param)
+    monkeypatch.setattr(pruning, "_SPANS_FROM", request.param)
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -14,8 +14,8 @@ from conftest import flip, rows
 from deltalake import DeltaTable
 
 from flight_oplog import Config, OpLog, codec, provider, records
+from flight_oplog.appends import Origin
 from flight_oplog.cache import ColumnCache
-from flight_oplog.committer import Origin
 from flight_oplog.errors import CorruptLog
 from flight_oplog.records import RecordMeta, _Bounds, _Rows, read_records
 from flight_oplog.sql.engine import Engine

@@ -11,7 +11,7 @@ import pytest
 from conftest import SEED, rows
 
 from flight_oplog import Config, OpLog
-from flight_oplog.committer import Origin
+from flight_oplog.appends import Origin
 from flight_oplog.errors import NotFound, OplogError, RequestError, TooLarge, Unsupported
 from flight_oplog.sql.engine import Engine
 from flight_oplog.sql.statements import Statements

@@ -23,8 +23,8 @@ from typing import Any
 import pyarrow as pa
 
 from flight_oplog import __version__, codec
+from flight_oplog.appends import Origin, Role
 from flight_oplog.auth import Gate, derived
-from flight_oplog.committer import Origin, Role
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import metadata, wire

@@ -19,11 +19,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datafusion import Expr, col, lit
 from datafusion import functions as f
 from datafusion.expr import SortExpr
 
+from flight_oplog import codec
 from flight_oplog.sql.plans import chain
+from flight_oplog.store import Snapshot, Topic
 
 # To merge a state of more rows would cost about as much as to aggregate the entries.
 STATE_ROWS_MAX = 200_000
@@ -239,6 +242,40 @@ def _from_bounds(aggregate: Expr, what: str, arguments: tuple[Expr, ...]) -> tup
     if arguments[0].variant_name() == "Literal" and what == "count" and arguments[0].python_value().as_py() is not None:
         return "count", None
     return (what, arguments[0].to_variant().name()) if arguments[0].variant_name() == "Column" else ()
+
+
+def whole_of(snapshot: Snapshot, topic: Topic, function: str, column: str | None) -> pa.Scalar | None:
+    """Return the count, min or max of a column of all of a topic, going by its records alone; None when they do not tell.
+
+    Without a column, the count of its entries. Bounds of numbers and times are values that occur; those of texts are cut.
+    """
+    if column is None:
+        return pa.scalar(topic.entries)
+    if column not in topic.schema.names:
+        return None
+    kind = topic.schema.field(column).type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return None
+    limits, present = [], 0
+    for file in topic.files:
+        for record in snapshot.records_of(topic, file):
+            stored = topic.schemas.get(record.schema_id)
+            if stored is None:
+                return None
+            found = record.bounds.get(column, {"nulls": record.entries} if column not in stored.names else {})
+            if "nulls" not in found:
+                return None
+            present += record.entries - found["nulls"]
+            if found["nulls"] < record.entries:
+                if function != "count" and "min" not in found:
+                    return None
+                limits.append((stored.field(column).type, found))
+    if function == "count":
+        return pa.scalar(present)
+    values = [codec.bound_scalar(found[function], stored).cast(kind) for stored, found in limits]
+    if not values:
+        return pa.scalar(None, kind)
+    return pc.min_max(pa.array(values, kind))[function]
 
 
 # Putting it together again

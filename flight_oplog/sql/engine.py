@@ -21,14 +21,14 @@ from flight_oplog.cache import ColumnCache
 from flight_oplog.config import Config
 from flight_oplog.errors import NotFound, OplogError, RequestError, Unsupported
 from flight_oplog.kept import remember
-from flight_oplog.provider import ScanContext, topics_table
+from flight_oplog.provider import ScanContext
 from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, System, table_of, tables
 from flight_oplog.sql.measure import measure
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
 from flight_oplog.sql.planner import Asked, Planner, accountable, groups
 from flight_oplog.sql.plans import followed, is_constant, is_literal
-from flight_oplog.sql.queries import Queries, explained, metrics_table, settings_table
+from flight_oplog.sql.queries import Queries, explained, metrics_table, settings_table, topics_table
 from flight_oplog.sql.refusals import CATALOG, PUBLIC, SERVED, cannot_filter, check_declared, in_public, keys_of, translated
 from flight_oplog.sql.repeated import REMEMBERED_CHARACTERS, Repeated, registry
 from flight_oplog.sql.stream import Running, Stopped, at_once, paced, schema_of, to_wire, widened, wire_schema

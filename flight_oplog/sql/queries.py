@@ -1,4 +1,4 @@
-"""What `system` tells of the server: what was asked of late and what it cost, which EXPLAIN tells too, metrics and settings."""
+"""What `system` tells of topics and of the server: what was asked of late and what it cost, as EXPLAIN does, metrics and settings."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from flight_oplog.cache import ScanCounts
 from flight_oplog.config import SETTINGS, Config
 from flight_oplog.errors import Cancelled, OplogError
 from flight_oplog.grants import Principal
+from flight_oplog.store import Snapshot
 
 QUERIES_KEPT = 1000
 TEXT_CHARACTERS = 1000
@@ -109,6 +110,35 @@ class Queries:
         return pa.RecordBatch.from_pylist(rows, SCHEMA)
 
 
+def topics_table(snapshot: Snapshot) -> pa.RecordBatch:
+    """`system.topics`: one row a topic, from the Delta log alone."""
+    rows = []
+    for topic in sorted(snapshot.topics.values(), key=lambda topic: topic.name):
+        # Another program may have put records that were dropped beside those that count: such files are looked into.
+        whole = [file for file in topic.files if file.first_offset >= topic.start]
+        mixed = [file for file in topic.files if file.first_offset < topic.start]
+        parts = [record for file in mixed for record in snapshot.records_of(topic, file)]
+        times = [(f.min_time, f.max_time) for f in whole] + [(r.min_time, r.max_time) for r in parts]
+        known = bool(times) and all(low is not None and high is not None for low, high in times)
+        rows.append(
+            {
+                "topic": topic.name,
+                "entries": topic.entries,
+                "first_offset": topic.first_offset,
+                "next_offset": topic.next_offset,
+                "columns": len(topic.schema),
+                "keys": ", ".join(topic.keys) or None,
+                "schemas": len(topic.schemas),
+                "files": len(topic.files),
+                "records": sum(file.records for file in whole) + len(parts),
+                "file_bytes": sum(f.size for f in topic.files),
+                "min_time": min(low for low, _ in times if low is not None) if known else None,
+                "max_time": max(high for _, high in times if high is not None) if known else None,
+            }
+        )
+    return pa.RecordBatch.from_pylist(rows, _TOPICS_SCHEMA)
+
+
 def metrics_table(values: Mapping[str, int]) -> pa.RecordBatch:
     """`system.metrics`: what this server counts since it was started, and how much of something there is now."""
     rows = [{"metric": name, "value": value, "meaning": _METRICS[name]} for name, value in values.items()]
@@ -125,6 +155,22 @@ def settings_table(config: Config) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(rows, _SETTINGS_SCHEMA)
 
 
+_TOPICS_SCHEMA = pa.schema(
+    [
+        ("topic", pa.string()),
+        ("entries", pa.int64()),
+        ("first_offset", pa.int64()),
+        ("next_offset", pa.int64()),
+        ("columns", pa.int64()),
+        ("keys", pa.string()),
+        ("schemas", pa.int64()),
+        ("files", pa.int64()),
+        ("records", pa.int64()),
+        ("file_bytes", pa.int64()),
+        ("min_time", pa.timestamp("us", "UTC")),
+        ("max_time", pa.timestamp("us", "UTC")),
+    ]
+)
 _SETTINGS_SCHEMA = pa.schema([(name, pa.string()) for name in ("setting", "value", "default", "meaning")])
 _METRICS_SCHEMA = pa.schema([("metric", pa.string()), ("value", pa.int64()), ("meaning", pa.string())])
 _METRICS = {

@@ -16,9 +16,9 @@ from flight_oplog import codec
 from flight_oplog.cache import ScanCounts
 from flight_oplog.config import Config
 from flight_oplog.errors import OplogError
-from flight_oplog.provider import RowsTable, ScanContext, whole_of
+from flight_oplog.provider import RowsTable, ScanContext
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
-from flight_oplog.sql.aggregates import ANSWER_BYTES_MAX, STATE_ROWS_MAX, Aggregation, Answer, State, States, taken_apart
+from flight_oplog.sql.aggregates import ANSWER_BYTES_MAX, STATE_ROWS_MAX, Aggregation, Answer, State, States, taken_apart, whole_of
 from flight_oplog.sql.catalog import TIME_TRAVEL, Shelf
 from flight_oplog.sql.parameters import Values
 from flight_oplog.sql.planner import Asked, Planner

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from flight_oplog.committer import Origin, Role
+from flight_oplog.appends import Origin, Role
 from flight_oplog.config import Config
 from flight_oplog.errors import NotFound, OutOfOrder, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.grants import ANYBODY, Principal, check_may

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from flight_oplog import cli, committer, datafile, files, storage, store
+from flight_oplog import cli, datafile, files, producers, storage, store
 
 # Where the server can be killed: the object and the function that is the point, and whether before or after it.
 ANYWHERE: dict[str, tuple[Any, str, bool]] = {
@@ -23,7 +23,7 @@ ANYWHERE: dict[str, tuple[Any, str, bool]] = {
     "in-a-file": (files.OutputFile, "write", False),
     "after-files": (datafile.StagedFile, "finish", True),
     "before-receipts": (store.Store, "commit", True),
-    "between-receipts": (committer._Producers, "remember", True),
+    "between-receipts": (producers.Producers, "remember", True),
     "before-a-checkpoint": (store.Store, "_checkpoint", False),
     "after-a-checkpoint": (store.Store, "_checkpoint", True),
 }

@@ -1,0 +1,141 @@
+"""Columns of a record as a query sees them, and rows from here and there gathered into batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from flight_oplog import codec
+from flight_oplog.filters import Filter
+from flight_oplog.records import RecordMeta
+
+# The log's own columns, beside those of the clients.
+LOG_FIELDS = (
+    pa.field("_offset", pa.int64()),
+    pa.field("_timestamp", pa.timestamp("us", "UTC")),
+    pa.field("_producer", pa.string()),
+    pa.field("_sequence", pa.int64()),
+    pa.field("_schema_id", pa.string()),
+)
+LOG_NAMES = frozenset(f.name for f in LOG_FIELDS)
+# What a filter leaves of a record is joined up to this: a batch has its price, however small; copying has one too.
+JOINED_ROWS = 32_768
+_JOINED_BYTES = 1 << 18
+# So few rows of a record are cut out one by one; and few rows wait this long for company.
+_SINGLE_ROWS = 64
+_GATHERING_SECONDS = 0.005
+
+
+class Columns:
+    """Columns of one record as a query sees them, in the pieces of `lengths` rows that they are stored in."""
+
+    def __init__(self, schema: pa.Schema, lengths: Sequence[int], stored: dict[str, list[pa.Array]], own: dict[str, pa.Array]) -> None:
+        self.lengths = lengths
+        self._schema, self._stored, self._own = schema, stored, own
+
+    def array(self, name: str, place: int) -> pa.Array:
+        return codec.recast(self._piece(name, place), self._schema.field(name).type)
+
+    def arrays(self, name: str) -> list[pa.Array]:
+        return [self.array(name, place) for place in range(len(self.lengths))]
+
+    def some(self, name: str, place: int, rows: np.ndarray) -> pa.Array:
+        """Return some values of a piece, whose places in it rise; neighbours are not copied."""
+        piece, first = self._piece(name, place), int(rows[0])
+        found = piece.slice(first, len(rows)) if rows[-1] - first == len(rows) - 1 else piece.take(pa.array(rows))
+        return codec.recast(found, self._schema.field(name).type)
+
+    def singly(self, name: str, places: list[int], rows: list[int]) -> list[pa.Array]:
+        """Return single values, each by its piece and its place in that."""
+        pieces = {place: self._piece(name, place) for place in {*places}}
+        found = [pieces[place].slice(row, 1) for place, row in zip(places, rows, strict=True)]
+        kind = self._schema.field(name).type
+        return found if found[0].type == kind else [codec.recast(value, kind) for value in found]
+
+    def _piece(self, name: str, place: int) -> pa.Array:
+        if name in self._own:
+            return self._own[name].slice(sum(self.lengths[:place]), self.lengths[place])
+        found = self._stored.get(name)
+        return pa.nulls(self.lengths[place], self._schema.field(name).type) if found is None else found[place]
+
+
+class Few:
+    """Gathers rows from here and there into batches: a batch has its price, however small; copying has one too.
+
+    With a filter, only those of them that pass it come out.
+    """
+
+    def __init__(self, projected: pa.Schema, schema: pa.Schema, filter: Filter | None) -> None:
+        self.names = [*projected.names, *(key for key in (filter.keys if filter else ()) if key not in projected.names)]
+        self._projected, self._filter = projected, filter
+        self._gathered_schema = pa.schema([schema.field(name) for name in self.names])
+        self._since = time.monotonic()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._gathered: dict[str, list[pa.Array]] = {name: [] for name in self.names}
+        self._rows = self._bytes = 0
+
+    def add(self, columns: Columns, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
+        """Take rows of a record, whose places rise; yield what is enough for a batch."""
+        ends = np.cumsum(columns.lengths)
+        if len(rows) <= _SINGLE_ROWS:
+            places = np.searchsorted(ends, rows, "right")
+            local = (rows - (ends - columns.lengths)[places]).tolist()
+            for name, gathered in self._gathered.items():
+                gathered.extend(columns.singly(name, places.tolist(), local))
+            self._rows += len(rows)
+        else:
+            yield from self._add_many(columns, rows, ends)
+        if self._rows >= JOINED_ROWS or time.monotonic() - self._since > _GATHERING_SECONDS:
+            yield from self.taken()
+
+    def _add_many(self, columns: Columns, rows: np.ndarray, ends: np.ndarray) -> Iterator[pa.RecordBatch]:
+        cuts = [0, *np.searchsorted(rows, ends).tolist()]
+        for place, end in enumerate(ends.tolist()):
+            if cuts[place + 1] > cuts[place]:
+                local = rows[cuts[place] : cuts[place + 1]] - (end - columns.lengths[place])
+                for name, gathered in self._gathered.items():
+                    gathered.append(columns.some(name, place, local))
+                    self._bytes += gathered[-1].nbytes
+                self._rows += len(local)
+                if self._rows >= JOINED_ROWS or self._bytes >= _JOINED_BYTES:
+                    yield from self.taken()
+
+    def taken(self) -> Iterator[pa.RecordBatch]:
+        """Yield what was gathered."""
+        if self._rows:
+            arrays = [pa.concat_arrays(gathered) for gathered in self._gathered.values()]
+            batch = codec.with_rows(arrays, self._gathered_schema, self._rows)
+            if self._filter is not None:
+                batch = batch.take(pa.array(self._filter.passing([batch])))
+            if batch.num_rows:
+                shown = [as_type(batch.column(f.name), f.type) for f in self._projected]
+                yield codec.with_rows(shown, self._projected, batch.num_rows)
+            self._clear()
+        self._since = time.monotonic()
+
+
+def log_columns(record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array]:
+    """Return the log's own columns for all entries of a record."""
+    if LOG_NAMES.isdisjoint(names):
+        return {}
+    counts = [owner["entries"] for owner in record.appends]
+    found: dict[str, pa.Array] = {}
+    for name in (name for name in names if name in LOG_NAMES):
+        if name == "_offset":
+            found[name] = pa.array(np.arange(record.first_offset, record.first_offset + record.entries))
+        elif name == "_schema_id":
+            found[name] = pa.repeat(pa.scalar(record.schema_id), record.entries)
+        else:
+            kind = next(f.type for f in LOG_FIELDS if f.name == name)
+            values = pa.array([owner[name.removeprefix("_")] for owner in record.appends], kind)
+            found[name] = values.take(pa.array(np.repeat(np.arange(len(counts)), counts)))
+    return found
+
+
+def as_type(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    return array if array.type == kind else array.cast(kind)
