@@ -67,6 +67,7 @@ def eager() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repeated, "STATE_SECONDS", -1.0)
         patch.setattr(provider, "INDEXING_SECONDS", 1e9)
+        patch.setattr(repeated, "LARGE_ENTRIES", 0)
         patch.setattr(provider, "SHARED_ENTRIES", 0)
         yield
 

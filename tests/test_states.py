@@ -136,6 +136,80 @@ def test_names_without_a_schema_are_looked_up_where_the_client_is(log: OpLog, fr
     assert ask(fresh, log.snapshot(), "SELECT count(*), sum(entries) FROM t", db_schema="records") == [(1, 1)]
 
 
+SAME_SHAPE = [
+    "SELECT s, count(*) AS n, avg(a) AS m FROM t GROUP BY s ORDER BY s",
+    "SELECT s, count(*) AS n, avg(a) AS m, 7 AS seven FROM t GROUP BY s ORDER BY s",
+    'SELECT count(*) * 2 AS "twice as many", s AS "The s", avg(a) FROM t GROUP BY s ORDER BY 2 DESC',
+    "/* a tool's own words */ select s, count(*), avg(a) from t group by 1 having count(*) > 1 order by s",
+    "SELECT max(n), min(m) FROM (SELECT s, count(*) AS n, avg(a) AS m FROM t GROUP BY s)",
+    "SELECT * FROM (SELECT s, count(*) AS n, avg(a) AS m FROM t GROUP BY s) ORDER BY m DESC, s LIMIT 1",
+]
+OTHER_SHAPES = [
+    "SELECT s, count(*) AS n, avg(a + 1) AS m FROM t GROUP BY s ORDER BY s",
+    "SELECT s, count(*) AS n, avg(a + 2) AS m FROM t GROUP BY s ORDER BY s",
+    "SELECT s, count(*) AS n, avg(a + 0.30000000000000004) AS m FROM t GROUP BY s ORDER BY s",
+    "SELECT s, count(*) AS n, avg(a + 0.3) AS m FROM t GROUP BY s ORDER BY s",
+    "SELECT s, count(a) AS n, avg(a) AS m FROM t GROUP BY s ORDER BY s",
+    "SELECT s, count(*) FILTER (WHERE a > 1) AS n, avg(a) AS m FROM t GROUP BY s ORDER BY s",
+    "SELECT s, count(*) AS n, avg(a) AS m FROM t WHERE a > 1 GROUP BY s ORDER BY s",
+    "SELECT s, count(*) AS n, avg(a) AS m FROM t WHERE a >= 1 GROUP BY s ORDER BY s",
+    "SELECT s, count(*) AS n, avg(a) AS m FROM (SELECT s, -a AS a FROM t) AS t GROUP BY s ORDER BY s",
+    "SELECT s, count(*) AS n, avg(a) AS m FROM log.t GROUP BY s ORDER BY s",
+    'SELECT s, count(*) AS n, avg("a + t.b") AS m FROM t GROUP BY s ORDER BY s',
+    "SELECT s, count(*) AS n, avg(a + t.b) AS m FROM t GROUP BY s ORDER BY s",
+    "SELECT max(s = 'q\") OR s = Utf8(\"x') AS m, count(*) FROM t",
+    "SELECT max(s = 'q' OR s = 'x') AS m, count(*) FROM t",
+    "SELECT count(*) FILTER (WHERE k = X'00010203040506070809FF') AS n, sum(a) FROM t",
+    "SELECT count(*) FILTER (WHERE k = X'00010203040506070809FE') AS n, sum(a) FROM t",
+    "SELECT b, count(*) AS n, avg(a) AS m FROM t GROUP BY b ORDER BY b",
+    "SELECT s, b, count(*) AS n, avg(a) AS m FROM t GROUP BY s, b ORDER BY s, b",
+    "SELECT date_trunc('day', w) AS d, count(*) AS n FROM t GROUP BY 1 ORDER BY 1",
+    "SELECT date_trunc('hour', w) AS d, count(*) AS n FROM t GROUP BY 1 ORDER BY 1",
+]
+
+
+def shapes(number: int) -> pa.RecordBatch:
+    keys = [bytes([*range(10), end]) for end in (254, 255, 255, 255)]
+    columns = {"a": [number, 2, 3, None], "s": ["x", "y", "x", "q"], "b": [5, 5, 6, number], "a + t.b": [100, 0, 0, 0], "k": keys}
+    return pa.record_batch(columns | {"w": [TIME, TIME, TIME.replace(hour=(TIME.hour + 1) % 24), TIME]})
+
+
+def test_other_words_of_the_same_shape_are_answered_from_its_state(log: OpLog, fresh: Engine) -> None:
+    nothing_kept = Engine(Config(state_bytes_max=0))
+    for number in range(3):
+        log.append("t", shapes(number))
+        for place, sql in enumerate(SAME_SHAPE):
+            running = fresh.run(sql, log.snapshot())
+            found = pa.Table.from_batches(list(running.batches), running.schema)
+            assert found.to_pylist() == rows(nothing_kept, log.snapshot(), sql)
+            assert found.schema == nothing_kept.prepare(sql, log.snapshot()).schema
+            # The first time the statement is run as it is, then its state is made; of later appends, only what is new is read.
+            read = sum(counts.records_read for counts in running.counts.values())
+            assert read == (1 if place == 0 or (place, number) == (1, 0) else 0), (place, number)
+
+
+def test_other_shapes_have_states_of_their_own(log: OpLog, fresh: Engine) -> None:
+    nothing_kept = Engine(Config(state_bytes_max=0))
+    for number in range(3):
+        log.append("t", shapes(number))
+        for sql in (*SAME_SHAPE[:1], *OTHER_SHAPES):
+            expected = [tuple(row.values()) for row in rows(nothing_kept, log.snapshot(), sql)]
+            assert repr(ask(fresh, log.snapshot(), sql)) == repr(expected), sql
+    states = [known.state for known in fresh._repeated._states._known.values()]
+    assert len([state for state in states if state is not None]) == len(OTHER_SHAPES) + 1
+
+
+@pytest.mark.parametrize(("entries", "is_looked_at"), [(9, False), (10, True)])
+def test_a_text_that_was_never_asked_is_looked_at_where_its_topic_is_large(
+    log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch, entries: int, is_looked_at: bool
+) -> None:
+    monkeypatch.setattr(repeated, "LARGE_ENTRIES", 10)
+    log.append("T", data(a=list(range(entries)), s=["x"] * entries))
+    for sql in ('SELECT s, sum(a) FROM "T" GROUP BY s', 'SELECT s, sum(a), 1 FROM "T" GROUP BY s'):
+        ask(fresh, log.snapshot(), sql, times=1)
+    assert any(known.state is not None for known in fresh._repeated._states._known.values()) == is_looked_at
+
+
 def test_what_changes_from_call_to_call_is_asked_again(log: OpLog, fresh: Engine) -> None:
     log.append("t", data(a=[1]))
     define(log, "v", "SELECT now() AS at, random() AS r FROM t")
@@ -147,7 +221,7 @@ def test_a_state_that_would_be_too_large_is_none(log: OpLog, fresh: Engine, monk
     monkeypatch.setattr(repeated, "STATE_ROWS_MAX", 5)
     log.append("t", data(a=list(range(9))))
     assert len(ask(fresh, log.snapshot(), "SELECT a, count(*) FROM t GROUP BY a ORDER BY a")) == 9
-    assert [(known.is_unfit, known.state) for known in fresh._repeated._states._known.values()] == [(True, None)]
+    assert [(known.is_unfit, known.state) for known in fresh._repeated._states._known.values()] == [(True, None)] * 2  # shape and text
 
 
 @pytest.mark.parametrize("sizes", [{}, {"cache_bytes_max": 0, "state_bytes_max": 0}, {"cache_bytes_max": 3000, "state_bytes_max": 300}])

@@ -5,6 +5,9 @@ that can be merged with another (counts, sums, least and greatest values by grou
 time the same statement comes, the entries since are aggregated, the two states are merged, and the rest of the statement
 follows. DataFusion does all of it, with the statement's own expressions; here its plan is taken apart and put together.
 
+A state is of a shape: which entries, by what they are grouped, what is made of them. Statements with other words that have
+the same shape share it, whatever they call their columns and however they order, limit or filter what comes out.
+
 Taken are plans with one scan of one topic and a GROUP BY above it, or aggregates of all of it, whatever comes after that.
 A statement with anything else, or with a function whose value changes from call to call, runs as it is.
 """
@@ -60,6 +63,7 @@ class Aggregation:
     measures: tuple[Measure, ...]
     above: tuple[Any, ...]  # the nodes above, lowest first
     is_whole: bool  # all entries are aggregated, none is filtered out
+    shape: tuple[Any, ...] | None  # what a state of it depends on; None where that cannot be written down
 
     def state(self, session: Any) -> Any:
         """Return the frame that makes a state of what the scan shows: columns g0, g1, ... and k0, k1, ..."""
@@ -111,7 +115,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a statement: whether it was slow enough for a state, or cannot have one; its state, and its answer."""
+    """What is known of a statement, or of a shape: whether it was slow enough for a state, or cannot have one; a shape's state,
+    and a statement's answer."""
 
     was_slow: bool = False
     is_unfit: bool = False
@@ -125,7 +130,7 @@ class Known:
 
 
 class States:
-    """States of statements asked before, least recently asked out first, never more than `bytes_max`. Thread-safe."""
+    """States and answers of statements asked before, least recently asked out first, never more than `bytes_max`. Thread-safe."""
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
@@ -134,7 +139,7 @@ class States:
         self._known: OrderedDict[Any, Known] = OrderedDict()
 
     def asked(self, key: Any) -> Known:
-        """Return what is known of a statement."""
+        """Return what is known of a statement or a shape."""
         with self._lock:
             known = self._known.get(key)
             if known is None:
@@ -143,13 +148,13 @@ class States:
             return known
 
     def note(self, key: Any) -> None:
-        """Remember that a statement was asked, and that it is worth a state."""
+        """Remember that a statement or a shape was asked, and that it is worth a state."""
         with self._lock:
             self._known.setdefault(key, Known(was_slow=True))
             self._trim()
 
     def dismiss(self, key: Any) -> None:
-        """Remember that a statement has no state, or too large a one."""
+        """Remember that a statement or a shape has no state, or too large a one."""
         self._put(key, Known(is_unfit=True))
 
     def keep_state(self, key: Any, state: State) -> None:
@@ -204,6 +209,7 @@ def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema]
     ]
     if len(relations) > 1 or None in measures:
         return None
+    taken = tuple(measure for measure in measures if measure is not None)
     return Aggregation(
         db_schema=db_schema or "public",
         topic=topic,
@@ -211,10 +217,24 @@ def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema]
         scan=nodes[depth + 1],
         groups=groups,
         names=tuple(schema.names[: len(groups)]),
-        measures=tuple(measure for measure in measures if measure is not None),
+        measures=taken,
         above=tuple(node.to_variant() for node in reversed(nodes[:depth])),
         is_whole=not scan.filters() and {*kinds[depth + 1 : -1]} <= {"SubqueryAlias"},
+        shape=_shape(nodes[depth + 1 :], [*groups, *(part for measure in taken for part in measure.kept)]),
     )
+
+
+def _shape(nodes: Sequence[Any], made: Sequence[Expr]) -> tuple[Any, ...] | None:
+    """Return all that a state depends on, of the nodes below an aggregate and what it makes of their rows; exact, as bytes."""
+    try:
+        below = [_BELOW_SHAPES[type(variant).__name__](variant) for variant in (node.to_variant() for node in nodes)]
+        return (*below, _bytes(made))
+    except Exception:  # some expressions cannot be written down
+        return None
+
+
+def _bytes(expressions: Sequence[Any]) -> tuple[bytes, ...]:
+    return tuple(bytes(Expr(each).to_bytes() if not isinstance(each, Expr) else each.to_bytes()) for each in expressions)
 
 
 def _measure(aggregate: Expr, name: str, kind: pa.DataType) -> Measure | None:
@@ -296,6 +316,12 @@ def _sorted(frame: Any, node: Any) -> Any:
 
 
 _BELOW = frozenset(("Projection", "Filter", "SubqueryAlias"))
+_BELOW_SHAPES: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+    "Projection": lambda node: ("Projection", _bytes(node.projections())),
+    "Filter": lambda node: ("Filter", _bytes([node.predicate()])),
+    "SubqueryAlias": lambda node: ("SubqueryAlias", node.alias()),
+    "TableScan": lambda node: ("TableScan", node.fqn(), tuple(node.projection()), _bytes(node.filters())),
+}
 _AGAIN: dict[str, Callable[[Any, Any], Any]] = {
     "Projection": lambda frame, node: frame.select(*map(Expr, node.projections())),
     "Filter": lambda frame, node: frame.filter(Expr(node.predicate())),

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -35,6 +35,21 @@ _DECIDING = (SCHEMAS_TOPIC, VIEWS_TOPIC)
 _AGGREGATES = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|(?:count|sum|min|max|avg)\s*\()", re.IGNORECASE)
 _OF_ALL = re.compile(r"\b(?:count|min|max)\s*\(", re.IGNORECASE)
 _OF_SOME = re.compile(r"\b(?:WHERE|GROUP|JOIN|DISTINCT)\b", re.IGNORECASE)
+# A text that was never asked is looked at more closely where it reads all of a topic of so many entries: its shape may be known.
+LARGE_ENTRIES = 1 << 19
+_PICKS = re.compile(r"\b(?:WHERE|JOIN)\b", re.IGNORECASE)
+_FROM = re.compile(r'\bFROM\s+([\w".]+)', re.IGNORECASE)
+
+
+@dataclass(slots=True)
+class Key:
+    """Under what something is kept of a statement: its answer under its text, the state of its aggregate under its shape.
+
+    Both go with the values bound to it and what the log's names mean by now.
+    """
+
+    text: Any
+    shape: Any = None  # once it was looked at
 
 
 class Repeated:
@@ -45,42 +60,48 @@ class Repeated:
         self._config = config
         self._states = States(config.state_bytes_max)
 
-    def key(self, asked: Asked) -> Any:
+    def key(self, asked: Asked) -> Key | None:
         """Return what everything that is kept of a query is kept under, None for one of which nothing is."""
         if asked.offsets is not None or len(asked.sql) > REMEMBERED_CHARACTERS:
             return None
         if not _AGGREGATES.search(asked.sql) or TIME_TRAVEL.search(asked.sql):
             return None
-        return (asked.sql, asked.db_schema, _packed(asked.values), *registry(asked.snapshot))
+        return Key((asked.sql, asked.db_schema, _packed(asked.values), *registry(asked.snapshot)))
 
-    def note(self, key: Any, seconds: float) -> None:
+    def note(self, key: Key | None, seconds: float) -> None:
         """Remember that a query took so long until its first batch."""
         if key is not None and seconds > STATE_SECONDS:
-            self._states.note(key)
+            self._states.note(key.text)
+            if key.shape is not None:
+                self._states.note(key.shape)
 
-    def answered(self, key: Any, asked: Asked) -> Running | None:
+    def answered(self, key: Key, asked: Asked) -> Running | None:
         """Answer a query from its records' bounds, or from the state of its aggregate and the entries since.
 
         None when there is none, or it is not worth one: then it is run as it is.
         """
-        known = self._states.asked(key)
+        known = self._states.asked(key.text)
         if (answer := known.answer) is not None:
             now = asked.snapshot.topics.get(answer.topic)
             if now is not None and (now.first_offset, now.next_offset) == (answer.first, answer.last):
                 return Running(answer.schema, iter(answer.batches))
-        if known.is_unfit or not (known.was_slow or (_OF_ALL.search(asked.sql) and not _OF_SOME.search(asked.sql))):
+        if known.is_unfit or not (known.was_slow or _tells_of_all(asked.sql) or _reads_all_of_much(asked)):
             return None
         session, frame, context = self._planner.plan(asked)
         try:
             apart = _taken_apart(session, frame) if context.looks_into else None
             topic = None if apart is None else asked.snapshot.topics.get(apart.topic)
             if apart is None or topic is None:
-                self._states.dismiss(key)
+                self._states.dismiss(key.text)
                 return None
+            key.shape = key.text if apart.shape is None else (*apart.shape, asked.db_schema, *registry(asked.snapshot))
+            of_shape = self._states.asked(key.shape)
             rows = _whole(apart, asked.snapshot, topic, context)
-            if rows is None and known.was_slow and self._config.state_bytes_max:
-                rows = self._brought_up(key, apart, known.state, topic, asked, context)
+            if rows is None and (known.was_slow or of_shape.was_slow) and not of_shape.is_unfit and self._config.state_bytes_max:
+                rows = self._brought_up(key.shape, apart, of_shape.state, topic, asked, context)
             if rows is None:
+                if self._states.asked(key.shape).is_unfit:
+                    self._states.dismiss(key.text)
                 return None
             once, shelf = self._small_session(rows)
             made = apart.values(once.table("rows"))
@@ -93,11 +114,11 @@ class Repeated:
             raise
         except Exception as error:
             log.info("a statement's aggregate is not kept: %s", error)
-            self._states.dismiss(key)
+            self._states.dismiss(key.text)
             return None
         schema = schema_of(frame, context)
         batches = paced(self._planner.pulled(stream, context, schema, asked), self._config.message_bytes_max)
-        return Running(schema, self._kept(key, topic, schema, batches), context.counts)
+        return Running(schema, self._kept(key.text, topic, schema, batches), context.counts)
 
     def _kept(self, key: Any, topic: Topic, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the batches of an answer, and keep it when it was a small one."""
@@ -113,7 +134,7 @@ class Repeated:
     def _brought_up(
         self, key: Any, apart: Aggregation, state: State | None, topic: Topic, asked: Asked, context: ScanContext
     ) -> pa.Table | None:
-        """Return a statement's state as of its snapshot: the entries since are aggregated. None when it grows too large."""
+        """Return a shape's state as of a snapshot: the entries since are aggregated. None when it grows too large."""
         first, last = topic.first_offset, topic.next_offset
         if state is not None and (state.first != first or state.last > last):
             state = None  # some have been removed; or the snapshot is an older one
@@ -164,6 +185,21 @@ def _whole(apart: Aggregation, snapshot: Snapshot, topic: Topic, context: ScanCo
     records = sum(file.records for file in topic.files)
     context.counts[f"{apart.db_schema}.{topic.name}"] = ScanCounts(files=len(topic.files), records=records)
     return pa.table({f"k{n}": pa.array([value]) for n, value in enumerate(found)})
+
+
+def _tells_of_all(sql: str) -> bool:
+    """Whether a text may ask for what the bounds of a topic's records tell."""
+    return _OF_ALL.search(sql) is not None and _OF_SOME.search(sql) is None
+
+
+def _reads_all_of_much(asked: Asked) -> bool:
+    """Whether a text may ask for something of all entries of a large topic."""
+    found = None if _PICKS.search(asked.sql) else _FROM.search(asked.sql)
+    if found is None:
+        return False
+    name = found[1].rpartition(".")[2].strip('"')
+    topics = asked.snapshot.topics
+    return any(topic is not None and topic.entries >= LARGE_ENTRIES for topic in (topics.get(name), topics.get(name.lower())))
 
 
 def registry(snapshot: Snapshot) -> tuple[Any, ...]:
