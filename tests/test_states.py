@@ -149,6 +149,7 @@ OTHER_SHAPES = [
     "SELECT s, count(*) AS n, avg(a + 2) AS m FROM t GROUP BY s ORDER BY s",
     "SELECT s, count(*) AS n, avg(a + 0.30000000000000004) AS m FROM t GROUP BY s ORDER BY s",
     "SELECT s, count(*) AS n, avg(a + 0.3) AS m FROM t GROUP BY s ORDER BY s",
+    "SELECT s, count(*) AS n, avg(f + 1) AS m FROM t GROUP BY s ORDER BY s",  # renamed by the optimizer
     "SELECT s, count(a) AS n, avg(a) AS m FROM t GROUP BY s ORDER BY s",
     "SELECT s, count(*) FILTER (WHERE a > 1) AS n, avg(a) AS m FROM t GROUP BY s ORDER BY s",
     "SELECT s, count(*) AS n, avg(a) AS m FROM t WHERE a > 1 GROUP BY s ORDER BY s",
@@ -170,7 +171,14 @@ OTHER_SHAPES = [
 
 def shapes(number: int) -> pa.RecordBatch:
     keys = [bytes([*range(10), end]) for end in (254, 255, 255, 255)]
-    columns = {"a": [number, 2, 3, None], "s": ["x", "y", "x", "q"], "b": [5, 5, 6, number], "a + t.b": [100, 0, 0, 0], "k": keys}
+    columns = {
+        "a": [number, 2, 3, None],
+        "f": [0.5, number, None, 2.0],
+        "s": ["x", "y", "x", "q"],
+        "b": [5, 5, 6, number],
+        "a + t.b": [100, 0, 0, 0],
+        "k": keys,
+    }
     return pa.record_batch(columns | {"w": [TIME, TIME, TIME.replace(hour=(TIME.hour + 1) % 24), TIME]})
 
 

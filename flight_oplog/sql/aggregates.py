@@ -238,6 +238,8 @@ def _bytes(expressions: Sequence[Any]) -> tuple[bytes, ...]:
 
 
 def _measure(aggregate: Expr, name: str, kind: pa.DataType) -> Measure | None:
+    while aggregate.variant_name() == "Alias":  # the optimizer gives what it rewrote the name that it had
+        aggregate = Expr(aggregate.to_variant().expr())
     function = aggregate.to_variant()
     arguments = tuple(map(Expr, function.args()))
     what = function.aggregate_type()
