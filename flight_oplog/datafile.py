@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from flight_oplog import codec, parquet
+from flight_oplog import codec, parquet, summary
 from flight_oplog.errors import TooLarge, TryAgain
 from flight_oplog.files import LARGE_BYTES, OutputFile, storage_error
 from flight_oplog.records import CREATED_BY, DataFile, RecordMeta
@@ -212,7 +212,7 @@ class StagedFile:
                 if self._is_broken:
                     raise TryAgain("a data file could not be written whole; nothing was written; try again")
                 assert self._writer is not None, "a data file holds at least one record"
-                self._writer.close()
+                self._writer.close(self._summary())
             assert self._file is not None
             if self._is_published and not self._storage.is_local:
                 # A put that timed out may be carried out yet: an object is put once, under a name of its own.
@@ -237,6 +237,12 @@ class StagedFile:
             max_time=max(self._highs) if self._time_known else None,
         )
         return self._done
+
+    def _summary(self) -> dict[str, str]:
+        if len(self._offset_places) < summary.GROUPS_LEAST:
+            return {}
+        also = ({"bounds": codec.bounds_json(row["known_bounds"]), "appends": row["known_appends"]} for row in self._metas)
+        return summary.written([row | more for row, more in zip(self._metas, also, strict=True)])
 
     def _renumber(self, file: OutputFile, first_offset: int) -> None:
         ends = [first for _, first in self._offset_places[1:]] + [len(self._runs)]

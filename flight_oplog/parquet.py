@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,12 +248,15 @@ class Writer:
         self._rows += rows
         return start + len(pages[0][0]), (end - packed, end)
 
-    def close(self) -> None:
+    def close(self, metadata: Mapping[str, str]) -> None:
+        """End the file with its footer, in which is `metadata`."""
+        pairs = [_struct((1, _BINARY, _binary(key)), (2, _BINARY, _binary(value))) for key, value in metadata.items()]
         footer = _struct(
             (1, _I32, _zigzag(2)),
             (2, _LIST, _list(_STRUCT, self.shape.elements)),
             (3, _I64, _zigzag(self._rows)),
             (4, _LIST, _list(_STRUCT, self._groups)),
+            *([(5, _LIST, _list(_STRUCT, pairs))] if pairs else []),
             (6, _BINARY, _binary(self.created_by)),
         )
         self.out.write(footer + len(footer).to_bytes(4, "little") + MAGIC)

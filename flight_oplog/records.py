@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from flight_oplog import codec
+from flight_oplog import codec, summary
 from flight_oplog.errors import CorruptLog, OplogError
 from flight_oplog.files import allocate, is_refusal, reading_error
 from flight_oplog.parts import Parts, Span
@@ -140,10 +140,18 @@ def read_records(storage: Storage, file: DataFile, each: bool = False) -> tuple[
     """
     with _parquet(storage, file) as opened:
         try:
-            # Files are small as a rule, and there may be very many.
-            table = opened.read(columns=_META_COLUMNS, use_threads=opened.num_row_groups >= THREADS_FROM_GROUPS)
             groups = _groups(opened.metadata)
             ours = opened.metadata.created_by == CREATED_BY
+            # Another program that writes a file anew may take its summary along, for other rows.
+            told = _summary(file, opened.metadata, must_be_whole=each) if ours else None
+            table = told
+            if table is None or each:
+                # Files are small as a rule, and there may be very many.
+                table = opened.read(columns=_META_COLUMNS, use_threads=opened.num_row_groups >= THREADS_FROM_GROUPS)
+                if told is not None and told.to_pylist() != table.to_pylist():
+                    raise CorruptLog(f"{_name(file)}: the summary in its footer is not of its records; restore it")
+        except CorruptLog:
+            raise
         except Exception as error:  # damaged bytes surface as errors of many kinds
             raise _unreadable(file, error) from error
     try:
@@ -159,6 +167,20 @@ def read_records(storage: Storage, file: DataFile, each: bool = False) -> tuple[
     if len(table) != file.records:
         raise CorruptLog(f"{_name(file)} holds {len(table)} of {file.records} records; restore it")
     return metas
+
+
+def _summary(file: DataFile, metadata: pq.FileMetaData, must_be_whole: bool) -> pa.Table | None:
+    """Return the rows that a file's footer tells of. A damaged summary is passed over, unless it must be whole: the rows are there."""
+    try:
+        found = summary.read(metadata.metadata, metadata.num_rows)
+    except (ValueError, pa.ArrowException) as error:
+        if must_be_whole:
+            raise CorruptLog(f"{_name(file)}: the summary in its footer is damaged; restore it") from error
+        return None
+    if found is None:
+        return None
+    offsets = pc.add(found["first_offset"], file.first_offset)
+    return found.set_column(0, found.schema.field(0), offsets).select(_META_COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)

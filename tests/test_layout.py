@@ -25,6 +25,7 @@ ORDER = [
     "parts",
     "keys",
     "parquet",
+    "summary",
     "records",
     "datafile",
     "deltalog",
