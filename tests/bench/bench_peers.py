@@ -1,8 +1,8 @@
 """Our server and its peers, asked the same questions by the same client: `make bench-peers` (ENTRIES=n, ROUNDS=n).
 
 The same event log lies in our log and as a plain Delta table. Every round asks each server in turn; points and slices
-are others in every round, the same for all; aggregates come with the same text again, as dashboards ask them, and then with a
-text that was never asked. A ratio is a peer's time over ours in one round, and the middle one counts.
+are others in every round, the same for all; aggregates come with the same text again, as dashboards ask them, then in words that
+were never used, and then as ones that were never asked. A ratio is a peer's time over ours in one round, and the middle one counts.
 Servers that are not asked stand still. References, which are no peers, are asked in the same rounds and shown by themselves.
 """
 
@@ -81,19 +81,36 @@ QUESTIONS = [
     Question("top 10", lambda node, place: f"SELECT {FEW} FROM events ORDER BY value DESC LIMIT 10"),
     Question("SELECT *", lambda node, place: ALL, is_ordered=False),
     Question(
-        "group by kind, new text",
+        "group by kind, new words",
         lambda node, place: f"SELECT kind, count(*) AS n, avg(value) AS mean, {place} AS anew FROM events GROUP BY kind ORDER BY kind",
         in_mix=False,
     ),
     Question(
-        "group by node_id, new text",
+        "group by node_id, new words",
         lambda node, place: (
             f"SELECT node_id, count(*) AS n, sum(value) AS total, {place} AS anew FROM events "
             "GROUP BY node_id ORDER BY n DESC, node_id LIMIT 10"
         ),
         in_mix=False,
     ),
-    Question("distinct, new text", lambda node, place: f"SELECT count(DISTINCT node_id) AS n, {place} AS anew FROM events", in_mix=False),
+    Question("distinct, new words", lambda node, place: f"SELECT count(DISTINCT node_id) AS n, {place} AS anew FROM events", in_mix=False),
+    Question(
+        "group by kind, never asked",
+        lambda node, place: f"SELECT kind, count(*) AS n, avg(value + {place}) AS mean FROM events GROUP BY kind ORDER BY kind",
+        in_mix=False,
+    ),
+    Question(
+        "group by node_id, never asked",
+        lambda node, place: (
+            f"SELECT node_id, count(*) AS n, sum(value + {place}) AS total FROM events GROUP BY node_id ORDER BY n DESC, node_id LIMIT 10"
+        ),
+        in_mix=False,
+    ),
+    Question(
+        "distinct, never asked",
+        lambda node, place: f"SELECT count(DISTINCT node_id) AS n FROM events WHERE value <> {place}",
+        in_mix=False,
+    ),
 ]
 MIX = [question for question in QUESTIONS if question.in_mix]
 

@@ -2,7 +2,7 @@
 
 Ours answers through ADBC; DataFusion reads the generator's Parquet files, and Delta tables by deltalake's own provider.
 Every round asks each in turn, warm; a ratio is a peer's time over ours in one round, and the middle one counts. Answers
-are compared. What our server keeps of aggregates goes by their text, so each round's is a new one by its comment;
+are compared. What our server keeps of aggregates with conditions goes by their text, so each round's is a new one by its comment;
 "asked again" is the same text every time.
 """
 

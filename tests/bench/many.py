@@ -36,7 +36,7 @@ RECORD_ENTRIES = 10
 STARTS = 3
 ROUNDS = 30
 SCANS = 5
-SCAN = "SELECT kind, count(*) AS n, sum(value) AS total, {} AS anew FROM events GROUP BY kind"
+SCAN = "SELECT kind, count(*) AS n, sum(value + {}) AS total FROM events GROUP BY kind"
 SCAN_RECORDS = "SELECT sum(entries) AS entries, max(max_time) AS last, {} AS anew FROM {} WHERE topic = 'events'"
 Seconds = Callable[[str], float]
 
@@ -123,7 +123,7 @@ def entries_asked(data: Path, entries: int) -> Iterator[tuple[str, float]]:
             for window in itertools.islice(windows, ROUNDS)
         ]
         yield from zip(("SELECT 1", "1 % time slice, EXPLAIN", "1 % time slice"), medians(rounds), strict=True)
-        yield "group by kind, a new text", median(seconds(SCAN.format(number)) for number in range(1, SCANS + 1))
+        yield "group by kind, never asked", median(seconds(SCAN.format(number)) for number in range(1, SCANS + 1))
 
 
 def records_asked(data: Path, entries: int) -> Iterator[tuple[str, list[float]]]:
