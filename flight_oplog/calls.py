@@ -25,7 +25,7 @@ from flight_oplog import logs
 from flight_oplog.auth import Admission, Gate, check_size
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, OplogError, TryAgain, Unauthenticated
-from flight_oplog.flightsql.service import Caller
+from flight_oplog.flightsql.caller import Caller
 from flight_oplog.grants import ANYBODY, NOBODY, Principal
 from flight_oplog.shares import Shares
 

@@ -30,7 +30,9 @@ from flight_oplog.calls import CLASSES, FROM_GET_SCHEMA, OPTIONS_COOKIE, Call, C
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import wire
-from flight_oplog.flightsql.service import AT_TIMESTAMP, AT_VERSION, Caller, Service, Update
+from flight_oplog.flightsql.caller import Caller
+from flight_oplog.flightsql.service import Service, Update
+from flight_oplog.flightsql.sessions import AT_TIMESTAMP, AT_VERSION
 from flight_oplog.follow import Place, TopicRead, is_place
 from flight_oplog.listening import check_listen, check_tls
 from flight_oplog.oplog import AppendWriter, OpLog

@@ -10,40 +10,37 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import datetime
 import hashlib
-import re
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from flight_oplog import __version__, codec
-from flight_oplog.appends import Origin, Role
+from flight_oplog.appends import Role
 from flight_oplog.auth import Gate, derived
 from flight_oplog.config import Config
-from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
+from flight_oplog.errors import NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import metadata, wire
+from flight_oplog.flightsql.caller import Caller
+from flight_oplog.flightsql.cancelling import UnderWay
 from flight_oplog.flightsql.handles import Sealer
+from flight_oplog.flightsql.sessions import AT_TIMESTAMP, AT_VERSION, Sessions
 from flight_oplog.follow import Follower, Place, TopicRead, words
-from flight_oplog.grants import ANYBODY, Principal, check_may
-from flight_oplog.kept import remember
 from flight_oplog.oplog import OpLog
 from flight_oplog.schema import check_topic, schema_id
 from flight_oplog.sql.catalog import moment
 from flight_oplog.sql.engine import CHANGED, Engine, Statement
 from flight_oplog.sql.refusals import CATALOG, PUBLIC
 from flight_oplog.sql.statements import Statements
-from flight_oplog.sql.stream import Stopped
 from flight_oplog.sql.turns import Held, Turns
 from flight_oplog.store import Snapshot, Topic
 from flight_oplog.transactions import Transactions
 
-AT_VERSION, AT_TIMESTAMP = "oplog-at-version", "oplog-at-timestamp"
 # TableDefinitionOptions of FlightSql.proto
 _IF_NOT_EXIST_FAIL = 2
 _IF_EXISTS_FAIL, _IF_EXISTS_REPLACE = 1, 3
@@ -51,38 +48,6 @@ _ROLES = {_IF_EXISTS_FAIL: Role.BEGINS, _IF_EXISTS_REPLACE: Role.REPLACES}
 # EndTransaction of FlightSql.proto
 _COMMIT, _ROLLBACK = 1, 2
 _TRANSACTION_SUPPORT = 8
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who calls, and for whom: the names of their session, whether their ingests leave out which transaction they belong to,
-    where what they append comes from, and as of when they ask, a table_version or a time. `again` gives the principal with
-    the rights it has by then, and raises Unauthenticated when it would be admitted no more.
-
-    `options` is the session's, sealed, as the client keeps it in a cookie; `keep` gives it another, None when it keeps none.
-    """
-
-    principal: Principal = ANYBODY
-    again: Callable[[], Principal] = lambda: ANYBODY
-    sessions: tuple[str, ...] = ()
-    leaves_out: bool = False
-    origin: Origin = field(default_factory=Origin)
-    stopped: Stopped = lambda: False
-    at: int | datetime.datetime | None = None
-    options: str | None = None
-    keep: Callable[[str], None] | None = None
-
-    @property
-    def name(self) -> str | None:
-        return self.principal.name
-
-    def check(self, permission: str, name: str) -> None:
-        """Raise Forbidden unless the caller has a permission for a topic or view, in words that do not tell whether there is one."""
-        check_may(self.principal, permission, name)
-
-    def check_again(self, permission: str, name: str) -> None:
-        """The same, by the rights they have by now: for a call that takes long."""
-        check_may(self.again(), permission, name)
 
 
 @dataclass(frozen=True)
@@ -122,14 +87,8 @@ class Result:
     batches: Iterator[tuple[pa.RecordBatch, bytes | None]]
 
 
-SESSION_SECONDS = 30 * 24 * 3600
 # FlightInfo.CancelStatus
 _CANCELLED, _CANCELLING, _NOT_CANCELLABLE = 1, 2, 3
-# CloseSessionResult.Status, SetSessionOptionsResult.ErrorValue
-_CLOSED = 1
-_INVALID_NAME, _INVALID_VALUE = 1, 2
-_DB_SCHEMAS = ("public", "log", "records", "system", "information_schema")
-CANCELLED_KEPT = 10_000
 # Values bound by clients that then go on with the handle they had, instead of the new one they were given.
 BOUND_KEPT = 1000
 BOUND_BYTES = 16 << 20
@@ -148,9 +107,8 @@ class Service:
         self._bound: OrderedDict[bytes, str] = OrderedDict()
         self._bound_bytes = 0
         self._lock = threading.Lock()
-        self._running: dict[str, list[threading.Event]] = {}
-        self._cancelled: OrderedDict[str, None] = OrderedDict()
-        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._sessions = Sessions(self._sealer)
+        self._under_way = UnderWay()
         self._turns = Turns(config.statements_max, config.statements_waiting_max, config.statement_wait_seconds_max)
         self._follower = Follower(oplog, engine, config)
         self.transactions = Transactions(oplog, config)
@@ -216,7 +174,7 @@ class Service:
     # Queries
 
     def _prepare(self, sql: str, caller: Caller, parameters: str | None = None) -> Statement:
-        options = self._options(caller)
+        options = self._sessions.options(caller)
         found = self._engine.prepare(sql, self._snapshot(caller, options), _loaded(parameters), options.get("schema", PUBLIC))
         return replace(found, schema=metadata.described_result(found.schema))
 
@@ -248,7 +206,7 @@ class Service:
             body = {"sql": sql, "table_version": statement.snapshot.table_version}
             if parameters is not None:
                 body["parameters"] = parameters
-            if (db_schema := self._options(caller).get("schema", PUBLIC)) != PUBLIC:
+            if (db_schema := self._sessions.options(caller).get("schema", PUBLIC)) != PUBLIC:
                 body["schema"] = db_schema
             handle = self._sealer.seal("statement", body, caller.name, self.config.ticket_seconds_max)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
@@ -257,7 +215,7 @@ class Service:
         if transaction_id is not None:
             self.transactions.check(transaction_id, caller.name)
         hold = None if transaction_id is None else lambda append: self.transactions.hold(transaction_id, append, caller.name)
-        options = self._options(caller)
+        options = self._sessions.options(caller)
         if caller.at is not None or options.keys() & {AT_VERSION, AT_TIMESTAMP}:
             raise RequestError("the past is not changed: leave out oplog-at-version and oplog-at-timestamp; nothing was written")
         with self._turns.turn(caller.stopped, caller.name):
@@ -301,10 +259,9 @@ class Service:
         body = self._sealer.open("statement", message.statement_handle, caller.name)
         snapshot = self._oplog.snapshot_at(body["table_version"]).seen_by(caller.principal)
         stopped = caller.stopped
-        cancelled = self._begin_running(body["id"])
         held = contextlib.ExitStack()
-        held.callback(self._end_running, body["id"], cancelled)
         try:
+            cancelled = held.enter_context(self._under_way.run(body["id"]))
             turn = held.enter_context(self._turns.turn(lambda: stopped() or cancelled.is_set(), caller.name))
             values, db_schema = _loaded(body.get("parameters")), body.get("schema", PUBLIC)
             running = self._engine.run(
@@ -317,21 +274,6 @@ class Service:
 
     # Cancelling
 
-    def _begin_running(self, name: str) -> threading.Event:
-        with self._lock:
-            if name in self._cancelled:
-                raise Cancelled("the query was cancelled")
-            event = threading.Event()
-            self._running.setdefault(name, []).append(event)
-            return event
-
-    def _end_running(self, name: str, event: threading.Event) -> None:
-        with self._lock:
-            self._running[name].remove(event)
-            if not self._running[name]:
-                del self._running[name]
-                remember(self._ended, name, None, CANCELLED_KEPT)
-
     def _cancel(self, tickets: Sequence[bytes], caller: Caller) -> int:
         """Stop what the tickets stand for; return a CancelStatus. One that has not begun here will not begin."""
         names = []
@@ -340,16 +282,10 @@ class Service:
             if not isinstance(message, wire.TicketStatementQuery) or self._sealer.kind(message.statement_handle) != "statement":
                 return _NOT_CANCELLABLE
             names.append(self._sealer.open("statement", message.statement_handle, caller.name)["id"])
-        with self._lock:
-            running = [event for name in names for event in self._running.get(name, ())]
-            for event in running:
-                event.set()
-            unknown = [name for name in names if name not in self._running and name not in self._ended]
-            for name in (*unknown, *(name for name in names if name in self._running)):
-                remember(self._cancelled, name, None, CANCELLED_KEPT)
-        if running:
+        was_running, is_unknown = self._under_way.cancel(names)
+        if was_running:
             return _CANCELLED
-        return _CANCELLING if unknown else _NOT_CANCELLABLE
+        return _CANCELLING if is_unknown else _NOT_CANCELLABLE
 
     def _cancel_info(self, message: wire.CancelFlightInfoRequest, caller: Caller) -> list[bytes]:
         return [wire.encode(wire.CancelFlightInfoResult(self._cancel(_tickets(message.info), caller)))]
@@ -370,56 +306,6 @@ class Service:
         renewed = wire.pack(wire.TicketStatementQuery(self._sealer.seal(kind, body, caller.name, seconds)))
         until = wire.Timestamp(int(time.time() + seconds), 0)
         return [wire.encode(replace(endpoint, ticket=wire.Ticket(renewed), expiration_time=until))]
-
-    # Sessions: their options travel with the client, sealed, in a cookie
-
-    def _options(self, caller: Caller) -> dict[str, str]:
-        if caller.options is None:
-            return {}
-        try:
-            body = self._sealer.open("session", base64.urlsafe_b64decode(caller.options), caller.name)
-        except (ValueError, OplogError):
-            raise RequestError("the session's options are not readable any more; connect again and set them again") from None
-        options: dict[str, str] = body["options"]
-        return options
-
-    def _set_options(self, message: wire.SetSessionOptionsRequest, caller: Caller) -> list[bytes]:
-        if caller.keep is None:
-            raise RequestError(
-                "session options are kept in a cookie, and this client keeps none; set adbc.flight.sql.rpc.with_cookie_middleware to true"
-            )
-        options: dict[str, str] = {}
-        with contextlib.suppress(RequestError):  # whoever sets them anew need not be able to read what was there
-            options |= self._options(caller)
-        errors = []
-        for option in message.session_options:
-            value = option.value.string_value if option.value else None
-            if option.value and value is None and option.value.int64_value is not None:
-                value = str(option.value.int64_value)
-            problem = _problem(option.key, value, is_unset=option.value is None or option.value == wire.SessionOptionValue())
-            if problem:
-                errors.append(wire.SessionOptionErrors(option.key, wire.SessionOptionError(problem)))
-            elif value is None:
-                options.pop(option.key, None)
-            else:
-                options[option.key] = value
-        options.pop("catalog", None)  # there is one
-        self._keep_options(caller, options)
-        return [wire.encode(wire.SetSessionOptionsResult(tuple(errors)))]
-
-    def _keep_options(self, caller: Caller, options: dict[str, str]) -> None:
-        assert caller.keep is not None
-        caller.keep(base64.urlsafe_b64encode(self._sealer.seal("session", {"options": options}, caller.name, SESSION_SECONDS)).decode())
-
-    def _get_options(self, message: wire.GetSessionOptionsRequest, caller: Caller) -> list[bytes]:
-        options = {"catalog": CATALOG, "schema": PUBLIC} | self._options(caller)
-        found = tuple(wire.SessionOption(name, wire.SessionOptionValue(string_value=value)) for name, value in options.items())
-        return [wire.encode(wire.GetSessionOptionsResult(found))]
-
-    def _close_session(self, message: wire.CloseSessionRequest, caller: Caller) -> list[bytes]:
-        if caller.keep is not None and caller.options is not None:
-            self._keep_options(caller, {})
-        return [wire.encode(wire.CloseSessionResult(_CLOSED))]
 
     # Topics
 
@@ -622,23 +508,6 @@ def _tickets(info: wire.FlightInfo | None) -> list[bytes]:
     return found
 
 
-def _problem(name: str, value: str | None, is_unset: bool) -> int | None:
-    """Return the protocol's number for what is wrong with a session option, None when nothing is."""
-    checks: dict[str, Callable[[str], bool]] = {
-        "catalog": lambda text: text == CATALOG,
-        "schema": lambda text: text in _DB_SCHEMAS,
-        AT_VERSION: lambda text: re.fullmatch(r"[0-9]{1,18}", text, re.ASCII) is not None,
-        AT_TIMESTAMP: lambda text: moment(text) is not None,
-    }
-    allowed = checks.get(name)
-    if allowed is None:
-        return _INVALID_NAME
-    try:
-        return None if is_unset or (value is not None and allowed(value)) else _INVALID_VALUE
-    except RequestError:
-        return _INVALID_VALUE
-
-
 def _fixed(answer: Callable[[Service, Any, Caller], pa.RecordBatch]) -> Route:
     """Route of a command whose ticket is the command itself and whose result is one small batch."""
 
@@ -719,7 +588,7 @@ ACTIONS: dict[str, Act] = {
     "CancelQuery": Act(wire.ActionCancelQueryRequest, Service._cancel_query),
     "CancelFlightInfo": Act(wire.CancelFlightInfoRequest, Service._cancel_info, is_sql=False),
     "RenewFlightEndpoint": Act(wire.RenewFlightEndpointRequest, Service._renew, is_sql=False),
-    "SetSessionOptions": Act(wire.SetSessionOptionsRequest, Service._set_options, is_sql=False),
-    "GetSessionOptions": Act(wire.GetSessionOptionsRequest, Service._get_options, is_sql=False),
-    "CloseSession": Act(wire.CloseSessionRequest, Service._close_session, is_sql=False),
+    "SetSessionOptions": Act(wire.SetSessionOptionsRequest, lambda service, *call: service._sessions.set(*call), is_sql=False),
+    "GetSessionOptions": Act(wire.GetSessionOptionsRequest, lambda service, *call: service._sessions.get(*call), is_sql=False),
+    "CloseSession": Act(wire.CloseSessionRequest, lambda service, *call: service._sessions.close(*call), is_sql=False),
 }
