@@ -97,6 +97,17 @@ def test_a_damaged_one_is_passed_over_and_told_by_verify(file: Path, engine: Eng
         assert "the summary in its footer is damaged; restore it" in problem.what
 
 
+def test_one_that_says_something_else_is_told_by_verify(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = summary.written
+    monkeypatch.setattr(summary, "written", lambda rows: real([{**row, "schema_id": "0" * 32} for row in rows]))
+    with OpLog.open(str(tmp_path / "log"), ONE_EACH) as log:
+        log.append("wide", several(4))
+    with OpLog.open(str(tmp_path / "log")) as log:
+        [problem] = log.verify()
+        assert problem.severity == "error"
+        assert "the summary in its footer is not of its records; restore it" in problem.what
+
+
 def encoded(data: bytes) -> bytes:
     return f"{xxhash.xxh3_64_hexdigest(data)}:".encode() + base64.b64encode(data)
 
