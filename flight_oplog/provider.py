@@ -32,12 +32,15 @@ from flight_oplog.errors import Cancelled
 from flight_oplog.filters import Filter, candidates
 from flight_oplog.gathering import JOINED_ROWS, LOG_FIELDS, LOG_NAMES, Columns, Few, as_type, log_columns
 from flight_oplog.pruning import Pruner
-from flight_oplog.records import RecordMeta, binary_array, outer_row
+from flight_oplog.records import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.store import Snapshot, Topic
 from flight_oplog.top import Top
 
 _ROWS_PER_RECORDS_BATCH = 1024
+# The rows of a file of so many are read column by column, but for those columns that take looking into each.
+_ROWS_FROM = 64
+_MADE = frozenset(("filters", "content"))
 # How long one statement may spend on making indexes of texts that are looked for again and again.
 INDEXING_SECONDS = 0.03
 VIEW_BYTES = 12
@@ -83,15 +86,15 @@ class _Scanner:
 class _Fragment:
     """One partition of a scan."""
 
-    def __init__(self, table: _Table | RowsTable, records: Sequence[RecordMeta], filter: Filter | None = None) -> None:
+    def __init__(self, table: _Table | RowsTable, of: Sequence[Any], filter: Filter | None = None) -> None:
         self._table = table
-        self._records = records
+        self._of = of  # records, or files
         self._filter = filter
 
     def scanner(self, schema: Any = None, columns: Any = None, filter: Any = None, batch_size: Any = None, **_: Any) -> _Scanner:
         def batches(projected: pa.Schema) -> Iterator[pa.RecordBatch]:
             try:
-                found = self._table.scan(self._records, projected, self._filter)
+                found = self._table.scan(self._of, projected, self._filter)
                 if batch_size is None or batch_size >= JOINED_ROWS:
                     yield from found
                 else:  # the statement makes large values of them
@@ -127,9 +130,7 @@ class RowsTable(ds.Dataset):
 
 
 class _Table(ds.Dataset):
-    """Base of the tables over a topic: `schema`, and batches of it for a run of records."""
-
-    _shows_rows = False  # of the outer table, and not entries
+    """Base of the tables over a topic: `schema`, and batches of it for a run of records or files."""
 
     def __init__(self, snapshot: Snapshot, topic: Topic, schema: pa.Schema, context: ScanContext, label: str) -> None:
         # pyarrow's own __init__ refuses subclasses; nothing of it is needed.
@@ -145,6 +146,22 @@ class _Table(ds.Dataset):
 
     def scanner(self, columns: Sequence[str] | None = None, filter: Any = None, **_: Any) -> _Scanner:
         return _Scanner(self._schema, columns, lambda projected: iter(()))
+
+    def scan(self, of: Sequence[Any], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
+        """Yield filtered batches of exactly the projected columns."""
+        raise NotImplementedError
+
+
+class EntriesTable(_Table):
+    """A topic's entries: exactly the clients' columns, or with the log's own beside them."""
+
+    def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext, with_log_columns: bool) -> None:
+        schema = pa.schema([*topic.schema, *LOG_FIELDS]) if with_log_columns else topic.schema
+        super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
+        self._read: set[str] = set()
+        self._held: dict[str, Decoded | None] = {}  # what is known of the records that partitions look at just now
+        if context.views and topic.entries >= SHARED_ENTRIES * len(topic.files):  # showing a small file's texts so costs more than it saves
+            self._schema = pa.schema([f.with_type(pa.string_view()) if self._looks_short(f) else f for f in schema])
 
     def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
         try:
@@ -167,10 +184,12 @@ class _Table(ds.Dataset):
         offsets = self.context.offsets
         self.context.cache.let_go(self._topic.name, self._snapshot.table_version, self._topic.files)
         files = self._topic.files if offsets is None else self._topic.files_within(*offsets)
-        pruner = None if filter is None else self._pruner(filter)
+        pruner = None
+        if filter is not None:
+            pruner = Pruner(self._snapshot, self._topic, self._plain, filter, self.context.cache, self.counts)
         kept = files if pruner is None or len(files) == 1 else pruner.files(files)
         self._snapshot.store.prefetch(kept)
-        found = [self._snapshot.records_of(self._topic, file, self._shows_rows) for file in kept]
+        found = [self._snapshot.records_of(self._topic, file) for file in kept]
         records: Sequence[RecordMeta] = list(itertools.chain.from_iterable(found))
         if offsets is not None:
             first, last = offsets
@@ -183,29 +202,6 @@ class _Table(ds.Dataset):
         self.counts.records += considered
         self.counts.records_pruned += considered - sum(map(_rows, survivors))
         return survivors
-
-    def _pruner(self, filter: Filter) -> Pruner | None:
-        """Return what tells what a filter rules out, where anything does."""
-        return None
-
-    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
-        """Yield filtered batches of exactly the projected columns."""
-        raise NotImplementedError
-
-
-class EntriesTable(_Table):
-    """A topic's entries: exactly the clients' columns, or with the log's own beside them."""
-
-    def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext, with_log_columns: bool) -> None:
-        schema = pa.schema([*topic.schema, *LOG_FIELDS]) if with_log_columns else topic.schema
-        super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
-        self._read: set[str] = set()
-        self._held: dict[str, Decoded | None] = {}  # what is known of the records that partitions look at just now
-        if context.views and topic.entries >= SHARED_ENTRIES * len(topic.files):  # showing a small file's texts so costs more than it saves
-            self._schema = pa.schema([f.with_type(pa.string_view()) if self._looks_short(f) else f for f in schema])
-
-    def _pruner(self, filter: Filter) -> Pruner | None:
-        return Pruner(self._snapshot, self._topic, self._plain, filter, self.context.cache, self.counts)
 
     def _looks_short(self, column: pa.Field) -> bool:
         """Whether a column holds texts of at most 12 bytes, going by one record's bounds: views keep such texts inline.
@@ -333,33 +329,74 @@ class EntriesTable(_Table):
 class RecordsTable(_Table):
     """The outer rows of a topic. Content is fetched only when the query asks for it."""
 
-    _shows_rows = True
-
     def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext) -> None:
         super().__init__(snapshot, topic, RECORD_SCHEMA, context, "records")
 
-    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
-        names = list(projected.names)
-        wanted = names + [name for name in (filter.keys if filter else ()) if name not in names]
-        step = 1 if "content" in wanted else _ROWS_PER_RECORDS_BATCH
-        schema = pa.schema([self._schema.field(name) for name in wanted])
-        contents = self._snapshot.store.contents(records)
-        for start in range(0, len(records), step):
+    def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
+        try:
+            wanted = None if filter is None else Filter.of(filter, self._schema)
+        except Exception as error:
+            self.context.failures.append(error)
+            raise
+        rows = sum(file.records for file in self._topic.files)
+        self.context.entries += rows
+        self.counts.files += len(self._topic.files)
+        self.counts.records += rows
+        return iter([_Fragment(self, self._topic.files, wanted)])
+
+    def scan(self, files: Sequence[DataFile], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
+        wanted = [*projected.names, *(name for name in (filter.keys if filter else ()) if name not in projected.names)]
+        for batch in self._batches(files, pa.schema([self._schema.field(name) for name in wanted]), filter):
             if self.context.stopped.is_set():
                 return
-            rows = [self._row(record, wanted, contents) for record in records[start : start + step]]
-            arrays = [
-                binary_array([row["content"] for row in rows]) if f.name == "content" else pa.array([row[f.name] for row in rows], f.type)
-                for f in schema
-            ]
-            batch = codec.with_rows(arrays, schema, len(rows))
-            if filter is not None:
-                batch = batch.filter(filter.expression)
-            if batch.num_rows:
-                yield codec.with_rows([batch.column(name) for name in names], projected, batch.num_rows)
+            passed = batch if filter is None else batch.filter(filter.expression)
+            if passed.num_rows:
+                yield codec.with_rows([passed.column(name) for name in projected.names], projected, passed.num_rows)
+
+    def _batches(self, files: Sequence[DataFile], schema: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
+        """Yield the rows of files, those that pass at least: of small files from what is in memory of them, of others from the disk."""
+        are_one_by_one = not _MADE.isdisjoint(schema.names)
+
+        def is_small(file: DataFile) -> bool:
+            return are_one_by_one or file.records < _ROWS_FROM
+
+        for small, some in itertools.groupby(files, is_small):
+            if small:
+                yield from self._one_by_one(list(some), schema, filter)
+            else:
+                for file in some:
+                    yield from self._together(file, schema)
+
+    def _together(self, file: DataFile, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        names = {"first_offset", *schema.names} - {"topic"}
+        for found in self._snapshot.store.columns_of_rows(file, sorted(names)):
+            ours = found if file.first_offset >= self._topic.start else found.filter(pc.field("first_offset") >= self._topic.start)
+            for batch in ours.to_batches():
+                topics = pa.repeat(pa.scalar(self._topic.name), batch.num_rows)
+                yield codec.with_rows([topics if f.name == "topic" else batch.column(f.name) for f in schema], schema, batch.num_rows)
+
+    def _one_by_one(self, files: Sequence[DataFile], schema: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
+        self._snapshot.store.prefetch(files)
+        records = [record for file in files for record in self._snapshot.records_of(self._topic, file, each=True)]
+        for start in range(0, len(records), _ROWS_PER_RECORDS_BATCH):
+            some = records[start : start + _ROWS_PER_RECORDS_BATCH]
+            if filter is not None and _MADE.isdisjoint(filter.keys):  # content is fetched of those that pass
+                looked_at = self._rows(some, pa.schema([self._schema.field(name) for name in filter.keys]), iter(()))
+                some = [some[place] for place in filter.passing([looked_at]).tolist()]
+            contents, step = self._snapshot.store.contents(some), 1 if "content" in schema.names else len(some)
+            for first in range(0, len(some), max(step, 1)):
+                yield self._rows(some[first : first + step], schema, contents)
+
+    def _rows(self, records: Sequence[RecordMeta], schema: pa.Schema, contents: Iterator[pa.Buffer]) -> pa.RecordBatch:
+        rows = [self._row(record, schema.names, contents) for record in records]
+        arrays = [
+            binary_array([row["content"] for row in rows]) if f.name == "content" else pa.array([row[f.name] for row in rows], f.type)
+            for f in schema
+        ]
+        return codec.with_rows(arrays, schema, len(rows))
 
     def _row(self, record: RecordMeta, wanted: Sequence[str], contents: Iterator[pa.Buffer]) -> dict[str, Any]:
-        row = {"topic": self._topic.name} | outer_row(record)
+        row = {"topic": self._topic.name} | outer_row(record, wanted)
         if "filters" in wanted:
             has_some = any("filter" in limits for limits in record.bounds.values())
             row["filters"] = self._snapshot.store.filters([record])[0] if has_some else None

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -181,6 +181,20 @@ def _summary(file: DataFile, metadata: pq.FileMetaData, must_be_whole: bool) -> 
         return None
     offsets = pc.add(found["first_offset"], file.first_offset)
     return found.set_column(0, found.schema.field(0), offsets).select(_META_COLUMNS)
+
+
+def read_rows(storage: Storage, file: DataFile, names: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield some columns of a file's rows, a few row groups at a time. Raises CorruptLog where they are damaged."""
+    schema = pa.schema([RECORD_SCHEMA.field(name) for name in names])
+    with _parquet(storage, file) as opened:
+        if opened.metadata.num_rows != file.records:
+            raise CorruptLog(f"{_name(file)} holds {opened.metadata.num_rows} of {file.records} records; restore it")
+        for start in range(0, opened.num_row_groups, THREADS_FROM_GROUPS):
+            groups = range(start, min(start + THREADS_FROM_GROUPS, opened.num_row_groups))
+            try:
+                yield opened.read_row_groups(groups, columns=list(names)).select(list(names)).cast(schema)
+            except Exception as error:  # damaged bytes surface as errors of many kinds
+                raise _unreadable(file, error) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -444,19 +458,22 @@ def _parquet(storage: Storage, file: DataFile) -> pq.ParquetFile:
         raise _unreadable(file, error) from error
 
 
-def outer_row(record: RecordMeta) -> dict[str, Any]:
-    """Return the columns of a record's row, but for its topic, its filters and its content."""
-    return {
-        "first_offset": record.first_offset,
-        "entries": record.entries,
-        "schema_id": record.schema_id,
-        "appends": record.appends,
-        "min_time": record.min_time,
-        "max_time": record.max_time,
-        "bounds": codec.bounds_json(record.bounds),
-        "digest": record.digest,
-        "parts": record.parts,
-    }
+_OUTER: dict[str, Callable[[RecordMeta], Any]] = {
+    "first_offset": lambda record: record.first_offset,
+    "entries": lambda record: record.entries,
+    "schema_id": lambda record: record.schema_id,
+    "appends": lambda record: record.appends,
+    "min_time": lambda record: record.min_time,
+    "max_time": lambda record: record.max_time,
+    "bounds": lambda record: codec.bounds_json(record.bounds),
+    "digest": lambda record: record.digest,
+    "parts": lambda record: record.parts,
+}
+
+
+def outer_row(record: RecordMeta, names: Iterable[str] = _OUTER) -> dict[str, Any]:
+    """Return those of some columns of a record's row that it says by itself: not its topic, its filters or its content."""
+    return {name: _OUTER[name](record) for name in names if name in _OUTER}
 
 
 def binary_array(contents: Sequence[pa.Buffer]) -> pa.Array:

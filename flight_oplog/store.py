@@ -39,7 +39,7 @@ from flight_oplog.files import reading_error, storage_error
 from flight_oplog.grants import ANYBODY, Principal
 from flight_oplog.kept import remember
 from flight_oplog.parts import PARTS_FROM_BYTES
-from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records
+from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records, read_rows
 from flight_oplog.schema import (
     FORMAT_VERSION,
     KEYS_METADATA,
@@ -502,6 +502,10 @@ class Store:
         known = self._metas.get(file.path, ())
         is_known = known and not afresh and all(record.rows == 1 for record in known)
         return known if is_known else read_records(self._storage, file, each=True)
+
+    def columns_of_rows(self, file: DataFile, names: Sequence[str]) -> Iterator[pa.Table]:
+        """Yield some columns of a data file's rows, as they are on the disk. Raises CorruptLog where they are damaged."""
+        return read_rows(self._storage, file, names)
 
     def content(self, record: RecordMeta) -> pa.Buffer:
         """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""

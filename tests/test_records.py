@@ -48,6 +48,66 @@ def test_neighbours_are_one_and_read_at_once(folder: Path, engine: Engine, monke
         assert rows(engine, log.snapshot(), "SELECT records FROM system.topics WHERE topic = 't'") == [{"records": 100}]
 
 
+OF_RECORDS = [
+    "SELECT topic, first_offset, entries, schema_id, appends, min_time, max_time, bounds, digest, parts FROM records.t ORDER BY 2",
+    "SELECT count(*) AS n, sum(entries) AS e FROM records.t",
+    "SELECT count(*) AS n FROM records.t WHERE topic = 't' AND first_offset >= 200",
+    "SELECT max(entries) AS n FROM records.t WHERE bounds LIKE '%entry 7%'",
+    "SELECT topic FROM records.t WHERE first_offset < 0",
+    "SELECT first_offset, octet_length(encode(content, 'hex')) AS size FROM records.t ORDER BY 1",
+    "SELECT appends[1]['producer'] AS p, count(*) AS n FROM records.t GROUP BY 1 ORDER BY 1",
+    "SELECT first_offset FROM records.t ORDER BY first_offset DESC LIMIT 3",
+]
+
+
+@pytest.mark.parametrize("happened", ["nothing", "a compaction", "a drop and a compaction"])
+def test_rows_are_the_same_one_by_one_and_together(tmp_path: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, happened: str) -> None:
+    with OpLog.open(str(tmp_path / "log"), SMALL) as log:
+        log.append("t", numbered(0, 300), Origin("p", sequence=0))
+        if "drop" in happened:
+            log.drop("t")
+        log.append("t", numbered(300, 205))
+        log.append("t", numbered(505, 4), Origin("q", sequence=0, principal="ann"))
+        if "compaction" in happened:
+            DeltaTable(str(tmp_path / "log")).optimize.compact(partition_filters=[("topic", "=", "t")])
+        files = log.snapshot().topic("t").files
+        assert len(files) == (1 if "compaction" in happened else 3)
+        assert ("drop" in happened) == (files[0].first_offset < log.snapshot().topic("t").start)
+        found = []
+        for rows_from in (1, 1 << 30):
+            monkeypatch.setattr(provider, "_ROWS_FROM", rows_from)
+            found.append([rows(engine, log.snapshot(), sql) for sql in OF_RECORDS])
+        assert found[0] == found[1]
+        assert found[0][1] == [{"n": 22, "e": 209} if "drop" in happened else {"n": 52, "e": 509}]
+
+
+@pytest.mark.parametrize(("records_of_it", "is_read"), [(63, False), (64, True)])
+def test_the_rows_of_a_file_of_many_are_not_looked_at_one_by_one(
+    folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch, records_of_it: int, is_read: bool
+) -> None:
+    read = []
+    real = records.read_rows
+    monkeypatch.setattr("flight_oplog.store.read_rows", lambda *given: read.append(given[2]) or real(*given))
+    with OpLog.open(str(folder), SMALL) as log:
+        log.append("t", numbered(0, 10 * records_of_it))
+        assert rows(engine, log.snapshot(), "SELECT sum(entries) AS e FROM records.t") == [{"e": 10 * records_of_it}]
+        assert read == ([["entries", "first_offset"]] if is_read else [])
+        assert rows(engine, log.snapshot(), "SELECT count(content) AS c FROM records.t") == [{"c": records_of_it}]
+        assert len(read) == is_read
+        running = engine.run("SELECT content FROM records.t WHERE first_offset < 50 AND entries = 10", log.snapshot())
+        assert sum(batch.num_rows for batch in running.batches) == running.counts["records.t"].records_read == 5
+
+
+def test_damaged_rows_are_an_error(tmp_path: Path, engine: Engine) -> None:
+    with OpLog.open(str(tmp_path / "log"), SMALL) as log:
+        log.append("t", numbered(0, 1000))
+    [path] = (tmp_path / "log" / "topic=t").glob("*.parquet")
+    column = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    flip(path, column.data_page_offset + column.total_compressed_size - 3)
+    with OpLog.open(str(tmp_path / "log")) as log, pytest.raises(CorruptLog, match="is not readable Parquet; restore it"):
+        rows(engine, log.snapshot(), "SELECT sum(entries) AS e FROM records.t")
+
+
 def test_the_logs_own_columns_are_those_of_each(folder: Path, engine: Engine) -> None:
     with OpLog.open(str(folder), SMALL) as log:
         for sequence in range(3):
