@@ -383,8 +383,8 @@ class RecordsTable(_Table):
             if filter is not None and _MADE.isdisjoint(filter.keys):  # content is fetched of those that pass
                 looked_at = self._rows(some, pa.schema([self._schema.field(name) for name in filter.keys]), iter(()))
                 some = [some[place] for place in filter.passing([looked_at]).tolist()]
-            contents, step = self._snapshot.store.contents(some), 1 if "content" in schema.names else len(some)
-            for first in range(0, len(some), max(step, 1)):
+            contents, step = self._snapshot.store.contents(some), 1 if "content" in schema.names else _ROWS_PER_RECORDS_BATCH
+            for first in range(0, len(some), step):
                 yield self._rows(some[first : first + step], schema, contents)
 
     def _rows(self, records: Sequence[RecordMeta], schema: pa.Schema, contents: Iterator[pa.Buffer]) -> pa.RecordBatch:

@@ -38,7 +38,6 @@ THREADS_FROM_GROUPS = 16
 # A page's header, and the length of its only value.
 _PAGE_HEAD_BYTES_MAX = 64
 _OF_FIRST = ("schema_id", "min_time", "max_time", "digest", "parts")
-_META_COLUMNS = [name for name in RECORD_SCHEMA.names if name not in ("topic", "filters", "content")]
 # Any decimal in bounds is written like this; a text may be.
 _DECIMAL = re.compile(r"-?\d+(\.\d+)?(E[+-]?\d+)?")
 
@@ -147,7 +146,7 @@ def read_records(storage: Storage, file: DataFile, each: bool = False) -> tuple[
             table = told
             if table is None or each:
                 # Files are small as a rule, and there may be very many.
-                table = opened.read(columns=_META_COLUMNS, use_threads=opened.num_row_groups >= THREADS_FROM_GROUPS)
+                table = opened.read(columns=summary.SCHEMA.names, use_threads=opened.num_row_groups >= THREADS_FROM_GROUPS)
                 if told is not None and told.to_pylist() != table.to_pylist():
                     raise CorruptLog(f"{_name(file)}: the summary in its footer is not of its records; restore it")
         except CorruptLog:
@@ -180,7 +179,7 @@ def _summary(file: DataFile, metadata: pq.FileMetaData, must_be_whole: bool) -> 
     if found is None:
         return None
     offsets = pc.add(found["first_offset"], file.first_offset)
-    return found.set_column(0, found.schema.field(0), offsets).select(_META_COLUMNS)
+    return found.set_column(0, found.schema.field(0), offsets)
 
 
 def read_rows(storage: Storage, file: DataFile, names: Sequence[str]) -> Iterator[pa.Table]:

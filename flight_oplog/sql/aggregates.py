@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -233,8 +233,8 @@ def _shape(nodes: Sequence[Any], made: Sequence[Expr]) -> tuple[Any, ...] | None
         return None
 
 
-def _bytes(expressions: Sequence[Any]) -> tuple[bytes, ...]:
-    return tuple(bytes(Expr(each).to_bytes() if not isinstance(each, Expr) else each.to_bytes()) for each in expressions)
+def _bytes(expressions: Iterable[Expr]) -> tuple[bytes, ...]:
+    return tuple(each.to_bytes() for each in expressions)
 
 
 def _measure(aggregate: Expr, name: str, kind: pa.DataType) -> Measure | None:
@@ -319,10 +319,10 @@ def _sorted(frame: Any, node: Any) -> Any:
 
 _BELOW = frozenset(("Projection", "Filter", "SubqueryAlias"))
 _BELOW_SHAPES: dict[str, Callable[[Any], tuple[Any, ...]]] = {
-    "Projection": lambda node: ("Projection", _bytes(node.projections())),
-    "Filter": lambda node: ("Filter", _bytes([node.predicate()])),
+    "Projection": lambda node: ("Projection", _bytes(map(Expr, node.projections()))),
+    "Filter": lambda node: ("Filter", _bytes([Expr(node.predicate())])),
     "SubqueryAlias": lambda node: ("SubqueryAlias", node.alias()),
-    "TableScan": lambda node: ("TableScan", node.fqn(), tuple(node.projection()), _bytes(node.filters())),
+    "TableScan": lambda node: ("TableScan", node.fqn(), tuple(node.projection()), _bytes(map(Expr, node.filters()))),
 }
 _AGAIN: dict[str, Callable[[Any, Any], Any]] = {
     "Projection": lambda frame, node: frame.select(*map(Expr, node.projections())),

@@ -59,6 +59,18 @@ def at(place: int) -> str:
     return f"CAST('{text}.{rest:06}+00:00' AS TIMESTAMP WITH TIME ZONE)"
 
 
+def by_kind(value: str = "value", also: str = "") -> str:
+    return f"SELECT kind, count(*) AS n, avg({value}) AS mean{also} FROM events GROUP BY kind ORDER BY kind"
+
+
+def by_node(value: str = "value", also: str = "") -> str:
+    return f"SELECT node_id, count(*) AS n, sum({value}) AS total{also} FROM events GROUP BY node_id ORDER BY n DESC, node_id LIMIT 10"
+
+
+def distinct(also: str = "", where: str = "") -> str:
+    return f"SELECT count(DISTINCT node_id) AS n{also} FROM events{where}"
+
+
 FEW = "timestamp, node_id, sequence, value"
 QUESTIONS = [
     Question("SELECT 1", lambda node, place: ONE, 200),
@@ -70,47 +82,17 @@ QUESTIONS = [
             f"SELECT count(*) AS n, sum(value) AS total FROM events WHERE timestamp >= {at(place)} AND timestamp < {at(place + SLICE)}"
         ),
     ),
-    Question("group by kind", lambda node, place: "SELECT kind, count(*) AS n, avg(value) AS mean FROM events GROUP BY kind ORDER BY kind"),
-    Question(
-        "group by node_id",
-        lambda node, place: (
-            "SELECT node_id, count(*) AS n, sum(value) AS total FROM events GROUP BY node_id ORDER BY n DESC, node_id LIMIT 10"
-        ),
-    ),
-    Question("distinct", lambda node, place: "SELECT count(DISTINCT node_id) AS n FROM events"),
+    Question("group by kind", lambda node, place: by_kind()),
+    Question("group by node_id", lambda node, place: by_node()),
+    Question("distinct", lambda node, place: distinct()),
     Question("top 10", lambda node, place: f"SELECT {FEW} FROM events ORDER BY value DESC LIMIT 10"),
     Question("SELECT *", lambda node, place: ALL, is_ordered=False),
-    Question(
-        "group by kind, new words",
-        lambda node, place: f"SELECT kind, count(*) AS n, avg(value) AS mean, {place} AS anew FROM events GROUP BY kind ORDER BY kind",
-        in_mix=False,
-    ),
-    Question(
-        "group by node_id, new words",
-        lambda node, place: (
-            f"SELECT node_id, count(*) AS n, sum(value) AS total, {place} AS anew FROM events "
-            "GROUP BY node_id ORDER BY n DESC, node_id LIMIT 10"
-        ),
-        in_mix=False,
-    ),
-    Question("distinct, new words", lambda node, place: f"SELECT count(DISTINCT node_id) AS n, {place} AS anew FROM events", in_mix=False),
-    Question(
-        "group by kind, never asked",
-        lambda node, place: f"SELECT kind, count(*) AS n, avg(value + {place}) AS mean FROM events GROUP BY kind ORDER BY kind",
-        in_mix=False,
-    ),
-    Question(
-        "group by node_id, never asked",
-        lambda node, place: (
-            f"SELECT node_id, count(*) AS n, sum(value + {place}) AS total FROM events GROUP BY node_id ORDER BY n DESC, node_id LIMIT 10"
-        ),
-        in_mix=False,
-    ),
-    Question(
-        "distinct, never asked",
-        lambda node, place: f"SELECT count(DISTINCT node_id) AS n FROM events WHERE value <> {place}",
-        in_mix=False,
-    ),
+    Question("group by kind, new words", lambda node, place: by_kind(also=f", {place} AS anew"), in_mix=False),
+    Question("group by node_id, new words", lambda node, place: by_node(also=f", {place} AS anew"), in_mix=False),
+    Question("distinct, new words", lambda node, place: distinct(also=f", {place} AS anew"), in_mix=False),
+    Question("group by kind, never asked", lambda node, place: by_kind(f"value + {place}"), in_mix=False),
+    Question("group by node_id, never asked", lambda node, place: by_node(f"value + {place}"), in_mix=False),
+    Question("distinct, never asked", lambda node, place: distinct(where=f" WHERE value <> {place}"), in_mix=False),
 ]
 MIX = [question for question in QUESTIONS if question.in_mix]
 
