@@ -322,7 +322,7 @@ class Call(fl.ServerMiddleware):
 
     def caller(self, peer: str) -> Caller:
         names = (self._session,) if self._session is not None else (peer,) if self._offered is None else (self._offered, peer)
-        return Caller(self.principal, self.again, names, self._leaves_out, options=self._options)
+        return Caller(self.principal, self.again, names, self._leaves_out, session=self._session, options=self._options)
 
     def call_completed(self, exception: Any) -> None:
         self._calls.end(self)

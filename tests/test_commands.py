@@ -4,6 +4,7 @@ import base64
 import datetime
 import decimal
 import json
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -406,6 +407,73 @@ def test_session_options_nobody_sealed_are_refused(server: ServerProcess) -> Non
         [answer] = client.do_action(flight.Action("CloseSession", b""), options)
         closed = answer.body.to_pybytes()
         assert wire.decode(closed, wire.CloseSessionResult).status == 1
+
+
+class Jar(flight.ClientMiddlewareFactory):
+    """Brings the cookies it was given, and takes new ones unless told to lose them, as Go's client does now and then."""
+
+    def __init__(self) -> None:
+        self.cookies = {"oplog-session": secrets.token_hex(16)}  # the first thing that ADBC is given, and not by an action
+        self.loses = False
+
+    def start_call(self, info: Any) -> flight.ClientMiddleware:
+        jar = self
+
+        class Cookies(flight.ClientMiddleware):
+            def sending_headers(self) -> dict[str, str]:
+                return {"cookie": ";".join(f"{name}={value}" for name, value in jar.cookies.items())}
+
+            def received_headers(self, headers: dict[str, list[str]]) -> None:
+                if not jar.loses:
+                    jar.cookies |= dict(text.split("=", 1) for text in headers.get("set-cookie", []))
+
+        return Cookies()
+
+
+def set_schema(client: flight.FlightClient, db_schema: str) -> None:
+    value = wire.SessionOptionValue(string_value=db_schema)
+    answer = act(client, "SetSessionOptions", wire.SetSessionOptionsRequest((wire.SessionOption("schema", value),)), is_sql=False)
+    assert wire.decode(answer, wire.SetSessionOptionsResult).errors == ()
+
+
+def get_schema(client: flight.FlightClient) -> str | None:
+    answer = act(client, "GetSessionOptions", wire.GetSessionOptionsRequest(), is_sql=False)
+    options = wire.decode(answer, wire.GetSessionOptionsResult).session_options
+    [schema] = [option.value for option in options if option.key == "schema"]
+    return schema and schema.string_value
+
+
+def test_options_whose_cookie_the_client_lost_are_given_again(server: ServerProcess, client: flight.FlightClient) -> None:
+    put(client, "t", SEED)
+    jar = Jar()
+    with flight.FlightClient(server.uri, middleware=[jar]) as session, flight.FlightClient(server.uri, middleware=[Jar()]) as other:
+        jar.loses = True
+        set_schema(session, "log")
+        assert jar.cookies.keys() == {"oplog-session"}
+        assert (get_schema(session), get_schema(other)) == ("log", "public")
+        offset = command(wire.CommandStatementQuery("SELECT _offset FROM t"))
+        session.get_flight_info(offset)
+        with pytest.raises(pa.ArrowInvalid, match="_offset"):
+            other.get_flight_info(offset)
+        jar.loses = False
+        assert get_schema(session) == "log"
+        first = jar.cookies["oplog-options"]
+        jar.loses = True
+        set_schema(session, "system")
+        assert (jar.cookies["oplog-options"], get_schema(session)) == (first, "system")  # the newer one, not the one it has
+        act(session, "CloseSession", wire.CloseSessionRequest(), is_sql=False)
+        assert get_schema(session) == "public"
+
+
+def test_newer_options_of_another_server_count(start: Callable[..., ServerProcess]) -> None:
+    jar = Jar()
+    with flight.FlightClient(start().uri, middleware=[jar]) as here, flight.FlightClient(start().uri, middleware=[jar]) as there:
+        jar.loses = True
+        set_schema(here, "log")
+        assert (get_schema(here), get_schema(there)) == ("log", "public")
+        jar.loses = False
+        set_schema(there, "system")
+        assert get_schema(here) == "system"
 
 
 # Stopping, and taking turns

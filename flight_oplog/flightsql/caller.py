@@ -17,7 +17,8 @@ class Caller:
     where what they append comes from, and as of when they ask, a table_version or a time. `again` gives the principal with
     the rights it has by then, and raises Unauthenticated when it would be admitted no more.
 
-    `options` is the session's, sealed, as the client keeps it in a cookie; `keep` gives it another, None when it keeps none.
+    `session` is the name that the client brought in a cookie, None when it brought none; `options` is the session's, sealed,
+    in another cookie; `keep` gives it a new one, and is None for a client that keeps none.
     """
 
     principal: Principal = ANYBODY
@@ -27,6 +28,7 @@ class Caller:
     origin: Origin = field(default_factory=Origin)
     stopped: Stopped = lambda: False
     at: int | datetime.datetime | None = None
+    session: str | None = None
     options: str | None = None
     keep: Callable[[str], None] | None = None
 

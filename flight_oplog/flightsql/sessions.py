@@ -5,39 +5,67 @@ from __future__ import annotations
 import base64
 import contextlib
 import re
+import time
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 from flight_oplog.errors import OplogError, RequestError
 from flight_oplog.flightsql import wire
 from flight_oplog.flightsql.caller import Caller
 from flight_oplog.flightsql.handles import Sealer
+from flight_oplog.kept import remember
 from flight_oplog.sql.catalog import moment
 from flight_oplog.sql.refusals import CATALOG, PUBLIC
 
 AT_VERSION, AT_TIMESTAMP = "oplog-at-version", "oplog-at-timestamp"
 SESSION_SECONDS = 30 * 24 * 3600
+OFFERED_KEPT = 1_000
 # CloseSessionResult.Status, SetSessionOptionsResult.ErrorValue
 _CLOSED = 1
 _INVALID_NAME, _INVALID_VALUE = 1, 2
+_NONE: dict[str, Any] = {"options": {}, "set": 0.0}
 _DB_SCHEMAS = ("public", "log", "records", "system", "information_schema")
 
 
 class Sessions:
-    """Reads, sets and ends the options of sessions. Keeps nothing."""
+    """Reads, sets and ends the options of sessions. Thread-safe.
+
+    Keeps of a session what it was given last, until its client has brought that back: the Flight client of Go, which ADBC
+    is made on, now and then loses a cookie that came with an action (a race at the end of a stream, seen with arrow-go 18).
+    It is then given again with the next call, which is answered as if it had brought it.
+    """
 
     def __init__(self, sealer: Sealer) -> None:
         self._sealer = sealer
+        self._offered: OrderedDict[tuple[str | None, str], str] = OrderedDict()
 
     def options(self, caller: Caller) -> dict[str, str]:
         """Return the options of a caller's session. Raises RequestError when they cannot be read any more."""
-        if caller.options is None:
-            return {}
+        whose = _session(caller)
+        offered = None if whose is None else self._offered.get(whose)
+        if whose is None or offered is None:
+            return dict(self._open(caller.options, caller)["options"])
+        brought, given = self._readable(caller.options, caller), self._readable(offered, caller)
+        if caller.options == offered or brought["set"] >= given["set"]:  # by another server of the log
+            self._offered.pop(whose, None)
+            return dict(brought["options"])
+        assert caller.keep is not None
+        caller.keep(offered)
+        return dict(given["options"])
+
+    def _open(self, cookie: str | None, caller: Caller) -> dict[str, Any]:
+        if cookie is None:
+            return _NONE
         try:
-            body = self._sealer.open("session", base64.urlsafe_b64decode(caller.options), caller.name)
+            return _NONE | self._sealer.open("session", base64.urlsafe_b64decode(cookie), caller.name)
         except (ValueError, OplogError):
             raise RequestError("the session's options are not readable any more; connect again and set them again") from None
-        options: dict[str, str] = body["options"]
-        return options
+
+    def _readable(self, cookie: str | None, caller: Caller) -> dict[str, Any]:
+        with contextlib.suppress(RequestError):
+            return self._open(cookie, caller)
+        return _NONE
 
     def set(self, message: wire.SetSessionOptionsRequest, caller: Caller) -> list[bytes]:
         if caller.keep is None:
@@ -46,7 +74,7 @@ class Sessions:
             )
         options: dict[str, str] = {}
         with contextlib.suppress(RequestError):  # whoever sets them anew need not be able to read what was there
-            options |= self.options(caller)
+            options = self.options(caller)
         errors = []
         for option in message.session_options:
             value = option.value.string_value if option.value else None
@@ -65,7 +93,11 @@ class Sessions:
 
     def _keep(self, caller: Caller, options: dict[str, str]) -> None:
         assert caller.keep is not None
-        caller.keep(base64.urlsafe_b64encode(self._sealer.seal("session", {"options": options}, caller.name, SESSION_SECONDS)).decode())
+        body = {"options": options, "set": time.time()}
+        cookie = base64.urlsafe_b64encode(self._sealer.seal("session", body, caller.name, SESSION_SECONDS)).decode()
+        if (whose := _session(caller)) is not None:
+            remember(self._offered, whose, cookie, OFFERED_KEPT)
+        caller.keep(cookie)
 
     def get(self, message: wire.GetSessionOptionsRequest, caller: Caller) -> list[bytes]:
         options = {"catalog": CATALOG, "schema": PUBLIC} | self.options(caller)
@@ -73,9 +105,14 @@ class Sessions:
         return [wire.encode(wire.GetSessionOptionsResult(found))]
 
     def close(self, message: wire.CloseSessionRequest, caller: Caller) -> list[bytes]:
-        if caller.keep is not None and caller.options is not None:
+        if caller.keep is not None and (caller.options is not None or _session(caller) in self._offered):
             self._keep(caller, {})
         return [wire.encode(wire.CloseSessionResult(_CLOSED))]
+
+
+def _session(caller: Caller) -> tuple[str | None, str] | None:
+    """Return the name of a caller's session, and whose it is; None for a client that brought none."""
+    return None if caller.session is None else (caller.name, caller.session)
 
 
 def _problem(name: str, value: str | None, is_unset: bool) -> int | None:
