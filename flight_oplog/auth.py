@@ -59,6 +59,9 @@ class Admission:
     shown: str | None = field(default=None, repr=False)
 
 
+_ANYBODY = Admission(ANYBODY)
+
+
 class Gate:
     """Tells who calls and what they may do. Thread-safe."""
 
@@ -123,7 +126,7 @@ class Gate:
         be told now.
         """
         if not self.takes_bearers:
-            return Admission(ANYBODY)
+            return _ANYBODY
         if not authorization:
             raise Unauthenticated(_NEEDED)
         check_size(authorization)

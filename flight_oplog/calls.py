@@ -28,6 +28,7 @@ from flight_oplog.errors import Cancelled, OplogError, TryAgain, Unauthenticated
 from flight_oplog.flightsql.caller import Caller
 from flight_oplog.grants import ANYBODY, NOBODY, Principal
 from flight_oplog.shares import Shares
+from flight_oplog.threads import Visit
 
 log = logging.getLogger("flight_oplog.server")
 
@@ -170,6 +171,7 @@ class Calls(fl.ServerMiddlewareFactory):
                 # Its client gets no headers of ours, so the words have to name the request.
                 named = Unauthenticated(f"{error}; request {call.words.request}") if isinstance(error, Unauthenticated) else error
                 raise to_wire(named) from None
+        call.visit = Visit()
         return call
 
     def _admit(self, call: Call, method: Any, headers: dict[str, list[str]]) -> None:
@@ -265,26 +267,33 @@ class Handshakes(fl.ServerAuthHandler):
         return b""
 
 
+_OPEN, _UNKNOWN = Admission(ANYBODY), Admission(NOBODY)
+# A client's first call is one of these: it is offered a session.
+_OFFERED_WITH = frozenset((fl.FlightMethod.DO_ACTION, fl.FlightMethod.GET_FLIGHT_INFO))
+
+
 class Call(fl.ServerMiddleware):
     """One call: who makes it, its headers, and the session it belongs to where its client keeps cookies."""
 
     def __init__(self, calls: Calls, method: Any, headers: dict[str, str]) -> None:
         self.headers = headers
-        self.admission = Admission(ANYBODY if calls.gate.is_open else NOBODY)
+        self.admission = _OPEN if calls.gate.is_open else _UNKNOWN
         self.failed: BaseException | None = None
         self.bearer: str | None = None  # that the answer tells the client to use from then on
         self.is_silent = False
+        self.visit: Visit | None = None  # its thread's, which comes in and goes out several times
         self.counted: str | None = None  # the principal whose calls it is counted among; a certificate's is known too late
         self._calls = calls
         self._began = time.monotonic()
         asked = headers.get(REQUEST_HEADER, "")
         self.words = logs.Call(asked if _REQUEST.fullmatch(asked) else secrets.token_hex(8), method.name)
-        cookie = SESSION_COOKIE.search(headers.get("cookie", ""))
+        cookies = headers.get("cookie")
+        cookie = SESSION_COOKIE.search(cookies) if cookies else None
         self._session = cookie[1] if cookie else None
-        options = SESSION_OPTIONS.search(headers.get("cookie", ""))
+        options = SESSION_OPTIONS.search(cookies) if cookies else None
         self._options = options[1] if options else None
-        is_first = method in (fl.FlightMethod.DO_ACTION, fl.FlightMethod.GET_FLIGHT_INFO)
-        self._offered = uuid.uuid4().hex if is_first and self._leaves_out and cookie is None else None
+        is_offered = cookie is None and self._leaves_out and method in _OFFERED_WITH
+        self._offered = secrets.token_hex(16) if is_offered else None
 
     @property
     def _leaves_out(self) -> bool:
@@ -320,11 +329,14 @@ class Call(fl.ServerMiddleware):
         """Whether the client is one that was offered a cookie before this call and did not bring it."""
         return self._session is None and self._leaves_out
 
-    def caller(self, peer: str) -> Caller:
+    def caller(self, peer: str, **of_call: Any) -> Caller:
+        """Return who calls, with what the server knows of the call beside."""
         names = (self._session,) if self._session is not None else (peer,) if self._offered is None else (self._offered, peer)
-        return Caller(self.principal, self.again, names, self._leaves_out, session=self._session, options=self._options)
+        return Caller(self.principal, self.again, names, self._leaves_out, session=self._session, options=self._options, **of_call)
 
     def call_completed(self, exception: Any) -> None:
+        if self.visit is not None:
+            self.visit.end()
         self._calls.end(self)
         self.end()
 

@@ -35,6 +35,7 @@ from flight_oplog.pruning import Pruner
 from flight_oplog.records import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.store import Snapshot, Topic
+from flight_oplog.threads import stay
 from flight_oplog.top import Top
 
 _ROWS_PER_RECORDS_BATCH = 1024
@@ -93,6 +94,7 @@ class _Fragment:
 
     def scanner(self, schema: Any = None, columns: Any = None, filter: Any = None, batch_size: Any = None, **_: Any) -> _Scanner:
         def batches(projected: pa.Schema) -> Iterator[pa.RecordBatch]:
+            stay()
             try:
                 found = self._table.scan(self._of, projected, self._filter)
                 if batch_size is None or batch_size >= JOINED_ROWS:

@@ -156,10 +156,9 @@ class Server(fl.FlightServerBase):
         return not done.is_alive()
 
     def _caller(self, context: Any, topic: str = "") -> Caller:
-        call = context.get_middleware("call")
-        caller: Caller = call.caller(context.peer())
-        return replace(
-            caller,
+        call: Call = context.get_middleware("call")
+        return call.caller(
+            context.peer(),
             origin=_origin_of(topic, call),
             stopped=self._stopped(context),
             at=_at(call.headers),

@@ -203,7 +203,7 @@ class Folder(Storage):
         os.makedirs(self.uri, exist_ok=True)
 
     def exists(self, path: str) -> bool:
-        return os.path.exists(self._full(path))
+        return os.access(self._full(path), os.F_OK)
 
     def names(self, folder: str) -> list[str]:
         try:

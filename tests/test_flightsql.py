@@ -62,7 +62,7 @@ def test_a_handle_opens_for_its_kind_and_time_and_only_unaltered() -> None:
     assert (body["sql"], len(body["id"])) == ("SELECT 1", 16)
     with pytest.raises(RequestError, match="the handle is not a prepared statement handle"):
         sealer.open("prepared statement", handle, "ann")
-    for broken in (b"", handle[:-1], handle[:40], b"\x01" + handle[1:], handle + b" ", b"\x02" + b"0" * 32 + handle[33:]):
+    for broken in (b"", handle[:-1], handle[:40], b"\x01" + handle[1:], handle + b" ", b"\x03" + b"0" * 32 + handle[33:]):
         with pytest.raises(RequestError, match="was not made by a server of this log for you, or was altered"):
             sealer.open("statement", broken, "ann")
     for other in ("bob", "", None, "ann ", "annx", "1"):

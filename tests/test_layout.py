@@ -10,6 +10,7 @@ ORDER = [
     "errors",
     "kept",
     "shares",
+    "threads",
     "config",
     "logs",
     "listening",

@@ -402,7 +402,7 @@ def test_listings_show_what_may_be_read(secured: Secured) -> None:
 def test_handles_and_tickets_of_somebody_else_are_like_forged_ones(secured: Secured) -> None:
     with flight.connect(secured.server.uri) as client:
         roots_own = ticket_of(client, secured.options("root"))
-        forged = wire.TicketStatementQuery(b"\x02" + os.urandom(32) + roots_own.statement_handle[33:])
+        forged = wire.TicketStatementQuery(b"\x03" + os.urandom(32) + roots_own.statement_handle[33:])
         answers = {status_of(lambda t=t: fetch(t)(client, secured.options("ann"), secured)) for t in (roots_own, forged)}  # type: ignore[misc]
         assert len(answers) == 1
         assert fetch(roots_own)(client, secured.options("root"), secured).num_rows >= 2

@@ -1,6 +1,6 @@
 """Sealed handles: what a ticket or a prepared statement stands for, carried by the client itself.
 
-A handle is one version byte, an HMAC-SHA256 tag and a JSON body with its kind and expiry. The server keeps nothing,
+A handle is one version byte, a keyed BLAKE2b tag (RFC 7693) and a JSON body with its kind and expiry. The server keeps nothing,
 so no client can make it forget or fill up; a client cannot alter what it carries, and nobody but the principal it was
 made for can use it: the tag is of its name too.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 from flight_oplog.errors import NotFound, RequestError
 
-_VERSION = b"\x02"
+_VERSION = b"\x03"
 _TAG_BYTES = 32
 
 
@@ -36,27 +36,27 @@ class Sealer:
         return _VERSION + self._tag(text, holder) + text
 
     def open(self, kind: str, handle: bytes, holder: str | None) -> dict[str, Any]:
-        """Return the body of a handle, with its `id`.
+        """Return the body of a handle of a kind, with its `id`.
 
         Raises RequestError for what was not sealed by a server of this log for this holder, NotFound when it expired.
         """
-        tag, text = handle[1 : 1 + _TAG_BYTES], handle[1 + _TAG_BYTES :]
-        if handle[:1] != _VERSION or not hmac.compare_digest(tag, self._tag(text, holder)):
-            raise RequestError(f"the {kind} handle was not made by a server of this log for you, or was altered; ask for a new one")
-        body: dict[str, Any] = json.loads(text)
-        if body.pop("kind") != kind:
+        found, body = self.open_any(handle, holder, kind)
+        if found != kind:
             raise RequestError(f"the handle is not a {kind} handle; ask for a new one")
-        if body.pop("expires") < time.time():
-            raise NotFound(f"the {kind} handle has expired; ask for a new one")
         return body
 
-    def kind(self, handle: bytes) -> str | None:
-        """Return what kind of handle the bytes claim to be, unchecked; `open` checks."""
-        try:
-            return str(json.loads(handle[1 + _TAG_BYTES :])["kind"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
+    def open_any(self, handle: bytes, holder: str | None, wanted: str = "statement") -> tuple[str, dict[str, Any]]:
+        """Return a handle's kind and its body; errors speak of the `wanted` kind, as what was altered has none."""
+        tag, text = handle[1 : 1 + _TAG_BYTES], handle[1 + _TAG_BYTES :]
+        if handle[:1] != _VERSION or not hmac.compare_digest(tag, self._tag(text, holder)):
+            raise RequestError(f"the {wanted} handle was not made by a server of this log for you, or was altered; ask for a new one")
+        body: dict[str, Any] = json.loads(text)
+        kind = body.pop("kind")
+        if body.pop("expires") < time.time():
+            raise NotFound(f"the {kind} handle has expired; ask for a new one")
+        return kind, body
 
     def _tag(self, text: bytes, holder: str | None) -> bytes:
         whose = b"" if holder is None else holder.encode()
-        return hmac.digest(self._key, b"%d %b%b" % (-1 if holder is None else len(whose), whose, text), hashlib.sha256)
+        said = b"%d %b%b" % (-1 if holder is None else len(whose), whose, text)
+        return hashlib.blake2b(said, digest_size=_TAG_BYTES, key=self._key).digest()

@@ -160,6 +160,8 @@ def described(schema: pa.Schema, db_schema: str, table: str, read_only: bool) ->
 
 def described_result(schema: pa.Schema) -> pa.Schema:
     """Return a query's schema with the digits of its decimals, which JDBC reads in field metadata alone."""
+    if not any(map(pa.types.is_decimal, schema.types)):
+        return schema
     return pa.schema([_with_words(f, _digits(f.type)) if pa.types.is_decimal(f.type) else f for f in schema], schema.metadata)
 
 

@@ -246,17 +246,16 @@ class Service:
         return self._plan_sql(body["sql"], caller, self._values(handle, body, caller), body.get("transaction"))
 
     def _get_statement(self, message: wire.TicketStatementQuery, caller: Caller) -> Result:
-        kind = self._sealer.kind(message.statement_handle)
+        kind, body = self._sealer.open_any(message.statement_handle, caller.name)
         if kind == "follow":
-            body = self._sealer.open("follow", message.statement_handle, caller.name)
             followed = self.read(TopicRead(body["topic"], body["from"], follow=True), caller, body["sql"])
             if schema_id(followed.schema) != body["schema_id"]:
                 raise TryAgain(f"topic {body['topic']!r}: its schema has changed since the statement was planned; plan it again")
             return followed
         if kind == "count":
-            count = self._sealer.open("count", message.statement_handle, caller.name)["count"]
-            return Result(CHANGED, iter([(pa.RecordBatch.from_pydict({"count": [count]}, CHANGED), None)]))
-        body = self._sealer.open("statement", message.statement_handle, caller.name)
+            return Result(CHANGED, iter([(pa.RecordBatch.from_pydict({"count": [body["count"]]}, CHANGED), None)]))
+        if kind != "statement":
+            raise RequestError("the handle is not a statement handle; ask for a new one")
         snapshot = self._oplog.snapshot_at(body["table_version"]).seen_by(caller.principal)
         stopped = caller.stopped
         held = contextlib.ExitStack()
@@ -279,9 +278,12 @@ class Service:
         names = []
         for ticket in tickets:
             message = wire.unpack(ticket)
-            if not isinstance(message, wire.TicketStatementQuery) or self._sealer.kind(message.statement_handle) != "statement":
+            if not isinstance(message, wire.TicketStatementQuery):
                 return _NOT_CANCELLABLE
-            names.append(self._sealer.open("statement", message.statement_handle, caller.name)["id"])
+            kind, body = self._sealer.open_any(message.statement_handle, caller.name)
+            if kind != "statement":
+                return _NOT_CANCELLABLE
+            names.append(body["id"])
         was_running, is_unknown = self._under_way.cancel(names)
         if was_running:
             return _CANCELLED
@@ -300,8 +302,7 @@ class Service:
         ticket = wire.unpack(endpoint.ticket.ticket if endpoint.ticket else b"")
         if not isinstance(ticket, wire.TicketStatementQuery):
             return [wire.encode(endpoint)]  # a command is its own ticket, and lasts
-        kind = self._sealer.kind(ticket.statement_handle) or "statement"
-        body = self._sealer.open(kind, ticket.statement_handle, caller.name)
+        kind, body = self._sealer.open_any(ticket.statement_handle, caller.name)
         seconds = self.config.ticket_seconds_max
         renewed = wire.pack(wire.TicketStatementQuery(self._sealer.seal(kind, body, caller.name, seconds)))
         until = wire.Timestamp(int(time.time() + seconds), 0)
@@ -366,6 +367,8 @@ class Service:
 
     def _values(self, handle: bytes, body: dict[str, Any], caller: Caller) -> str | None:
         """Return what is bound to a prepared statement: what came last for this handle, or what rides in it."""
+        if not self._bound:
+            return body.get("parameters")
         with self._lock:
             return self._bound.get(_key_of(handle, caller)) or body.get("parameters")
 

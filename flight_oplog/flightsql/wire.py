@@ -372,6 +372,26 @@ def _descriptors() -> dict[str, Any]:
 _MESSAGES = _descriptors()
 
 
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """What there is to know of a message's field, looked up for each message that comes or goes."""
+
+    name: str
+    inner: str  # a scalar's kind, or a message's name
+    is_message: bool
+    is_optional: bool
+    is_repeated: bool
+
+    @classmethod
+    def of(cls, field: dataclasses.Field[Any]) -> _Field:
+        kind = field.metadata["kind"]
+        inner = kind.rstrip("?*")
+        return cls(field.name, inner, inner in _CLASSES, kind.endswith("?"), kind.endswith("*"))
+
+
+_FIELDS = {name: tuple(map(_Field.of, dataclasses.fields(declared))) for name, declared in _CLASSES.items()}
+
+
 def pack(value: Any) -> bytes:
     """Return `value` as the bytes of a google.protobuf.Any, as commands, tickets and action bodies travel."""
     wrapped: bytes = any_pb2.Any(type_url=_TYPE_URL + type(value).__name__, value=encode(value)).SerializeToString()
@@ -385,14 +405,17 @@ def encode(value: Any) -> bytes:
 
 
 def _message(value: Any) -> Any:
-    message = _MESSAGES[type(value).__name__]()
-    for field in dataclasses.fields(value):
+    name = type(value).__name__
+    message = _MESSAGES[name]()
+    for field in _FIELDS[name]:
         content = getattr(value, field.name)
-        if field.metadata["kind"].endswith("*"):
-            getattr(message, field.name).extend(_message(item) if dataclasses.is_dataclass(item) else item for item in content)
-        elif dataclasses.is_dataclass(content):
+        if field.is_repeated:
+            getattr(message, field.name).extend(map(_message, content) if field.is_message else content)
+        elif content is None:
+            pass
+        elif field.is_message:
             getattr(message, field.name).CopyFrom(_message(content))
-        elif content is not None:
+        else:
             setattr(message, field.name, content)
     return message
 
@@ -430,14 +453,13 @@ def decode(data: bytes, kind: type[Message]) -> Message:
 
 
 def _decoded(message: Any, name: str) -> Any:
-    return _CLASSES[name](**{field.name: _value(message, field) for field in dataclasses.fields(_CLASSES[name])})
+    return _CLASSES[name](*(_value(message, field) for field in _FIELDS[name]))
 
 
-def _value(message: Any, field: dataclasses.Field[Any]) -> Any:
-    kind = field.metadata["kind"]
-    if kind.endswith("?") and not message.HasField(field.name):
+def _value(message: Any, field: _Field) -> Any:
+    if field.is_optional and not message.HasField(field.name):
         return None
-    content, of_kind = getattr(message, field.name), kind.rstrip("?*")
-    if kind.endswith("*"):
-        return tuple(_decoded(item, of_kind) if of_kind in _CLASSES else item for item in content)
-    return _decoded(content, of_kind) if of_kind in _CLASSES else content
+    content = getattr(message, field.name)
+    if field.is_repeated:
+        return tuple(_decoded(item, field.inner) for item in content) if field.is_message else tuple(content)
+    return _decoded(content, field.inner) if field.is_message else content
