@@ -20,6 +20,7 @@ from flight_oplog import codec
 from flight_oplog.datafile import microseconds
 from flight_oplog.errors import CorruptLog
 from flight_oplog.filters import TextIndex
+from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
 from flight_oplog.keys import is_filter
 from flight_oplog.records import DataFile, RecordMeta
@@ -191,7 +192,7 @@ class ColumnCache:
         if known is not files:
             each = [self.limits(records, name, kind, schemas) for records in found if records]
             lows, highs = (np.concatenate(ends) for ends in zip(*each, strict=True))
-            if isinstance(files, tuple):  # a topic's own, which come again, and not some of them
+            if isinstance(files, Growing):  # a topic's own, which come again, and not some of them
                 if len(self._of_all) >= TOPICS_KEPT:
                     self._of_all.clear()
                 self._of_all[key] = files, lows, highs
@@ -203,7 +204,7 @@ class ColumnCache:
         if known is not files:
             earliest = np.array([-(1 << 63) if file.min_time is None else microseconds(file.min_time) for file in files], np.int64)
             latest = np.array([(1 << 63) - 1 if file.max_time is None else microseconds(file.max_time) for file in files], np.int64)
-            if isinstance(files, tuple):
+            if isinstance(files, Growing):
                 if len(self._times) >= TOPICS_KEPT:
                     self._times.clear()
                 self._times[id(files)] = files, earliest, latest

@@ -63,6 +63,14 @@ def checkpoint_paths(storage: Storage, table_version: int) -> list[str]:
     return [*(f"{FOLDER}/{name}" for name in names), FOLDER]
 
 
+def checkpointed(storage: Storage) -> int:
+    """Return the table version of the newest checkpoint, -1 when there is none."""
+    try:
+        return int(json.loads(storage.read(f"{FOLDER}/_last_checkpoint").to_pybytes())["version"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return -1
+
+
 def read(storage: Storage, table_version: int) -> Changes | None:
     """Return what a table version changed, or None when there is no such entry. Raises CorruptLog for a damaged one."""
     try:

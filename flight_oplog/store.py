@@ -37,6 +37,7 @@ from flight_oplog.deltalog import Changes
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
 from flight_oplog.files import reading_error, storage_error
 from flight_oplog.grants import ANYBODY, Principal
+from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
 from flight_oplog.parts import PARTS_FROM_BYTES
 from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records, read_rows
@@ -60,7 +61,9 @@ SNAPSHOTS_KEPT = 64
 VIEWERS_KEPT = 64
 # The key that the servers of a log share. Delta passes over names that begin with _.
 SECRET_PATH = "_oplog_key"
+# A checkpoint names every file, so a log of many has one when it has grown by a part of them: each commit bears a share.
 CHECKPOINT_INTERVAL = 100
+CHECKPOINT_PART = 10
 RELOAD_SECONDS = 3600
 OPENS_MAX = 20
 # Entries followed one by one, before the table is read afresh instead.
@@ -96,7 +99,7 @@ class Topic:
     name: str
     schema: pa.Schema
     schemas: Mapping[str, pa.Schema]
-    files: tuple[DataFile, ...]
+    files: Growing[DataFile]
     next_offset: int
     event_time: str | None = None
     keys: tuple[str, ...] = ()  # columns whose records have filters
@@ -449,17 +452,18 @@ class Store:
             registry.setdefault(row["topic"], []).append(row)
         topics, ended = dict(base.topics), dict(base.ended)
         for name in {*added, *registry, *(topic_of(path) for path in changes.removed)}:
-            before = topics.pop(name, None) or ended.pop(name, None) or Topic(name, pa.schema([]), {}, (), 0)
+            before = topics.pop(name, None) or ended.pop(name, None) or Topic(name, pa.schema([]), {}, Growing(), 0)
             topic = _registered(before, sorted(registry.get(name, ()), key=_number))
             if name == SCHEMAS_TOPIC:
                 topic = replace(topic, schema=SCHEMAS_SCHEMA, schemas={schema_id(SCHEMAS_SCHEMA): SCHEMAS_SCHEMA}, event_time="first_seen")
             start = changes.numbers.get(f"start/{name}", topic.start)
-            files, overlaps = _files_after(topic, added.get(name, ()), changes.removed)
+            if start != topic.start:
+                topic = replace(topic, start=start, files=Growing(file for file in topic.files if file.last_record >= start))
+            files, overlaps = _files_after(topic, [file for file in added.get(name, ()) if file.last_record >= start], changes.removed)
             topic = replace(
                 topic,
-                files=files if start == 0 else tuple(file for file in files if file.last_record >= start),
+                files=files,
                 next_offset=changes.numbers.get(f"topic/{name}", topic.next_offset),
-                start=start,
                 overlaps=overlaps,
             )
             if topic.schemas:
@@ -605,6 +609,10 @@ class Store:
     def _checkpoint(self) -> None:
         """Sum up the Delta log in a checkpoint, so that opening the table stays cheap; drop entries past their retention."""
         try:
+            snapshot = self._current
+            files = sum(len(topic.files) for topic in snapshot.topics.values())
+            if snapshot.table_version - deltalog.checkpointed(self._storage) < files // CHECKPOINT_PART:
+                return
             table = _opened(self._storage)
             table.create_checkpoint()
             # Entries may only go when what replaces them is durable.
@@ -706,14 +714,16 @@ def _first_offset(of: DataFile | RecordMeta) -> int:
     return of.first_offset
 
 
-def _files_after(topic: Topic, added: Sequence[DataFile], removed: frozenset[str]) -> tuple[tuple[DataFile, ...], bool]:
+def _files_after(topic: Topic, added: Sequence[DataFile], removed: frozenset[str]) -> tuple[Growing[DataFile], bool]:
     """Return a topic's files in order after some were added and removed, and whether any reaches into a later one."""
     if not removed and not topic.overlaps:
-        files, new = (*topic.files, *added), (*topic.files[-1:], *added)
+        files, new = topic.files.grown(added), [*topic.files[-1:], *added]
     else:
-        files = new = (*(file for file in topic.files if file.path not in removed), *added)
+        files = Growing(file for file in (*topic.files, *added) if file.path not in removed)
+        new = files[:]
     if any(first.first_offset > second.first_offset for first, second in itertools.pairwise(new)):
-        files = new = tuple(sorted(files, key=_first_offset))
+        new = sorted(files, key=_first_offset)
+        files = Growing(new)
     return files, any(first.last_record > second.first_offset for first, second in itertools.pairwise(new))
 
 

@@ -118,7 +118,7 @@ def test_another_programs_compaction_loses_no_row_to_a_question_of_time(folder: 
             assert rows(engine, fresh.snapshot(), sql) == [{"n": 1}]
             files = fresh.snapshot().topic("t").files
             assert (files[0].max_time is None) == unknown
-            assert files == log.snapshot().topic("t").files
+            assert list(files) == list(log.snapshot().topic("t").files)
     DeltaTable(str(folder)).vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
 
 
@@ -148,6 +148,20 @@ def test_checkpoints_come_by_themselves_and_the_log_opens_from_them(folder: Path
     with OpLog.open(str(folder)) as log:
         assert (log.snapshot().table_version, log.snapshot().topic("t").next_offset) == (205, 205)
         assert log.append("t", pa.record_batch({"n": [205]})).first_offset == 205
+
+
+def test_checkpoints_of_many_files_come_seldom(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each names all files, so together they cost as much for each commit however many there are."""
+    monkeypatch.setattr("flight_oplog.store.CHECKPOINT_INTERVAL", 10)
+    monkeypatch.setattr("flight_oplog.store.CHECKPOINT_PART", 2)
+    with OpLog.open(str(folder)) as log:
+        for number in range(170):
+            log.append("t", pa.record_batch({"n": [number]}))
+            log._store.close()  # which waits for the checkpoint that it may have begun
+    made = sorted(int(path.name[:20]) for path in (folder / "_delta_log").glob("*.checkpoint.parquet"))
+    assert made == [10, 20, 40, 80, 160]
+    with OpLog.open(str(folder)) as log:
+        assert log.append("t", pa.record_batch({"n": [170]})).first_offset == 170
 
 
 def test_after_a_long_pause_the_table_is_read_afresh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

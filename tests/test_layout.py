@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "flight_oplog"
 ORDER = [
     "errors",
     "kept",
+    "growing",
     "shares",
     "threads",
     "config",
