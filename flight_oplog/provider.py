@@ -47,6 +47,7 @@ INDEXING_SECONDS = 0.03
 VIEW_BYTES = 12
 # Records of fewer entries on average are not dealt out over the cores; nor are texts of files with fewer shown as views.
 SHARED_ENTRIES = 4096
+ALONE_ENTRIES = 1 << 18
 
 
 @dataclass
@@ -178,9 +179,9 @@ class EntriesTable(_Table):
         before = np.cumsum([record.entries for record in records])
         entries = int(before[-1]) if len(records) else 0
         self.context.entries += entries
-        # Small records are a Python thread's work, not a core's: two would wait for each other.
-        partitions = self.context.partitions if entries >= SHARED_ENTRIES * len(records) else 1
-        return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, before, partitions)])
+        # Small records are a Python thread's work, not a core's: two would wait for each other. Few entries are not worth another.
+        are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records)
+        return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, before, self.context.partitions if are_shared else 1)])
 
     def _surviving(self, filter: Filter | None) -> Sequence[RecordMeta]:
         offsets = self.context.offsets

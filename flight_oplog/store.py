@@ -25,7 +25,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 from deltalake import DeltaTable
@@ -65,7 +65,7 @@ SECRET_PATH = "_oplog_key"
 CHECKPOINT_INTERVAL = 100
 CHECKPOINT_PART = 10
 RELOAD_SECONDS = 3600
-OPENS_MAX = 20
+LISTINGS_MAX = 20
 # Entries followed one by one, before the table is read afresh instead.
 FOLLOWED_MAX = 200
 # Content that was committed here just now, small records only: the next query need not read it.
@@ -78,6 +78,8 @@ FEW_FILES = 8
 PROTOCOL = (1, 2)
 FORMAT_KEY = "oplog.formatVersion"
 
+
+Result = TypeVar("Result")
 
 _NUMBERS = itertools.count()  # tells stores apart for as long as the process lives, as their ids do not
 
@@ -614,7 +616,7 @@ class Store:
             if snapshot.table_version - deltalog.checkpointed(self._storage) < files // CHECKPOINT_PART:
                 return
             table = _opened(self._storage)
-            table.create_checkpoint()
+            _listed(table.create_checkpoint)
             # Entries may only go when what replaces them is durable.
             self._storage.sync(deltalog.checkpoint_paths(self._storage, table.version()))
             table.cleanup_metadata()
@@ -687,14 +689,19 @@ def _reading(what: str) -> Iterator[None]:
 
 
 def _opened(storage: Storage) -> DeltaTable:
-    """Open the table with delta-rs, which lists the log's folder and gives up when entries came while it did."""
-    for _ in range(OPENS_MAX):
+    """Open the table with delta-rs."""
+    return _listed(lambda: DeltaTable(storage.uri, storage_options=storage.options))
+
+
+def _listed(ask: Callable[[], Result]) -> Result:
+    """Ask delta-rs for what makes it list the log's folder, again where it gives up because entries came while it did."""
+    for _ in range(LISTINGS_MAX):
         try:
-            return DeltaTable(storage.uri, storage_options=storage.options)
+            return ask()
         except DeltaError as error:
             if "contiguous" not in str(error):
                 raise
-    return DeltaTable(storage.uri, storage_options=storage.options)
+    return ask()
 
 
 def _times_of(add: Mapping[str, Any]) -> dict[str, Any]:

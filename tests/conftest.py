@@ -69,6 +69,7 @@ def eager() -> Iterator[None]:
         patch.setattr(provider, "INDEXING_SECONDS", 1e9)
         patch.setattr(repeated, "LARGE_ENTRIES", 0)
         patch.setattr(provider, "SHARED_ENTRIES", 0)
+        patch.setattr(provider, "ALONE_ENTRIES", 0)
         yield
 
 

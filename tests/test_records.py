@@ -311,10 +311,12 @@ def test_small_records_are_one_threads_work(tmp_path: Path, engine: Engine, monk
         assert rows(alone, log.snapshot(), "SELECT sum(n) AS s FROM t WHERE s <> ''") == [{"s": total * (total - 1) // 2}]
         monkeypatch.setattr(provider, "SHARED_ENTRIES", 10)
         assert rows(alone, log.snapshot(), "SELECT sum(n) AS s FROM t WHERE s <> ' '") == [{"s": total * (total - 1) // 2}]
+        monkeypatch.setattr(provider, "ALONE_ENTRIES", total - 1)
+        assert rows(alone, log.snapshot(), "SELECT sum(n) AS s FROM t WHERE s <> '  '") == [{"s": total * (total - 1) // 2}]
         words = rows(alone, log.snapshot(), "SELECT s, count(*) AS c FROM t GROUP BY s")
         monkeypatch.setattr(provider, "SHARED_ENTRIES", 4096)
         assert len(words) == total
         assert sorted(words, key=str) == sorted(
             rows(alone, log.snapshot(), "SELECT s, count(*) AS c FROM t GROUP BY s -- as texts"), key=str
         )
-    assert dealt[:2] == [1, 4]
+    assert dealt[:3] == [1, 1, 4]
