@@ -66,7 +66,7 @@ class ColumnCache:
         self._of_all: dict[tuple[int, str, str], tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
         self._times: dict[int, tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
         self._files: dict[str, tuple[int, Sequence[DataFile]]] = {}
-        self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex | Filters] = OrderedDict()
+        self._records: OrderedDict[tuple[Any, ...], Decoded | Together | TextIndex | Filters] = OrderedDict()
         self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what an index was wanted of, and whether it has none
 
     def columns(
@@ -125,22 +125,47 @@ class ColumnCache:
     def index(self, record: RecordMeta, name: str, texts: Sequence[pa.Array], may_make: bool) -> TextIndex | None:
         """Return the index of a record's texts; it is made when it is wanted for the second time, and `may_make`."""
         key = (record.key, name)
-        with self._lock:
-            found: Any = self._records.get(key)
-            if found is not None:
-                self._records.move_to_end(key)
-                return found  # type: ignore[no-any-return]
-            was_asked, has_none = key in self._asked, self._asked.get(key, False)
-            if not was_asked:
-                remember(self._asked, key, False, FRAGMENTS_MAX)
-        if not was_asked or has_none or not may_make or not self._bytes_max:
-            return None
+        found = self._again(key)
+        if found is not None or not self._is_worth(key, may_make):
+            return found  # type: ignore[no-any-return]
         made = TextIndex.of(texts)
         if made is None:
             self._asked[key] = True
         else:
             self._keep(key, made)
         return made
+
+    def together(self, record: RecordMeta, name: str, kind: pa.DataType, make: Callable[[], list[pa.Array]]) -> list[pa.Array] | None:
+        """Return a column of a record as `make` makes it, of the type `kind` and in large pieces; None where there is none.
+
+        It is made when it is wanted for the second time, while there is room: nothing goes for what can do without.
+        """
+        key = (record.key, name, kind.id)
+        found = self._again(key)
+        if found is None and self._is_worth(key, self._bytes < self._bytes_max):
+            made = Together(make())
+            if self._bytes + made.nbytes > self._bytes_max:
+                self._asked[key] = True
+            else:
+                self._keep(key, made)
+                found = made
+        return None if found is None else found.pieces
+
+    def _again(self, key: tuple[Any, ...]) -> Any:
+        """Return what is kept under a key, as the newest."""
+        with self._lock:
+            found: Any = self._records.get(key)
+            if found is not None:
+                self._records.move_to_end(key)
+        return found
+
+    def _is_worth(self, key: tuple[Any, ...], may_make: bool) -> bool:
+        """Whether something is to be made that was wanted before; takes note that it is wanted."""
+        with self._lock:
+            was_asked, has_none = key in self._asked, self._asked.get(key, False)
+            if not was_asked:
+                remember(self._asked, key, False, FRAGMENTS_MAX)
+        return was_asked and not has_none and may_make and self._bytes_max > 0
 
     def filters(self, snapshot: Snapshot, records: Sequence[RecordMeta], name: str, counts: ScanCounts) -> Iterator[memoryview | None]:
         """Yield the filter of a key of each record; None where it has none, or where its column is in memory and its filter is not."""
@@ -221,7 +246,7 @@ class ColumnCache:
             self._fragments[shape, key] = found
         return found
 
-    def _keep(self, key: tuple[Any, ...], decoded: Decoded | TextIndex | Filters) -> None:
+    def _keep(self, key: tuple[Any, ...], decoded: Decoded | Together | TextIndex | Filters) -> None:
         with self._lock:
             if (before := self._records.pop(key, None)) is not None:
                 self._bytes -= before.nbytes
@@ -243,6 +268,17 @@ class Decoded:
 
     def has(self, names: Sequence[str]) -> bool:
         return all(name in self.columns for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """A column of a record in few pieces."""
+
+    pieces: list[pa.Array]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
 
 
 @dataclass(frozen=True, slots=True)

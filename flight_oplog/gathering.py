@@ -24,6 +24,8 @@ LOG_NAMES = frozenset(f.name for f in LOG_FIELDS)
 # What a filter leaves of a record is joined up to this: a batch has its price, however small; copying has one too.
 JOINED_ROWS = 32_768
 _JOINED_BYTES = 1 << 18
+# Columns that are summed up again and again are kept in pieces of so many rows: the fewer, the less they cost to hand over.
+TOGETHER_ROWS = 1 << 17
 # So few rows of a record are cut out one by one; and few rows wait this long for company.
 _SINGLE_ROWS = 64
 _GATHERING_SECONDS = 0.005
@@ -41,6 +43,17 @@ class Columns:
 
     def arrays(self, name: str) -> list[pa.Array]:
         return [self.array(name, place) for place in range(len(self.lengths))]
+
+    def together(self, name: str, kind: pa.DataType) -> list[pa.Array]:
+        """Return a column as `kind`, in pieces of up to TOGETHER_ROWS rows; those of all columns are alike."""
+        pieces, found = [as_type(piece, kind) for piece in self.arrays(name)], []
+        first = rows = 0
+        for place, length in enumerate([*self.lengths, TOGETHER_ROWS + 1]):
+            if rows + length > TOGETHER_ROWS and place > first:
+                found.append(pa.concat_arrays(pieces[first:place]))
+                first, rows = place, 0
+            rows += length
+        return found
 
     def some(self, name: str, place: int, rows: np.ndarray) -> pa.Array:
         """Return some values of a piece, whose places in it rise; neighbours are not copied."""

@@ -11,6 +11,7 @@ content fetched, checked and decoded. Decoded columns are kept in a cache bounde
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 import threading
@@ -59,6 +60,7 @@ class ScanContext:
     views: bool = False  # show short texts as string views, which DataFusion groups twice as fast
     offsets: tuple[int, int] | None = None  # show only entries within [first, last)
     top: Top | None = None  # the statement wants no more than these, of its only table
+    sums_up: bool = False  # makes little of many entries: large batches suit it
     indexing_seconds: float = 0.0
     looks_into: bool = True  # its optimized plan may be asked for: it is small
     tables: int = 1  # that it reads
@@ -236,10 +238,10 @@ class EntriesTable(_Table):
                 rows = top.narrowed(self.columns(record, [top.column]).arrays(top.column), rows, may_be_nan=best is None)
             if rows is None:
                 yield from few.taken()
-                for batch in self.batches(record, projected.names):
+                for batch in self._together(record, projected) or self._apart(record, projected):
                     if self.context.stopped.is_set():
                         return
-                    yield _shown(batch, projected)
+                    yield batch
             elif len(rows):
                 yield from few.add(self.columns(record, few.names), rows)
             self._held.pop(record.key, None)
@@ -309,6 +311,23 @@ class EntriesTable(_Table):
         columns = self.columns(record, names)
         for place in range(len(columns.lengths)):
             yield pa.RecordBatch.from_arrays([columns.array(name, place) for name in names], schema=schema)
+
+    def _apart(self, record: RecordMeta, projected: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """Yield a record's entries in the pieces that they are stored in."""
+        return (_shown(batch, projected) for batch in self.batches(record, projected.names))
+
+    def _together(self, record: RecordMeta, projected: pa.Schema) -> list[pa.RecordBatch] | None:
+        """Return a record's entries in few large pieces, where their columns are kept so."""
+        if not self.context.sums_up or record.entries < SHARED_ENTRIES:
+            return None
+        if len(self._of_entries(record, projected.names)) < max(1, len(projected)):
+            return None
+        columns, cache = self.columns(record, projected.names), self.context.cache
+        found = [cache.together(record, f.name, f.type, functools.partial(columns.together, f.name, f.type)) for f in projected]
+        pieces = [each for each in found if each is not None]
+        if len(pieces) < len(found):
+            return None
+        return [pa.RecordBatch.from_arrays(list(each), schema=projected) for each in zip(*pieces, strict=True)]
 
     def _of_entries(self, record: RecordMeta, names: Sequence[str]) -> list[str]:
         """Return those of some columns that a record's content has."""

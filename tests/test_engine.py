@@ -7,9 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from conftest import SEED, rows
+from datafusion import SessionContext
 
-from flight_oplog import Config, OpLog
+from flight_oplog import Config, OpLog, gathering
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, Unsupported
+from flight_oplog.provider import EntriesTable
 from flight_oplog.sql.engine import Engine
 
 Query = Callable[..., list[dict[str, Any]]]
@@ -138,6 +140,39 @@ def test_the_cache_never_changes_an_answer(folder: Any) -> None:
                 assert found == expected
             assert engine._planner.cache._bytes <= size
             assert (engine._planner.cache.hits > 0) == (size > 100_000)
+
+
+def test_columns_that_are_summed_up_again_are_kept_in_large_pieces(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[list[int] | None] = []
+    together = EntriesTable._together
+
+    def noted(*given: Any) -> list[pa.RecordBatch] | None:
+        found = together(*given)
+        handed.append(found and [batch.num_rows for batch in found])
+        return found
+
+    monkeypatch.setattr(EntriesTable, "_together", noted)
+    monkeypatch.setattr(gathering, "TOGETHER_ROWS", 25_000)
+    with OpLog.open(str(folder)) as log:
+        numbers = list(range(30_000))
+        many = pa.record_batch({"a": numbers, "s": [f"s{i % 7}" for i in numbers], "pad": ["x" * 220] * len(numbers)})
+        log.append("t", many)  # three messages
+        log.append("t", pa.record_batch({"a": [1]}))  # columns less: it is read as it is
+        plain = SessionContext()
+        plain.register_record_batches("t", [[many.select(["a", "s"]), pa.record_batch({"a": [1], "s": pa.nulls(1, pa.string())})]])
+        [content] = log._store.contents([next(iter(log.snapshot().records("t")))])
+        for size, kept in ((1 << 27, True), (content.size + 1000, False), (0, False)):
+            engine = Engine(Config(cache_bytes_max=size, state_bytes_max=0))
+            for time in range(3):
+                sql = f"SELECT s, sum(a + {time}) AS total, count(*) AS n FROM t GROUP BY s ORDER BY s"
+                handed.clear()
+                assert rows(engine, log.snapshot(), sql) == plain.sql(sql).to_pylist()
+                assert sorted(handed, key=bool) == [None, [20_000, 10_000] if kept and time else None]
+            assert engine._planner.cache._bytes <= size
+        handed.clear()
+        for _ in range(3):  # entries themselves are handed on as they are
+            assert len(rows(engine, log.snapshot(), "SELECT a, s FROM t WHERE a >= 0")) == 30_001
+        assert handed == [None] * len(handed)
 
 
 def test_an_unqualified_name_that_does_not_exist_is_not_found(query: Query) -> None:

@@ -22,6 +22,7 @@ from datafusion import RuntimeEnvBuilder, SessionConfig, SessionContext, SQLOpti
 from flight_oplog.cache import ColumnCache
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import RequestError, TooLarge, Unsupported
+from flight_oplog.gathering import TOGETHER_ROWS
 from flight_oplog.provider import ScanContext
 from flight_oplog.sql.catalog import TIME_TRAVEL, Catalog, Shelf, System, register_time_travel, table_of
 from flight_oplog.sql.measure import REMEMBERED_CHARACTERS, UNIT_BYTES, measure
@@ -57,6 +58,7 @@ _SETTINGS = {
     "datafusion.catalog.default_schema": "public",
 }
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
+_SUMS_UP = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|COUNT|SUM|AVG|MIN|MAX)\b", re.IGNORECASE)
 _WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+([\w.\"]+)\s*;?\s*", re.IGNORECASE)
 # What a plan takes the time of its making for, or who asks.
 _DATED = re.compile(r"\b(?:now|today|current_\w+|system|queries)\b", re.IGNORECASE)
@@ -225,6 +227,7 @@ class Planner:
         )
         context.tables = measured.tables
         rows = self._config.statement_bytes_max // (BATCHES_AT_ONCE * UNIT_BYTES * measured.growth)
+        context.sums_up = rows >= TOGETHER_ROWS and _SUMS_UP.search(sql) is not None
         if rows < BATCH_ROWS:  # what a function makes of a batch is in memory as a whole
             session.sql(f"SET datafusion.execution.batch_size = {max(rows, 1)}")
         return session, context
