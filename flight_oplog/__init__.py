@@ -3,7 +3,8 @@
 from flight_oplog.appends import Origin, Receipt
 from flight_oplog.config import Config
 from flight_oplog.oplog import OpLog, Problem
-from flight_oplog.store import Snapshot, Topic
+from flight_oplog.store import Snapshot
+from flight_oplog.topics import Topic
 
 __all__ = ["Config", "OpLog", "Origin", "Problem", "Receipt", "Snapshot", "Topic"]
 __version__ = "0.1.0"

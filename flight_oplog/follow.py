@@ -27,7 +27,8 @@ from flight_oplog.provider import topic_batches
 from flight_oplog.schema import TOPIC_PATTERN
 from flight_oplog.sql.engine import Engine
 from flight_oplog.sql.stream import Stopped
-from flight_oplog.store import Snapshot, Topic
+from flight_oplog.store import Snapshot
+from flight_oplog.topics import Topic
 
 RUN_ENTRIES = 65_536
 RUN_BYTES = 2_500_000

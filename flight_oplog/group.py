@@ -16,7 +16,8 @@ from flight_oplog.datafile import StagedFile
 from flight_oplog.errors import NotFound, OutOfOrder, SchemaMismatch, TooLarge, TryAgain
 from flight_oplog.producers import Producers
 from flight_oplog.schema import KEYS_METADATA, SCHEMAS_SCHEMA, SCHEMAS_TOPIC, evolve, first_time, schema_id
-from flight_oplog.store import Store, Topic
+from flight_oplog.store import Store
+from flight_oplog.topics import Topic
 
 
 def check_room(topic: str, topics: int, config: Config) -> None:

@@ -34,7 +34,8 @@ from flight_oplog.keys import check_keys, filters_of, holds
 from flight_oplog.parts import Parts
 from flight_oplog.records import RecordMeta
 from flight_oplog.schema import check_topic, first_time, normal_schema, schema_id
-from flight_oplog.store import Snapshot, Store, Topic
+from flight_oplog.store import Snapshot, Store
+from flight_oplog.topics import Topic
 
 log = logging.getLogger("flight_oplog.oplog")
 

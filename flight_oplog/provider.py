@@ -35,9 +35,10 @@ from flight_oplog.gathering import JOINED_ROWS, LOG_FIELDS, LOG_NAMES, Columns, 
 from flight_oplog.pruning import Pruner
 from flight_oplog.records import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.schema import RECORD_SCHEMA
-from flight_oplog.store import Snapshot, Topic
+from flight_oplog.store import Snapshot
 from flight_oplog.threads import stay
 from flight_oplog.top import Top
+from flight_oplog.topics import Topic
 
 _ROWS_PER_RECORDS_BATCH = 1024
 # The rows of a file of so many are read column by column, but for those columns that take looking into each.

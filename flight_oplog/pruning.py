@@ -23,7 +23,8 @@ from flight_oplog.cache import ColumnCache, ScanCounts
 from flight_oplog.filters import Filter
 from flight_oplog.keys import hashes_of, is_key, may_hold
 from flight_oplog.records import DataFile, RecordMeta
-from flight_oplog.store import Snapshot, Topic
+from flight_oplog.store import Snapshot
+from flight_oplog.topics import Topic
 
 _TIME = pa.timestamp("us", "UTC")
 _RUNS_FROM = 16

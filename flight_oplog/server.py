@@ -39,7 +39,7 @@ from flight_oplog.oplog import AppendWriter, OpLog
 from flight_oplog.schema import TOPIC_PATTERN
 from flight_oplog.sql.catalog import moment
 from flight_oplog.sql.engine import Engine
-from flight_oplog.store import Topic
+from flight_oplog.topics import Topic
 
 log = logging.getLogger("flight_oplog.server")
 

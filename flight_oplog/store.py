@@ -12,11 +12,9 @@ Invariants
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import datetime
 import itertools
-import json
 import logging
 import re
 import secrets
@@ -43,16 +41,13 @@ from flight_oplog.parts import PARTS_FROM_BYTES
 from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records, read_rows
 from flight_oplog.schema import (
     FORMAT_VERSION,
-    KEYS_METADATA,
     RECORD_SCHEMA,
     SCHEMAS_SCHEMA,
     SCHEMAS_TOPIC,
-    evolve,
-    first_time,
-    plain_field,
     schema_id,
 )
 from flight_oplog.storage import Found, Storage, storage_at
+from flight_oplog.topics import Topic, first_offset
 
 log = logging.getLogger("flight_oplog.store")
 
@@ -88,47 +83,6 @@ class Conflict(OplogError):
     """Another process committed first. Nothing of this commit is visible; refresh, number again, retry."""
 
     status = "UNAVAILABLE"
-
-
-@dataclass(frozen=True, slots=True)
-class Topic:
-    """A topic as of one snapshot: its merged schema, every schema its records use, its files in offset order.
-
-    `event_time` is the event-time column: the first timestamp column of the first registered schema that has one. It
-    never changes, so the time bounds of all the topic's files and records speak of the same column.
-    """
-
-    name: str
-    schema: pa.Schema
-    schemas: Mapping[str, pa.Schema]
-    files: Growing[DataFile]
-    next_offset: int
-    event_time: str | None = None
-    keys: tuple[str, ...] = ()  # columns whose records have filters
-    start: int = 0  # where the topic began again when it was dropped last: entries before do not count
-    registered: int = 0  # the number of its newest entry in the registry
-    overlaps: bool = False  # whether a file has records after a later one's first: only what another program's compaction made has
-
-    @property
-    def first_offset(self) -> int:
-        return max(self.start, self.files[0].first_offset) if self.files else self.next_offset
-
-    @property
-    def entries(self) -> int:
-        return self.next_offset - self.first_offset
-
-    def files_within(self, first: int, last: int | None = None) -> Sequence[DataFile]:
-        """Return the files that may hold entries with offsets in [first, last), or from `first` on."""
-        start = 0 if self.overlaps else max(0, bisect.bisect_right(self.files, first, key=_first_offset) - 1)
-        end = len(self.files) if last is None else bisect.bisect_left(self.files, last, key=_first_offset)
-        return self.files[start:end]
-
-    def stored(self, record: RecordMeta) -> pa.Schema:
-        """Return the schema of a record's content. Raises CorruptLog where it is not registered."""
-        try:
-            return self.schemas[record.schema_id]
-        except KeyError:
-            raise CorruptLog(f"{record.where}: its schema_id is not registered; restore the file") from None
 
 
 class _Some(Mapping[str, Topic]):
@@ -192,7 +146,7 @@ class Snapshot:
         """Yield the topic's records in offset order, without their content, leaving out files that end before `start`."""
         found = self.topic(topic)
         records = (record for file in found.files_within(start) for record in self.records_of(found, file))
-        yield from sorted(records, key=_first_offset) if found.overlaps else records
+        yield from sorted(records, key=first_offset) if found.overlaps else records
 
     def records_of(self, topic: Topic, file: DataFile, each: bool = False) -> Sequence[RecordMeta]:
         """Return those of a file's records that are the topic's; with `each`, small ones one by one.
@@ -455,19 +409,11 @@ class Store:
         topics, ended = dict(base.topics), dict(base.ended)
         for name in {*added, *registry, *(topic_of(path) for path in changes.removed)}:
             before = topics.pop(name, None) or ended.pop(name, None) or Topic(name, pa.schema([]), {}, Growing(), 0)
-            topic = _registered(before, sorted(registry.get(name, ()), key=_number))
+            topic = before.with_schemas(sorted(registry.get(name, ()), key=_number))
             if name == SCHEMAS_TOPIC:
                 topic = replace(topic, schema=SCHEMAS_SCHEMA, schemas={schema_id(SCHEMAS_SCHEMA): SCHEMAS_SCHEMA}, event_time="first_seen")
-            start = changes.numbers.get(f"start/{name}", topic.start)
-            if start != topic.start:
-                topic = replace(topic, start=start, files=Growing(file for file in topic.files if file.last_record >= start))
-            files, overlaps = _files_after(topic, [file for file in added.get(name, ()) if file.last_record >= start], changes.removed)
-            topic = replace(
-                topic,
-                files=files,
-                next_offset=changes.numbers.get(f"topic/{name}", topic.next_offset),
-                overlaps=overlaps,
-            )
+            topic = topic.with_files(added.get(name, ()), changes.removed, changes.numbers.get(f"start/{name}", topic.start))
+            topic = replace(topic, next_offset=changes.numbers.get(f"topic/{name}", topic.next_offset))
             if topic.schemas:
                 topics[name] = topic
             elif topic.registered:
@@ -717,43 +663,6 @@ def topic_of(path: str) -> str:
     return path.partition("/")[0].removeprefix("topic=")
 
 
-def _first_offset(of: DataFile | RecordMeta) -> int:
-    return of.first_offset
-
-
-def _files_after(topic: Topic, added: Sequence[DataFile], removed: frozenset[str]) -> tuple[Growing[DataFile], bool]:
-    """Return a topic's files in order after some were added and removed, and whether any reaches into a later one."""
-    if not removed and not topic.overlaps:
-        files, new = topic.files.grown(added), [*topic.files[-1:], *added]
-    else:
-        files = Growing(file for file in (*topic.files, *added) if file.path not in removed)
-        new = files[:]
-    if any(first.first_offset > second.first_offset for first, second in itertools.pairwise(new)):
-        new = sorted(files, key=_first_offset)
-        files = Growing(new)
-    return files, any(first.last_record > second.first_offset for first, second in itertools.pairwise(new))
-
-
 def _number(row: dict[str, Any]) -> int:
     number: int = row["number"]
     return number
-
-
-def _registered(topic: Topic, rows: Sequence[dict[str, Any]]) -> Topic:
-    """Return a topic with what its rows in the registry, in order, make of its schema; one without a schema ends it."""
-    merged, event_time, keys, schemas = topic.schema if topic.schemas else None, topic.event_time, topic.keys, dict(topic.schemas)
-    rows = [row for row in rows if row["number"] > topic.registered]  # another program's compaction shows them again
-    for row in rows:
-        if row["schema"] is None:
-            merged, event_time, keys, schemas = None, None, (), {}
-        elif row["schema_id"] not in schemas:
-            registered = pa.ipc.read_schema(pa.py_buffer(row["schema"]))
-            keys = keys or tuple(json.loads((registered.metadata or {}).get(KEYS_METADATA, b"[]")))
-            schema = pa.schema([plain_field(field) for field in registered])
-            merged = evolve(topic.name, merged, schema, "additive")
-            event_time = event_time or first_time(schema)
-            schemas[row["schema_id"]] = schema
-    if not rows:
-        return topic
-    schema = merged if merged is not None else pa.schema([])
-    return replace(topic, schema=schema, schemas=schemas, event_time=event_time, keys=keys, registered=rows[-1]["number"])

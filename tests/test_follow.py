@@ -22,7 +22,8 @@ from flight_oplog.errors import NotFound, RequestError
 from flight_oplog.flightsql import wire
 from flight_oplog.follow import Follower, TopicRead, _check_there
 from flight_oplog.sql.engine import Engine
-from flight_oplog.store import Store, Topic
+from flight_oplog.store import Store
+from flight_oplog.topics import Topic
 
 
 def batch(*marks: int) -> pa.RecordBatch:

@@ -31,6 +31,7 @@ ORDER = [
     "records",
     "datafile",
     "deltalog",
+    "topics",
     "store",
     "appends",
     "producers",

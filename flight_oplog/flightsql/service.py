@@ -38,7 +38,8 @@ from flight_oplog.sql.engine import CHANGED, Engine, Statement
 from flight_oplog.sql.refusals import CATALOG, PUBLIC
 from flight_oplog.sql.statements import Statements
 from flight_oplog.sql.turns import Held, Turns
-from flight_oplog.store import Snapshot, Topic
+from flight_oplog.store import Snapshot
+from flight_oplog.topics import Topic
 from flight_oplog.transactions import Transactions
 
 # TableDefinitionOptions of FlightSql.proto

@@ -29,7 +29,8 @@ from datafusion.expr import SortExpr
 
 from flight_oplog import codec
 from flight_oplog.sql.plans import chain
-from flight_oplog.store import Snapshot, Topic
+from flight_oplog.store import Snapshot
+from flight_oplog.topics import Topic
 
 # To merge a state of more rows would cost about as much as to aggregate the entries.
 STATE_ROWS_MAX = 200_000

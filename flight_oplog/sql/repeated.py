@@ -23,7 +23,8 @@ from flight_oplog.sql.catalog import TIME_TRAVEL, Shelf
 from flight_oplog.sql.parameters import Values
 from flight_oplog.sql.planner import Asked, Planner
 from flight_oplog.sql.stream import Running, paced, schema_of, wire_schema
-from flight_oplog.store import Snapshot, Topic
+from flight_oplog.store import Snapshot
+from flight_oplog.topics import Topic
 
 log = logging.getLogger("flight_oplog.sql")
 
