@@ -66,8 +66,9 @@ class ColumnCache:
         self._of_all: dict[tuple[int, str, str], tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
         self._times: dict[int, tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
         self._files: dict[str, tuple[int, Sequence[DataFile]]] = {}
-        self._records: OrderedDict[tuple[Any, ...], Decoded | Together | TextIndex | Filters] = OrderedDict()
-        self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what an index was wanted of, and whether it has none
+        self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex | Filters] = OrderedDict()
+        self._together: OrderedDict[tuple[Any, ...], Together] = OrderedDict()
+        self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what was wanted that is not made at once, and whether it has none
 
     def columns(
         self, snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts, held: Decoded | None = None
@@ -104,8 +105,9 @@ class ColumnCache:
             return  # files were added, and that was all
         gone = {file.path for file in known} - {file.path for file in files}
         with self._lock:
-            for key in [key for key in self._records if key[0].rpartition("#")[0] in gone]:
-                self._bytes -= self._records.pop(key).nbytes
+            for kept in (self._records, self._together):
+                for key in [key for key in kept if key[0].rpartition("#")[0] in gone]:
+                    self._bytes -= kept.pop(key).nbytes
 
     def metrics(self) -> dict[str, int]:
         """Return how often it was asked and how full it is, by the names that `system.metrics` explains."""
@@ -125,7 +127,10 @@ class ColumnCache:
     def index(self, record: RecordMeta, name: str, texts: Sequence[pa.Array], may_make: bool) -> TextIndex | None:
         """Return the index of a record's texts; it is made when it is wanted for the second time, and `may_make`."""
         key = (record.key, name)
-        found = self._again(key)
+        with self._lock:
+            found: Any = self._records.get(key)
+            if found is not None:
+                self._records.move_to_end(key)
         if found is not None or not self._is_worth(key, may_make):
             return found  # type: ignore[no-any-return]
         made = TextIndex.of(texts)
@@ -135,29 +140,31 @@ class ColumnCache:
             self._keep(key, made)
         return made
 
-    def together(self, record: RecordMeta, name: str, kind: pa.DataType, make: Callable[[], list[pa.Array]]) -> list[pa.Array] | None:
-        """Return a column of a record as `make` makes it, of the type `kind` and in large pieces; None where there is none.
+    def together(
+        self, record: RecordMeta, columns: pa.Schema, counts: ScanCounts, make: Callable[[str, pa.DataType], list[pa.Array]]
+    ) -> list[list[pa.Array]] | None:
+        """Return columns of a record as `make` makes them, in large pieces; None where one of them is not kept so.
 
-        It is made when it is wanted for the second time, while there is room: nothing goes for what can do without.
+        They are made when they are wanted for the second time, while there is room: they go before anything else does.
         """
-        key = (record.key, name, kind.id)
-        found = self._again(key)
-        if found is None and self._is_worth(key, self._bytes < self._bytes_max):
-            made = Together(make())
-            if self._bytes + made.nbytes > self._bytes_max:
-                self._asked[key] = True
-            else:
-                self._keep(key, made)
-                found = made
-        return None if found is None else found.pieces
-
-    def _again(self, key: tuple[Any, ...]) -> Any:
-        """Return what is kept under a key, as the newest."""
+        keys = [(record.key, f.name, str(f.type)) for f in columns]
         with self._lock:
-            found: Any = self._records.get(key)
-            if found is not None:
-                self._records.move_to_end(key)
-        return found
+            found = [self._together.get(key) for key in keys]
+            for key, each in zip(keys, found, strict=True):
+                if each is not None:
+                    self._together.move_to_end(key)
+            if None not in found:
+                self.hits += 1
+                counts.cache_hits += 1
+        for place, (key, column) in enumerate(zip(keys, columns, strict=True)):
+            if found[place] is None and self._is_worth(key, self._bytes + record.entries * _width(column.type) <= self._bytes_max):
+                found[place] = made = Together(make(column.name, column.type))
+                with self._lock:
+                    if key not in self._together and self._bytes + made.nbytes <= self._bytes_max:
+                        self._together[key] = made
+                        self._bytes += made.nbytes
+        pieces = [each.pieces for each in found if each is not None]
+        return pieces if len(pieces) == len(keys) else None
 
     def _is_worth(self, key: tuple[Any, ...], may_make: bool) -> bool:
         """Whether something is to be made that was wanted before; takes note that it is wanted."""
@@ -246,7 +253,7 @@ class ColumnCache:
             self._fragments[shape, key] = found
         return found
 
-    def _keep(self, key: tuple[Any, ...], decoded: Decoded | Together | TextIndex | Filters) -> None:
+    def _keep(self, key: tuple[Any, ...], decoded: Decoded | TextIndex | Filters) -> None:
         with self._lock:
             if (before := self._records.pop(key, None)) is not None:
                 self._bytes -= before.nbytes
@@ -255,7 +262,7 @@ class ColumnCache:
             self._records[key] = decoded
             self._bytes += decoded.nbytes
             while self._bytes > self._bytes_max:
-                self._bytes -= self._records.popitem(last=False)[1].nbytes
+                self._bytes -= (self._together or self._records).popitem(last=False)[1].nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +333,11 @@ def _limits_of(
         highs.append(limits.get("max", highest))
     dtype = np.float64 if floats else np.int64
     return np.array(lows, dtype), np.array(highs, dtype)
+
+
+def _width(kind: pa.DataType) -> int:
+    """About how many bytes a value takes."""
+    return int(kind.bit_width) // 8 + 1 if pa.types.is_primitive(kind) else 17
 
 
 def _inside(content: pa.Buffer, array: pa.Array) -> bool:

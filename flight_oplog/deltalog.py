@@ -66,9 +66,10 @@ def checkpoint_paths(storage: Storage, table_version: int) -> list[str]:
 def checkpointed(storage: Storage) -> int:
     """Return the table version of the newest checkpoint, -1 when there is none."""
     try:
-        return int(json.loads(storage.read(f"{FOLDER}/_last_checkpoint").to_pybytes())["version"])
+        version = json.loads(storage.read(f"{FOLDER}/_last_checkpoint").to_pybytes())["version"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return -1
+    return version if type(version) is int else -1
 
 
 def read(storage: Storage, table_version: int) -> Changes | None:

@@ -11,7 +11,6 @@ content fetched, checked and decoded. Decoded columns are kept in a cache bounde
 
 from __future__ import annotations
 
-import functools
 import itertools
 import operator
 import threading
@@ -323,11 +322,16 @@ class EntriesTable(_Table):
             return None
         if len(self._of_entries(record, projected.names)) < max(1, len(projected)):
             return None
-        columns, cache = self.columns(record, projected.names), self.context.cache
-        found = [cache.together(record, f.name, f.type, functools.partial(columns.together, f.name, f.type)) for f in projected]
-        pieces = [each for each in found if each is not None]
-        if len(pieces) < len(found):
+
+        def make(name: str, kind: pa.DataType) -> list[pa.Array]:
+            return self.columns(record, projected.names).together(name, kind)
+
+        pieces = self.context.cache.together(record, projected, self.counts, make)
+        if pieces is None:
             return None
+        if record.key not in self._read:
+            self._read.add(record.key)
+            self.counts.records_read += record.rows
         return [pa.RecordBatch.from_arrays(list(each), schema=projected) for each in zip(*pieces, strict=True)]
 
     def _of_entries(self, record: RecordMeta, names: Sequence[str]) -> list[str]:

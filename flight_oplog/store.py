@@ -56,9 +56,10 @@ SNAPSHOTS_KEPT = 64
 VIEWERS_KEPT = 64
 # The key that the servers of a log share. Delta passes over names that begin with _.
 SECRET_PATH = "_oplog_key"
-# A checkpoint names every file, so a log of many has one when it has grown by a part of them: each commit bears a share.
+# A checkpoint names every file, so a log of many has one when it has grown by a part of them: each commit bears a share. And
+# whoever opens the log reads each entry after it, which takes as long as twenty files of it.
 CHECKPOINT_INTERVAL = 100
-CHECKPOINT_PART = 10
+CHECKPOINT_PART = 20
 RELOAD_SECONDS = 3600
 LISTINGS_MAX = 20
 # Entries followed one by one, before the table is read afresh instead.
@@ -555,8 +556,9 @@ class Store:
             return table_version
 
     def _checkpoint(self) -> None:
-        """Sum up the Delta log in a checkpoint, so that opening the table stays cheap; drop entries past their retention."""
+        """Sum up the Delta log in a checkpoint, unless its last one names most files; drop entries past their retention."""
         try:
+            self._storage.sweep()
             snapshot = self._current
             files = sum(len(topic.files) for topic in snapshot.topics.values())
             if snapshot.table_version - deltalog.checkpointed(self._storage) < files // CHECKPOINT_PART:
@@ -566,8 +568,7 @@ class Store:
             # Entries may only go when what replaces them is durable.
             self._storage.sync(deltalog.checkpoint_paths(self._storage, table.version()))
             table.cleanup_metadata()
-            self._storage.sweep()
-        except Exception as error:  # a log without this checkpoint is whole; the next one comes soon
+        except Exception as error:  # a log without this checkpoint is whole; it is tried again soon
             log.warning("the checkpoint failed: %s", error)
 
     def close(self) -> None:

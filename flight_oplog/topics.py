@@ -65,7 +65,7 @@ class Topic:
         if not removed and not self.overlaps:
             files, new = kept.grown(more), [*kept[-1:], *more]
         else:
-            files = Growing(file for file in (*kept, *more) if file.path not in removed)
+            files = Growing((*(file for file in kept if file.path not in removed), *more))
             new = files[:]
         if any(first.first_offset > second.first_offset for first, second in itertools.pairwise(new)):
             new = sorted(files, key=first_offset)

@@ -476,6 +476,69 @@ def test_newer_options_of_another_server_count(start: Callable[..., ServerProces
         assert get_schema(here) == "system"
 
 
+# Answers in hand
+
+
+def plan(client: flight.FlightClient, sql: str, headers: dict[str, str] | None = None) -> flight.FlightInfo:
+    options = flight.FlightCallOptions(headers=[(name.encode(), value.encode()) for name, value in (headers or {}).items()])
+    return client.get_flight_info(command(wire.CommandStatementQuery(sql)), options)
+
+
+def in_hand(client: flight.FlightClient, sql: str) -> flight.FlightInfo:
+    """Ask until the answer is in hand: then the ticket is that of before."""
+    infos = [plan(client, sql)]
+    for _ in range(4):
+        fetch(client, infos[-1])
+        infos.append(plan(client, sql))
+    assert infos[-1].endpoints == infos[-2].endpoints
+    assert infos[0].endpoints != infos[1].endpoints
+    return infos[-1]
+
+
+@pytest.mark.parametrize("sql", ["SELECT 1 AS n", "SELECT count(*) AS n FROM t", "SELECT max(id) AS n FROM t WHERE id < 2"])
+def test_what_is_asked_again_is_answered_at_once(server: ServerProcess, client: flight.FlightClient, cursor: adbc.Cursor, sql: str) -> None:
+    run(cursor, "CREATE TABLE t AS SELECT 1 AS id")
+    info = in_hand(client, sql) if "WHERE" not in sql else plan(client, sql)  # that one is too quick to be kept
+    assert fetch(client, info) == [{"n": 1}]
+    assert info.schema == plan(client, sql).schema == client.get_schema(command(wire.CommandStatementQuery(sql))).schema
+    asked = run(cursor, f"SELECT status, rows FROM system.queries WHERE sql = '{sql}'")
+    assert len(asked) == (5 if "WHERE" not in sql else 1)
+    assert {*asked} == {("done", 1)}
+    run(cursor, "INSERT INTO t VALUES (2)")
+    later = plan(client, sql)
+    assert later.endpoints != info.endpoints
+    assert fetch(client, later) == [{"n": 2 if "count" in sql else 1}]
+    assert fetch(client, info) == [{"n": 1}], "a ticket is of the log as it was"
+
+
+def test_answers_in_hand_are_of_now_and_of_no_session(server: ServerProcess, client: flight.FlightClient, cursor: adbc.Cursor) -> None:
+    run(cursor, "CREATE TABLE t AS SELECT 1 AS id")
+    run(cursor, "INSERT INTO t VALUES (2)")
+    sql = "SELECT count(*) AS n FROM t"
+    info = in_hand(client, sql)
+    assert fetch(client, plan(client, sql, {"oplog-at-version": "1"})) == [{"n": 1}]
+    jar = Jar()
+    with flight.FlightClient(server.uri, middleware=[jar]) as session:
+        assert plan(session, sql).endpoints == info.endpoints
+        set_schema(session, "log")
+        assert plan(session, sql).endpoints != info.endpoints
+    with pytest.raises(pa.ArrowInvalid, match="the statement cannot be followed"):
+        client.get_flight_info(command(wire.CommandStatementQuery(sql)), flight.FlightCallOptions(headers=[(b"oplog-follow", b"true")]))
+
+
+def test_an_answer_in_hand_is_not_cancelled_and_lasts_as_long_as_a_ticket(start: Callable[..., ServerProcess]) -> None:
+    server = start("--ticket-seconds-max", "1")
+    with flight.connect(server.uri) as client:
+        info = in_hand(client, "SELECT 1 AS n")
+        assert cancel(client, info) == 3
+        assert fetch(client, info) == [{"n": 1}]
+        time.sleep(0.2)
+        assert plan(client, "SELECT 1 AS n").endpoints != info.endpoints, "tickets given out again have most of their time left"
+        time.sleep(1)
+        with pytest.raises(KeyError, match="the statement handle has expired"):
+            fetch(client, info)
+
+
 # Stopping, and taking turns
 
 
@@ -527,6 +590,10 @@ def test_a_query_cancelled_before_it_begins_does_not_begin(server: ServerProcess
     assert "the query was cancelled" in str(outcome[0])
     with pytest.raises(pa.ArrowInvalid, match="the FlightInfo to cancel has no ticket"):
         act(client, "CancelFlightInfo", wire.CancelFlightInfoRequest(wire.FlightInfo()), is_sql=False)
+    for handle in (b"", b"\x03" + bytes(60)):
+        ticket = wire.Ticket(wire.pack(wire.TicketStatementQuery(handle)))
+        with pytest.raises(pa.ArrowInvalid, match="was not made by a server of this log for you, or was altered"):
+            act(client, "CancelFlightInfo", wire.CancelFlightInfoRequest(wire.FlightInfo(endpoint=(wire.FlightEndpoint(ticket),))), False)
 
 
 def test_statements_take_turns_and_one_too_many_is_refused(start: Callable[..., ServerProcess]) -> None:

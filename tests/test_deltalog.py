@@ -17,7 +17,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import CommitFailedError
 from deltalake.transaction import AddAction, CommitProperties, Transaction
 
-from flight_oplog import Config, OpLog, Origin
+from flight_oplog import Config, OpLog, Origin, deltalog
 from flight_oplog.errors import CorruptLog, OutcomeUnknown, TryAgain, Unsupported
 from flight_oplog.oplog import make_record
 from flight_oplog.schema import schema_id
@@ -158,6 +158,9 @@ def test_checkpoints_of_many_files_come_seldom(folder: Path, monkeypatch: pytest
         for number in range(170):
             log.append("t", pa.record_batch({"n": [number]}))
             log._store.close()  # which waits for the checkpoint that it may have begun
+        for damaged in ('{"version": 1e999}', '{"version": "x"}', "[]", "\xff", ""):
+            (folder / "_delta_log" / "_last_checkpoint").write_bytes(damaged.encode("latin-1"))
+            assert deltalog.checkpointed(log._store._storage) == -1
     made = sorted(int(path.name[:20]) for path in (folder / "_delta_log").glob("*.checkpoint.parquet"))
     assert made == [10, 20, 40, 80, 160]
     with OpLog.open(str(folder)) as log:

@@ -175,6 +175,34 @@ def test_columns_that_are_summed_up_again_are_kept_in_large_pieces(folder: Any, 
         assert handed == [None] * len(handed)
 
 
+def test_columns_kept_for_a_wider_schema_are_not_taken_for_those_of_before(folder: Any) -> None:
+    engine = Engine(Config(state_bytes_max=0))
+    with OpLog.open(str(folder)) as log:
+        log.append("t", pa.record_batch({"s": pa.array([{"x": i, "y": None} for i in range(10_000)])}))
+        before = log.snapshot()
+        log.append("t", pa.record_batch({"s": pa.array([{"x": 1, "y": 2}])}))
+        for snapshot, total in [(log.snapshot(), 49_995_001), (before, 49_995_000)] * 3:
+            assert rows(engine, snapshot, "SELECT sum(s['x']) AS total FROM t") == [{"total": total}]
+
+
+def test_columns_kept_together_go_before_any_other(folder: Any) -> None:
+    with OpLog.open(str(folder)) as log:
+        for topic in ("t", "u"):
+            log.append(topic, pa.record_batch({"a": list(range(100_000)), "b": list(range(100_000))}))
+        engine = Engine(Config(cache_bytes_max=4_300_000, state_bytes_max=0))
+        cache = engine._planner.cache
+
+        def ask(topic: str, number: int) -> list[int]:
+            before = cache.misses
+            rows(engine, log.snapshot(), f"SELECT sum(a + {number}) + sum(b) AS n FROM {topic}")
+            return [cache.misses - before, len(cache._together)]
+
+        assert [ask("t", number) for number in range(3)] == [[1, 0], [0, 2], [0, 2]]
+        assert ask("u", 3) == [1, 1]
+        assert [ask(topic, 4) for topic in ("t", "u", "t", "u")] == [[0, 1]] * 4
+        assert cache._bytes <= 4_300_000
+
+
 def test_an_unqualified_name_that_does_not_exist_is_not_found(query: Query) -> None:
     with pytest.raises(NotFound) as caught:
         query("SELECT * FROM nope")

@@ -69,6 +69,7 @@ ORDER = [
     "flightsql.dialect",
     "flightsql.metadata",
     "flightsql.handles",
+    "flightsql.answers",
     "flightsql.sessions",
     "flightsql.service",
     "calls",

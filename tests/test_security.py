@@ -638,6 +638,33 @@ def test_grants_are_read_again_without_dropping_a_call(fresh: Fresh) -> None:
         following.cancel()
 
 
+def test_an_answer_in_hand_is_its_principals_and_goes_with_the_right(fresh: Fresh) -> None:
+    made = fresh()
+    count = flight.FlightDescriptor.for_command(wire.pack(wire.CommandStatementQuery("SELECT count(*) AS n FROM open_a")))
+    with flight.connect(made.server.uri) as client:
+
+        def fetch(who: str, ticket: flight.Ticket) -> object:
+            return client.do_get(ticket, made.options(who)).read_all().to_pylist()
+
+        def planned(who: str) -> flight.Ticket:
+            return client.get_flight_info(count, made.options(who)).endpoints[0].ticket
+
+        send(flight.FlightDescriptor.for_path("open_a"))(client, made.options("root"), made)
+        for _ in range(4):
+            anns = planned("ann")
+            assert fetch("ann", anns) == [{"n": 2}]
+        assert planned("ann") == anns, "it is in hand"
+        assert planned("root") != anns
+        with pytest.raises(pa.ArrowInvalid, match="was not made by a server of this log for you"):
+            fetch("root", anns)
+        made.grants.write_text(GRANTS.replace('"open*"', '"other*"'))
+        made.server.process.send_signal(signal.SIGHUP)
+        assert eventually(lambda: "were read again" in made.server.errors.read_text())
+        for call in (lambda: planned("ann"), lambda: fetch("ann", anns)):
+            with pytest.raises(KeyError, match=r"table 'oplog\.public\.open_a' does not exist"):
+                call()
+
+
 def test_a_stream_of_appends_ends_when_its_right_is_taken(fresh: Fresh) -> None:
     made = fresh()
     headers = [(b"authorization", f"Bearer {made.tokens['ann']}".encode()), (b"oplog-producer", b"p")]

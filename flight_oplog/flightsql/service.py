@@ -14,7 +14,7 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from flight_oplog.auth import Gate, derived
 from flight_oplog.config import Config
 from flight_oplog.errors import NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.flightsql import metadata, wire
+from flight_oplog.flightsql.answers import IN_HAND_BYTES, Answers, Planned, Result
 from flight_oplog.flightsql.caller import Caller
 from flight_oplog.flightsql.cancelling import UnderWay
 from flight_oplog.flightsql.handles import Sealer
@@ -72,22 +73,6 @@ class Update:
     bytes_max: int | None = None
 
 
-@dataclass(frozen=True)
-class Planned:
-    """The answer to a command: the exact schema of its result, and the ticket that fetches it."""
-
-    schema: pa.Schema
-    ticket: bytes
-
-
-@dataclass(frozen=True)
-class Result:
-    """A result on its way: batches of exactly `schema`, none over `message_bytes_max`, some with app_metadata."""
-
-    schema: pa.Schema
-    batches: Iterator[tuple[pa.RecordBatch, bytes | None]]
-
-
 # FlightInfo.CancelStatus
 _CANCELLED, _CANCELLING, _NOT_CANCELLABLE = 1, 2, 3
 # Values bound by clients that then go on with the handle they had, instead of the new one they were given.
@@ -109,6 +94,7 @@ class Service:
         self._bound_bytes = 0
         self._lock = threading.Lock()
         self._sessions = Sessions(self._sealer)
+        self._answers = Answers(config.ticket_seconds_max)
         self._under_way = UnderWay()
         self._turns = Turns(config.statements_max, config.statements_waiting_max, config.statement_wait_seconds_max)
         self._follower = Follower(oplog, engine, config)
@@ -116,6 +102,8 @@ class Service:
 
     def flight_info(self, command: bytes, caller: Caller, follow: Place | None = None) -> Planned:
         """Plan the command in a descriptor; with `follow`, a statement to be run over a topic as it grows, from there."""
+        if follow is None and (again := self._answers.planned(command, caller, self.newest)) is not None and self._is_as_ever(caller):
+            return again
         message = wire.unpack(command)
         if caller.leaves_out and isinstance(message, wire.CommandGetSqlInfo) and tuple(message.info) == (_TRANSACTION_SUPPORT,):
             self.transactions.introduce(caller.sessions, caller.name)
@@ -123,7 +111,18 @@ class Service:
             self.transactions.saw(caller.sessions, caller.name)
         if follow is not None:
             return self._follow_sql(self._sql_of(message, caller), follow, caller)
-        return self._route(message, "flight_info")(self, message, command, caller)
+        planned: Planned = self._route(message, "flight_info")(self, message, command, caller)
+        if planned.at_once is not None:
+            self._answers.keep(command, caller, planned)
+        return planned
+
+    def _is_as_ever(self, caller: Caller) -> bool:
+        """Whether a caller's session has no options, and its handles no values that came after them; takes note of the call."""
+        if self._bound or self._sessions.options(caller):
+            return False
+        if caller.leaves_out:
+            self.transactions.saw(caller.sessions, caller.name)
+        return True
 
     def schema(self, command: bytes, caller: Caller) -> pa.Schema:
         """Return the schema of a command's result; nothing is carried out."""
@@ -138,6 +137,8 @@ class Service:
 
     def get(self, ticket: bytes, caller: Caller) -> Result:
         """Fetch what a ticket stands for; see `Engine.run` for the caller's `stopped`."""
+        if (in_hand := self._answers.result(ticket, caller)) is not None:
+            return in_hand
         message = wire.unpack(ticket)
         found: Result = self._route(message, "get")(self, message, caller)
         return found
@@ -207,9 +208,13 @@ class Service:
             body = {"sql": sql, "table_version": statement.snapshot.table_version}
             if parameters is not None:
                 body["parameters"] = parameters
-            if (db_schema := self._sessions.options(caller).get("schema", PUBLIC)) != PUBLIC:
+            options = self._sessions.options(caller)
+            if (db_schema := options.get("schema", PUBLIC)) != PUBLIC:
                 body["schema"] = db_schema
             handle = self._sealer.seal("statement", body, caller.name, self.config.ticket_seconds_max)
+            if parameters is None and transaction is None and caller.at is None and not options:
+                at_once = self._engine.at_once(sql, statement.snapshot, IN_HAND_BYTES)
+                return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)), statement.snapshot, at_once)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
     def _execute(self, sql: str, caller: Caller, parameters: pa.RecordBatch | None, transaction_id: bytes | None) -> int:
@@ -279,7 +284,7 @@ class Service:
         names = []
         for ticket in tickets:
             message = wire.unpack(ticket)
-            if not isinstance(message, wire.TicketStatementQuery):
+            if not isinstance(message, wire.TicketStatementQuery) or self._answers.has(ticket):
                 return _NOT_CANCELLABLE
             kind, body = self._sealer.open_any(message.statement_handle, caller.name)
             if kind != "statement":

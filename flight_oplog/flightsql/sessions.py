@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import math
 import re
 import time
 from collections import OrderedDict
@@ -20,7 +21,7 @@ from flight_oplog.sql.refusals import CATALOG, PUBLIC
 
 AT_VERSION, AT_TIMESTAMP = "oplog-at-version", "oplog-at-timestamp"
 SESSION_SECONDS = 30 * 24 * 3600
-OFFERED_KEPT = 1_000
+GIVEN_KEPT = 1_000
 # CloseSessionResult.Status, SetSessionOptionsResult.ErrorValue
 _CLOSED = 1
 _INVALID_NAME, _INVALID_VALUE = 1, 2
@@ -31,28 +32,33 @@ _DB_SCHEMAS = ("public", "log", "records", "system", "information_schema")
 class Sessions:
     """Reads, sets and ends the options of sessions. Thread-safe.
 
-    Keeps of a session what it was given last, until its client has brought that back: the Flight client of Go, which ADBC
-    is made on, now and then loses a cookie that came with an action (a race at the end of a stream, seen with arrow-go 18).
-    It is then given again with the next call, which is answered as if it had brought it.
+    Keeps of a session what it was given last: the Flight client of Go, which ADBC is made on, now and then loses a cookie that
+    came with an action (a race at the end of a stream, seen with arrow-go 18). It is given again with each call that does not
+    bring it, and the call is answered as if it had.
     """
 
     def __init__(self, sealer: Sealer) -> None:
         self._sealer = sealer
-        self._offered: OrderedDict[tuple[str | None, str], str] = OrderedDict()
+        self._given: OrderedDict[tuple[str | None, str], tuple[str, dict[str, Any]]] = OrderedDict()
 
     def options(self, caller: Caller) -> dict[str, str]:
         """Return the options of a caller's session. Raises RequestError when they cannot be read any more."""
+        return dict(self._newest(caller)["options"])
+
+    def _newest(self, caller: Caller) -> dict[str, Any]:
+        """Return the options that a session has, and when they were set: those that it brought, or the newer ones it was given."""
         whose = _session(caller)
-        offered = None if whose is None else self._offered.get(whose)
-        if whose is None or offered is None:
-            return dict(self._open(caller.options, caller)["options"])
-        brought, given = self._readable(caller.options, caller), self._readable(offered, caller)
-        if caller.options == offered or brought["set"] >= given["set"]:  # by another server of the log
-            self._offered.pop(whose, None)
-            return dict(brought["options"])
+        cookie, given = (None, _NONE) if whose is None else self._given.get(whose, (None, _NONE))
+        if cookie is None or cookie == caller.options:
+            return self._open(caller.options, caller)
+        brought = _NONE
+        with contextlib.suppress(RequestError):
+            brought = self._open(caller.options, caller)
+        if brought["set"] > given["set"]:  # another server of the log has set them
+            return brought
         assert caller.keep is not None
-        caller.keep(offered)
-        return dict(given["options"])
+        caller.keep(cookie)
+        return given
 
     def _open(self, cookie: str | None, caller: Caller) -> dict[str, Any]:
         if cookie is None:
@@ -62,19 +68,15 @@ class Sessions:
         except (ValueError, OplogError):
             raise RequestError("the session's options are not readable any more; connect again and set them again") from None
 
-    def _readable(self, cookie: str | None, caller: Caller) -> dict[str, Any]:
-        with contextlib.suppress(RequestError):
-            return self._open(cookie, caller)
-        return _NONE
-
     def set(self, message: wire.SetSessionOptionsRequest, caller: Caller) -> list[bytes]:
         if caller.keep is None:
             raise RequestError(
                 "session options are kept in a cookie, and this client keeps none; set adbc.flight.sql.rpc.with_cookie_middleware to true"
             )
-        options: dict[str, str] = {}
+        before = _NONE
         with contextlib.suppress(RequestError):  # whoever sets them anew need not be able to read what was there
-            options = self.options(caller)
+            before = self._newest(caller)
+        options = dict(before["options"])
         errors = []
         for option in message.session_options:
             value = option.value.string_value if option.value else None
@@ -88,15 +90,15 @@ class Sessions:
             else:
                 options[option.key] = value
         options.pop("catalog", None)  # there is one
-        self._keep(caller, options)
+        self._keep(caller, options, before["set"])
         return [wire.encode(wire.SetSessionOptionsResult(tuple(errors)))]
 
-    def _keep(self, caller: Caller, options: dict[str, str]) -> None:
+    def _keep(self, caller: Caller, options: dict[str, str], after: float) -> None:
         assert caller.keep is not None
-        body = {"options": options, "set": time.time()}
+        body = {"options": options, "set": max(time.time(), math.nextafter(after, math.inf))}  # the clock may have been set back
         cookie = base64.urlsafe_b64encode(self._sealer.seal("session", body, caller.name, SESSION_SECONDS)).decode()
         if (whose := _session(caller)) is not None:
-            remember(self._offered, whose, cookie, OFFERED_KEPT)
+            remember(self._given, whose, (cookie, body), GIVEN_KEPT)
         caller.keep(cookie)
 
     def get(self, message: wire.GetSessionOptionsRequest, caller: Caller) -> list[bytes]:
@@ -105,8 +107,11 @@ class Sessions:
         return [wire.encode(wire.GetSessionOptionsResult(found))]
 
     def close(self, message: wire.CloseSessionRequest, caller: Caller) -> list[bytes]:
-        if caller.keep is not None and (caller.options is not None or _session(caller) in self._offered):
-            self._keep(caller, {})
+        if caller.keep is not None and (caller.options is not None or _session(caller) in self._given):
+            after = 0.0
+            with contextlib.suppress(RequestError):
+                after = self._newest(caller)["set"]
+            self._keep(caller, {}, after)
         return [wire.encode(wire.CloseSessionResult(_CLOSED))]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -76,16 +76,22 @@ class Repeated:
             if key.shape is not None:
                 self._states.note(key.shape)
 
+    def answer(self, key: Key, asked: Asked) -> tuple[pa.Schema, Sequence[pa.RecordBatch]] | None:
+        """Return what a query's answer is known to be; None where it has to be made."""
+        known = self._states.asked(key.text).answer
+        now = None if known is None else asked.snapshot.topics.get(known.topic)
+        if known is None or now is None or (now.first_offset, now.next_offset) != (known.first, known.last):
+            return None
+        return known.schema, known.batches
+
     def answered(self, key: Key, asked: Asked) -> Running | None:
         """Answer a query from its records' bounds, or from the state of its aggregate and the entries since.
 
         None when there is none, or it is not worth one: then it is run as it is.
         """
+        if (answer := self.answer(key, asked)) is not None:
+            return Running(answer[0], iter(answer[1]))
         known = self._states.asked(key.text)
-        if (answer := known.answer) is not None:
-            now = asked.snapshot.topics.get(answer.topic)
-            if now is not None and (now.first_offset, now.next_offset) == (answer.first, answer.last):
-                return Running(answer.schema, iter(answer.batches))
         if known.is_unfit or not (known.was_slow or _tells_of_all(asked.sql) or _reads_all_of_much(asked)):
             return None
         session, frame, context = self._planner.plan(asked)
