@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from flight_oplog.flightsql.caller import Caller
+from flight_oplog.grants import Principal
 from flight_oplog.kept import remember
 from flight_oplog.sql.stream import Running
 from flight_oplog.store import Snapshot
@@ -24,12 +25,13 @@ IN_HAND_SECONDS = 10.0
 class Planned:
     """The answer to a command: the exact schema of its result, and the ticket that fetches it.
 
-    `at_once` gives the result where it is in hand, for as long as the caller sees this `snapshot`.
+    `at_once` gives the result where it is in hand: for this viewer, and without asking as long as this is the newest table_version.
     """
 
     schema: pa.Schema
     ticket: bytes
-    snapshot: Snapshot | None = None
+    viewer: Principal | None = None
+    table_version: int = 0
     at_once: Callable[[], Running] | None = None
 
 
@@ -59,19 +61,17 @@ class Answers:
         remember(self._planned, (command, caller.name), (now + min(IN_HAND_SECONDS, self._seconds / 10), planned), IN_HAND_KEPT)
         remember(self._tickets, planned.ticket, (now + self._seconds, planned), IN_HAND_KEPT)
 
-    def planned(self, command: bytes, caller: Caller, newest: Callable[[Caller], Snapshot]) -> Planned | None:
+    def planned(self, command: bytes, caller: Caller, newest: Callable[[], Snapshot]) -> Planned | None:
         """Return what a command was answered with, if that is still so."""
         until, planned = self._planned.get((command, caller.name), (0.0, None))
-        if planned is None or caller.at is not None or time.monotonic() > until or planned.snapshot is not newest(caller):
+        if planned is None or caller.at is not None or time.monotonic() > until or planned.viewer != caller.principal:
             return None
-        return planned
+        return planned if newest().table_version == planned.table_version else None
 
     def result(self, ticket: bytes, caller: Caller) -> Result | None:
         """Return the result that a ticket stands for, if it is in hand and the caller's."""
         until, planned = self._tickets.get(ticket, (0.0, None))
-        if planned is None or planned.at_once is None or planned.snapshot is None or time.monotonic() > until:
-            return None
-        if planned.snapshot.viewer != caller.principal:
+        if planned is None or planned.at_once is None or time.monotonic() > until or planned.viewer != caller.principal:
             return None
         return Result(planned.schema, ((batch, None) for batch in planned.at_once().batches))
 

@@ -102,7 +102,11 @@ class Service:
 
     def flight_info(self, command: bytes, caller: Caller, follow: Place | None = None) -> Planned:
         """Plan the command in a descriptor; with `follow`, a statement to be run over a topic as it grows, from there."""
-        if follow is None and (again := self._answers.planned(command, caller, self.newest)) is not None and self._is_as_ever(caller):
+        if (
+            follow is None
+            and (again := self._answers.planned(command, caller, self._oplog.snapshot)) is not None
+            and self._is_as_ever(caller)
+        ):
             return again
         message = wire.unpack(command)
         if caller.leaves_out and isinstance(message, wire.CommandGetSqlInfo) and tuple(message.info) == (_TRANSACTION_SUPPORT,):
@@ -214,7 +218,8 @@ class Service:
             handle = self._sealer.seal("statement", body, caller.name, self.config.ticket_seconds_max)
             if parameters is None and transaction is None and caller.at is None and not options:
                 at_once = self._engine.at_once(sql, statement.snapshot, IN_HAND_BYTES)
-                return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)), statement.snapshot, at_once)
+                ticket, version = wire.pack(wire.TicketStatementQuery(handle)), statement.snapshot.table_version
+                return Planned(statement.schema, ticket, caller.principal, version, at_once)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
     def _execute(self, sql: str, caller: Caller, parameters: pa.RecordBatch | None, transaction_id: bytes | None) -> int:

@@ -210,9 +210,10 @@ class Engine:
         if known is None or sum(batch.nbytes for batch in known[1]) > bytes_max:
             return None
         schema, batches = known
+        principal = snapshot.viewer.name
 
         def again() -> Running:
-            return Running(schema, self._queries.begin(sql, snapshot.viewer.name).watched(iter(batches)))
+            return Running(schema, self._queries.begin(sql, principal).watched(iter(batches)))
 
         return again
 
