@@ -102,11 +102,7 @@ class Service:
 
     def flight_info(self, command: bytes, caller: Caller, follow: Place | None = None) -> Planned:
         """Plan the command in a descriptor; with `follow`, a statement to be run over a topic as it grows, from there."""
-        if (
-            follow is None
-            and (again := self._answers.planned(command, caller, self._oplog.snapshot)) is not None
-            and self._is_as_ever(caller)
-        ):
+        if follow is None and (again := self._again(command, caller)) is not None:
             return again
         message = wire.unpack(command)
         if caller.leaves_out and isinstance(message, wire.CommandGetSqlInfo) and tuple(message.info) == (_TRANSACTION_SUPPORT,):
@@ -120,13 +116,14 @@ class Service:
             self._answers.keep(command, caller, planned)
         return planned
 
-    def _is_as_ever(self, caller: Caller) -> bool:
-        """Whether a caller's session has no options, and its handles no values that came after them; takes note of the call."""
-        if self._bound or self._sessions.options(caller):
-            return False
+    def _again(self, command: bytes, caller: Caller) -> Planned | None:
+        """Return what a command was answered with, where that is in hand; its session has no options, nor handles values since."""
+        planned = self._answers.planned(command, caller, self._oplog.snapshot)
+        if planned is None or self._bound or self._sessions.options(caller):
+            return None
         if caller.leaves_out:
             self.transactions.saw(caller.sessions, caller.name)
-        return True
+        return planned
 
     def schema(self, command: bytes, caller: Caller) -> pa.Schema:
         """Return the schema of a command's result; nothing is carried out."""
@@ -216,10 +213,10 @@ class Service:
             if (db_schema := options.get("schema", PUBLIC)) != PUBLIC:
                 body["schema"] = db_schema
             handle = self._sealer.seal("statement", body, caller.name, self.config.ticket_seconds_max)
-            if parameters is None and transaction is None and caller.at is None and not options:
-                at_once = self._engine.at_once(sql, statement.snapshot, IN_HAND_BYTES)
-                ticket, version = wire.pack(wire.TicketStatementQuery(handle)), statement.snapshot.table_version
-                return Planned(statement.schema, ticket, caller.principal, version, at_once)
+            is_plain = parameters is None and transaction is None and caller.at is None and not options
+            at_once = self._engine.at_once(sql, statement.snapshot, IN_HAND_BYTES) if is_plain else None
+            ticket = wire.pack(wire.TicketStatementQuery(handle))
+            return Planned(statement.schema, ticket, caller.principal, statement.snapshot.table_version, at_once)
         return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
 
     def _execute(self, sql: str, caller: Caller, parameters: pa.RecordBatch | None, transaction_id: bytes | None) -> int:
