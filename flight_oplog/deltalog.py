@@ -31,6 +31,7 @@ from flight_oplog.storage import Storage, Unsure
 log = logging.getLogger("flight_oplog.deltalog")
 
 FOLDER = "_delta_log"
+LAST_CHECKPOINT = f"{FOLDER}/_last_checkpoint"
 _ENTRY_NAME = re.compile(r"\d{20}\.json")
 _CHECKPOINT_NAME = re.compile(r"(\d{20})\.checkpoint\.parquet")
 
@@ -57,19 +58,26 @@ def is_there(storage: Storage) -> bool:
     return any(_ENTRY_NAME.fullmatch(name) or _CHECKPOINT_NAME.fullmatch(name) for name in storage.names(FOLDER))
 
 
-def checkpoint_paths(storage: Storage, table_version: int) -> list[str]:
-    """Return what makes up a checkpoint, the folder that names it last."""
-    names = [name for name in storage.names(FOLDER) if name == "_last_checkpoint" or name.startswith(f"{table_version:020}.checkpoint")]
-    return [*(f"{FOLDER}/{name}" for name in names), FOLDER]
+def checkpoint_path(table_version: int) -> str:
+    return f"{FOLDER}/{table_version:020}.checkpoint.parquet"
 
 
 def checkpointed(storage: Storage) -> int:
     """Return the table version of the newest checkpoint, -1 when there is none."""
     try:
-        version = json.loads(storage.read(f"{FOLDER}/_last_checkpoint").to_pybytes())["version"]
+        version = json.loads(storage.read(LAST_CHECKPOINT).to_pybytes())["version"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return -1
     return version if type(version) is int else -1
+
+
+def up_to(storage: Storage, table_version: int) -> list[str]:
+    """Return what tells a table version: the files of the newest checkpoint and the entries after it; without one, all entries."""
+    last = checkpointed(storage)
+    checkpoint = [f"{FOLDER}/{name}" for name in storage.names(FOLDER) if name.startswith(f"{last:020}.checkpoint.")]
+    if not checkpoint or last > table_version:
+        last, checkpoint = -1, []
+    return [*checkpoint, *map(entry_path, range(last + 1, table_version + 1))]
 
 
 def read(storage: Storage, table_version: int) -> Changes | None:
@@ -98,7 +106,7 @@ def numbers(storage: Storage, table_version: int) -> dict[str, int]:
     start = max((version for version in checkpoints if version <= table_version), default=-1)
     latest: dict[str, int] = {}
     if start >= 0:
-        content = storage.read(f"{FOLDER}/{start:020}.checkpoint.parquet")
+        content = storage.read(checkpoint_path(start))
         rows = pq.read_table(pa.BufferReader(content), columns=["txn"]).column("txn").to_pylist()
         latest = {row["appId"]: row["version"] for row in rows if row is not None and row["appId"] is not None}
     for version, content in _contents(storage, range(start + 1, table_version + 1)):

@@ -160,6 +160,14 @@ class Storage(abc.ABC):
         """Make durable what another program has written: files, or folders for the names in them."""
 
     @abc.abstractmethod
+    def still(self, paths: Iterable[str]) -> contextlib.AbstractContextManager[str]:
+        """Give another program a root with some files of the log's, where no others come while it lists them."""
+
+    @abc.abstractmethod
+    def adopt(self, root: str, paths: Iterable[str]) -> None:
+        """Take files that another program has made at such a root, durably; they replace those of their names."""
+
+    @abc.abstractmethod
     def sweep(self) -> None:
         """Remove what a crash in `create` has left behind."""
 
@@ -313,6 +321,29 @@ class Folder(Storage):
             else:
                 with open(full, "rb") as file:
                     os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def still(self, paths: Iterable[str]) -> Iterator[str]:
+        with tempfile.TemporaryDirectory(prefix="flight-oplog-") as root:
+            for path in paths:
+                link = os.path.join(root, path)
+                os.makedirs(os.path.dirname(link), exist_ok=True)
+                os.symlink(self._full(path), link)
+            yield root
+
+    def adopt(self, root: str, paths: Iterable[str]) -> None:
+        for path in paths:
+            full = self._full(path)
+            before = os.path.join(os.path.dirname(full), f".{uuid.uuid4()}{_STAGED_SUFFIX}")
+            try:
+                with open(os.path.join(root, path), "rb") as file:
+                    _write_durably(before, file.read())
+                os.replace(before, full)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(before)
+                raise
+            _sync_folder(os.path.dirname(full))
 
     def sweep(self) -> None:
         for name in self.names("_delta_log"):
@@ -501,6 +532,13 @@ class Bucket(Storage):
 
     def sync(self, paths: Iterable[str]) -> None:
         """Nothing to do: an object that was put is durable."""
+
+    def still(self, paths: Iterable[str]) -> contextlib.AbstractContextManager[str]:
+        """The log itself: a store lists objects by their names, and what comes meanwhile comes last."""
+        return contextlib.nullcontext(self.uri)
+
+    def adopt(self, root: str, paths: Iterable[str]) -> None:
+        """Nothing to do: they are there."""
 
     def sweep(self) -> None:
         """Nothing to do: an object is put whole."""

@@ -561,15 +561,18 @@ class Store:
             self._storage.sweep()
             snapshot = self._current
             files = sum(len(topic.files) for topic in snapshot.topics.values())
-            if snapshot.table_version - deltalog.checkpointed(self._storage) < files // CHECKPOINT_PART:
+            version = snapshot.table_version
+            if version - deltalog.checkpointed(self._storage) < files // CHECKPOINT_PART:
                 return
-            table = _opened(self._storage)
-            _listed(table.create_checkpoint)
-            # Entries may only go when what replaces them is durable.
-            self._storage.sync(deltalog.checkpoint_paths(self._storage, table.version()))
-            table.cleanup_metadata()
+            # delta-rs lists the folder, and gives up where entries came while it did: in a large one some always do.
+            with self._storage.still(deltalog.up_to(self._storage, version)) as root:
+                table = DeltaTable(root, version=version, storage_options=self._storage.options)
+                table.create_checkpoint()
+                self._storage.adopt(root, [deltalog.checkpoint_path(version), deltalog.LAST_CHECKPOINT])
+            # Entries may only go when what replaces them is durable, as it is now.
+            _listed(lambda: _opened(self._storage).cleanup_metadata())
         except Exception as error:  # a log without this checkpoint is whole; it is tried again soon
-            log.warning("the checkpoint failed: %s", error)
+            log.warning("the checkpoint failed, or dropping entries past their retention: %s", error)
 
     def close(self) -> None:
         """Wait for a checkpoint under way."""

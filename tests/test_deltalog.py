@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from conftest import SEED, rows
 from deltalake import DeltaTable
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, DeltaError
 from deltalake.transaction import AddAction, CommitProperties, Transaction
 
 from flight_oplog import Config, OpLog, Origin, deltalog
@@ -165,6 +165,31 @@ def test_checkpoints_of_many_files_come_seldom(folder: Path, monkeypatch: pytest
     assert made == [10, 20, 40, 80, 160]
     with OpLog.open(str(folder)) as log:
         assert log.append("t", pa.record_batch({"n": [170]})).first_offset == 170
+
+
+def test_a_checkpoint_is_made_while_entries_come(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """delta-rs lists the folder, which shows some of the entries that come meanwhile and not those before them."""
+    with OpLog.open(str(folder)) as log:
+        for number in range(5):
+            log.append("t", pa.record_batch({"n": [number]}))
+        later = folder / "_delta_log" / f"{99:020}.json"
+        later.write_text((folder / "_delta_log" / f"{5:020}.json").read_text())
+        with pytest.raises(DeltaError, match="contiguous"):
+            DeltaTable(str(folder))
+        log._store._checkpoint()
+        later.unlink()
+        assert [record.getMessage()[:21] for record in caplog.records] == ["the checkpoint failed"]  # nothing is cleaned up just now
+        assert json.loads((folder / "_delta_log" / "_last_checkpoint").read_text())["version"] == 5
+        for version in range(5):
+            (folder / "_delta_log" / f"{version:020}.json").unlink()
+        for number in (5, 6):
+            log.append("t", pa.record_batch({"n": [number]}))
+        log._store._checkpoint()  # from the one before
+        for version in (5, 6):  # the newest entry never goes
+            (folder / "_delta_log" / f"{version:020}.json").unlink()
+    with OpLog.open(str(folder)) as log:
+        assert rows(Engine(Config()), log.snapshot(), "SELECT sum(n) AS n FROM t") == [{"n": 21}]
+        assert log.append("t", pa.record_batch({"n": [7]})).first_offset == 7
 
 
 def test_after_a_long_pause_the_table_is_read_afresh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
