@@ -569,10 +569,11 @@ class Store:
                 table = DeltaTable(root, version=version, storage_options=self._storage.options)
                 table.create_checkpoint()
                 self._storage.adopt(root, [deltalog.checkpoint_path(version), deltalog.LAST_CHECKPOINT])
-            # Entries may only go when what replaces them is durable, as it is now.
-            _listed(lambda: _opened(self._storage).cleanup_metadata())
+            # Entries may only go when what replaces them is durable, as it is now. Where others come meanwhile, they go another time.
+            with contextlib.suppress(DeltaError):
+                DeltaTable(self._storage.uri, storage_options=self._storage.options).cleanup_metadata()
         except Exception as error:  # a log without this checkpoint is whole; it is tried again soon
-            log.warning("the checkpoint failed, or dropping entries past their retention: %s", error)
+            log.warning("the checkpoint failed: %s", error)
 
     def close(self) -> None:
         """Wait for a checkpoint under way."""

@@ -178,7 +178,7 @@ def test_a_checkpoint_is_made_while_entries_come(folder: Path, caplog: pytest.Lo
             DeltaTable(str(folder))
         log._store._checkpoint()
         later.unlink()
-        assert [record.getMessage()[:21] for record in caplog.records] == ["the checkpoint failed"]  # nothing is cleaned up just now
+        assert not caplog.records, "what is past its retention goes another time"
         assert json.loads((folder / "_delta_log" / "_last_checkpoint").read_text())["version"] == 5
         for version in range(5):
             (folder / "_delta_log" / f"{version:020}.json").unlink()
