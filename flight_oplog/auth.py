@@ -59,7 +59,8 @@ class Admission:
     shown: str | None = field(default=None, repr=False)
 
 
-_ANYBODY = Admission(ANYBODY)
+# How everybody is admitted where nobody is asked who they are.
+OPEN = Admission(ANYBODY)
 
 
 class Gate:
@@ -126,7 +127,7 @@ class Gate:
         be told now.
         """
         if not self.takes_bearers:
-            return _ANYBODY
+            return OPEN
         if not authorization:
             raise Unauthenticated(_NEEDED)
         check_size(authorization)

@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.flight as fl
 
 from flight_oplog import logs
-from flight_oplog.auth import Admission, Gate, check_size
+from flight_oplog.auth import OPEN, Admission, Gate, check_size
 from flight_oplog.config import Config
 from flight_oplog.errors import Cancelled, OplogError, TryAgain, Unauthenticated
 from flight_oplog.flightsql.caller import Caller
-from flight_oplog.grants import ANYBODY, NOBODY, Principal
+from flight_oplog.grants import NOBODY, Principal
 from flight_oplog.shares import Shares
 from flight_oplog.threads import Visit
 
@@ -267,7 +267,7 @@ class Handshakes(fl.ServerAuthHandler):
         return b""
 
 
-_OPEN, _UNKNOWN = Admission(ANYBODY), Admission(NOBODY)
+_UNKNOWN = Admission(NOBODY)
 # A client's first call is one of these: it is offered a session.
 _OFFERED_WITH = frozenset((fl.FlightMethod.DO_ACTION, fl.FlightMethod.GET_FLIGHT_INFO))
 
@@ -277,7 +277,7 @@ class Call(fl.ServerMiddleware):
 
     def __init__(self, calls: Calls, method: Any, headers: dict[str, str]) -> None:
         self.headers = headers
-        self.admission = _OPEN if calls.gate.is_open else _UNKNOWN
+        self.admission = OPEN if calls.gate.is_open else _UNKNOWN
         self.failed: BaseException | None = None
         self.bearer: str | None = None  # that the answer tells the client to use from then on
         self.is_silent = False

@@ -36,9 +36,6 @@ class Growing(Sequence[Item]):
     def __iter__(self) -> Iterator[Item]:
         return itertools.islice(self._items, self._length)
 
-    def __reversed__(self) -> Iterator[Item]:
-        return map(self._items.__getitem__, range(self._length - 1, -1, -1))
-
     @overload
     def __getitem__(self, place: int) -> Item: ...
     @overload

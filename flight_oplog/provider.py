@@ -329,10 +329,14 @@ class EntriesTable(_Table):
         pieces = self.context.cache.together(record, projected, self.counts, make)
         if pieces is None:
             return None
+        self._count(record)
+        return [pa.RecordBatch.from_arrays(list(each), schema=projected) for each in zip(*pieces, strict=True)]
+
+    def _count(self, record: RecordMeta) -> None:
+        """Count a record as read, once."""
         if record.key not in self._read:
             self._read.add(record.key)
             self.counts.records_read += record.rows
-        return [pa.RecordBatch.from_arrays(list(each), schema=projected) for each in zip(*pieces, strict=True)]
 
     def _of_entries(self, record: RecordMeta, names: Sequence[str]) -> list[str]:
         """Return those of some columns that a record's content has."""
@@ -344,9 +348,7 @@ class EntriesTable(_Table):
         of_entries = self._of_entries(record, names)
         if not of_entries:
             return Columns(self._plain, [record.entries], {}, log_columns(record, names))
-        if record.key not in self._read:
-            self._read.add(record.key)
-            self.counts.records_read += record.rows
+        self._count(record)
         decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts, self._held.get(record.key))
         if record.key in self._held:
             self._held[record.key] = decoded

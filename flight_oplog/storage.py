@@ -256,21 +256,15 @@ class Folder(Storage):
 
     def create(self, path: str, content: bytes, mark: str, private: bool = False) -> None:
         full = self._full(path)
-        folder = os.path.dirname(full)
-        before = os.path.join(folder, f".{uuid.uuid4()}{_STAGED_SUFFIX}")
-        try:
-            _write_durably(before, content, 0o600 if private else 0o644)
+        with _written_beside(full, content, 0o600 if private else 0o644) as before:
             try:
                 os.link(before, full)  # whole or not at all, and only one can
             except OSError as error:
                 # A file system over a network may report an error of its own for a link that was made.
                 if not self._holds(path, mark, error):
                     raise
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(before)
         try:
-            _sync_folder(folder)
+            _sync_folder(os.path.dirname(full))
         except OSError as error:
             raise Unsure(error.errno, str(error)) from error
 
@@ -334,15 +328,8 @@ class Folder(Storage):
     def adopt(self, root: str, paths: Iterable[str]) -> None:
         for path in paths:
             full = self._full(path)
-            before = os.path.join(os.path.dirname(full), f".{uuid.uuid4()}{_STAGED_SUFFIX}")
-            try:
-                with open(os.path.join(root, path), "rb") as file:
-                    _write_durably(before, file.read())
+            with open(os.path.join(root, path), "rb") as file, _written_beside(full, file.read()) as before:
                 os.replace(before, full)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(before)
-                raise
             _sync_folder(os.path.dirname(full))
 
     def sweep(self) -> None:
@@ -363,6 +350,18 @@ def _fill(handle: int, memory: memoryview, start: int) -> int:
     while done < len(memory) and (got := os.preadv(handle, [memory[done:]], start + done)):
         done += got
     return done
+
+
+@contextlib.contextmanager
+def _written_beside(path: str, content: bytes, mode: int = 0o644) -> Iterator[str]:
+    """Write a file durably under another name in its folder, for the block to give it its own; the other name goes."""
+    before = os.path.join(os.path.dirname(path), f".{uuid.uuid4()}{_STAGED_SUFFIX}")
+    try:
+        _write_durably(before, content, mode)
+        yield before
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(before)
 
 
 def _write_durably(path: str, content: bytes, mode: int = 0o644) -> None:

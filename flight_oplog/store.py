@@ -23,7 +23,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 from deltalake import DeltaTable
@@ -61,7 +61,7 @@ SECRET_PATH = "_oplog_key"
 CHECKPOINT_INTERVAL = 100
 CHECKPOINT_PART = 20
 RELOAD_SECONDS = 3600
-LISTINGS_MAX = 20
+OPENS_MAX = 20
 # Entries followed one by one, before the table is read afresh instead.
 FOLLOWED_MAX = 200
 # Content that was committed here just now, small records only: the next query need not read it.
@@ -74,8 +74,6 @@ FEW_FILES = 8
 PROTOCOL = (1, 2)
 FORMAT_KEY = "oplog.formatVersion"
 
-
-Result = TypeVar("Result")
 
 _NUMBERS = itertools.count()  # tells stores apart for as long as the process lives, as their ids do not
 
@@ -558,7 +556,6 @@ class Store:
     def _checkpoint(self) -> None:
         """Sum up the Delta log in a checkpoint, unless its last one names most files; drop entries past their retention."""
         try:
-            self._storage.sweep()
             snapshot = self._current
             files = sum(len(topic.files) for topic in snapshot.topics.values())
             version = snapshot.table_version
@@ -572,6 +569,7 @@ class Store:
             # Entries may only go when what replaces them is durable, as it is now. Where others come meanwhile, they go another time.
             with contextlib.suppress(DeltaError):
                 DeltaTable(self._storage.uri, storage_options=self._storage.options).cleanup_metadata()
+            self._storage.sweep()
         except Exception as error:  # a log without this checkpoint is whole; it is tried again soon
             log.warning("the checkpoint failed: %s", error)
 
@@ -640,19 +638,14 @@ def _reading(what: str) -> Iterator[None]:
 
 
 def _opened(storage: Storage) -> DeltaTable:
-    """Open the table with delta-rs."""
-    return _listed(lambda: DeltaTable(storage.uri, storage_options=storage.options))
-
-
-def _listed(ask: Callable[[], Result]) -> Result:
-    """Ask delta-rs for what makes it list the log's folder, again where it gives up because entries came while it did."""
-    for _ in range(LISTINGS_MAX):
+    """Open the table with delta-rs, which lists the log's folder and gives up when entries came while it did."""
+    for _ in range(OPENS_MAX):
         try:
-            return ask()
+            return DeltaTable(storage.uri, storage_options=storage.options)
         except DeltaError as error:
             if "contiguous" not in str(error):
                 raise
-    return ask()
+    return DeltaTable(storage.uri, storage_options=storage.options)
 
 
 def _times_of(add: Mapping[str, Any]) -> dict[str, Any]:

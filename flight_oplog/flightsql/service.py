@@ -176,8 +176,8 @@ class Service:
 
     # Queries
 
-    def _prepare(self, sql: str, caller: Caller, parameters: str | None = None) -> Statement:
-        options = self._sessions.options(caller)
+    def _prepare(self, sql: str, caller: Caller, parameters: str | None = None, options: dict[str, str] | None = None) -> Statement:
+        options = self._sessions.options(caller) if options is None else options
         found = self._engine.prepare(sql, self._snapshot(caller, options), _loaded(parameters), options.get("schema", PUBLIC))
         return replace(found, schema=metadata.described_result(found.schema))
 
@@ -199,7 +199,8 @@ class Service:
 
     def _plan_sql(self, sql: str, caller: Caller, parameters: str | None = None, transaction: str | None = None) -> Planned:
         """Plan a query, or carry out what is none; `parameters` and `transaction` are as handles carry them."""
-        statement = self._prepare(sql, caller, parameters)
+        options, at_once = self._sessions.options(caller), None
+        statement = self._prepare(sql, caller, parameters, options)
         if statement.is_update:
             count = self._execute(sql, caller, _loaded(parameters), None if transaction is None else transaction.encode())
             handle = self._sealer.seal("count", {"count": count}, caller.name, self.config.ticket_seconds_max)
@@ -209,15 +210,13 @@ class Service:
             body = {"sql": sql, "table_version": statement.snapshot.table_version}
             if parameters is not None:
                 body["parameters"] = parameters
-            options = self._sessions.options(caller)
             if (db_schema := options.get("schema", PUBLIC)) != PUBLIC:
                 body["schema"] = db_schema
             handle = self._sealer.seal("statement", body, caller.name, self.config.ticket_seconds_max)
-            is_plain = parameters is None and transaction is None and caller.at is None and not options
-            at_once = self._engine.at_once(sql, statement.snapshot, IN_HAND_BYTES) if is_plain else None
-            ticket = wire.pack(wire.TicketStatementQuery(handle))
-            return Planned(statement.schema, ticket, caller.principal, statement.snapshot.table_version, at_once)
-        return Planned(statement.schema, wire.pack(wire.TicketStatementQuery(handle)))
+            if parameters is None and transaction is None and caller.at is None and not options:
+                at_once = self._engine.at_once(sql, statement.snapshot, IN_HAND_BYTES)
+        ticket = wire.pack(wire.TicketStatementQuery(handle))
+        return Planned(statement.schema, ticket, caller.principal, statement.snapshot.table_version, at_once)
 
     def _execute(self, sql: str, caller: Caller, parameters: pa.RecordBatch | None, transaction_id: bytes | None) -> int:
         if transaction_id is not None:

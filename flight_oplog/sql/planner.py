@@ -58,7 +58,7 @@ _SETTINGS = {
     "datafusion.catalog.default_schema": "public",
 }
 _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
-_SUMS_UP = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|COUNT|SUM|AVG|MIN|MAX)\b", re.IGNORECASE)
+_SUMS_UP = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|(?:count|sum|min|max|avg)\s*\()", re.IGNORECASE)
 _WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+([\w.\"]+)\s*;?\s*", re.IGNORECASE)
 # What a plan takes the time of its making for, or who asks.
 _DATED = re.compile(r"\b(?:now|today|current_\w+|system|queries)\b", re.IGNORECASE)
@@ -227,7 +227,7 @@ class Planner:
         )
         context.tables = measured.tables
         rows = self._config.statement_bytes_max // (BATCHES_AT_ONCE * UNIT_BYTES * measured.growth)
-        context.sums_up = rows >= TOGETHER_ROWS and _SUMS_UP.search(sql) is not None
+        context.sums_up = rows >= TOGETHER_ROWS and sums_up(sql)
         if rows < BATCH_ROWS:  # what a function makes of a batch is in memory as a whole
             session.sql(f"SET datafusion.execution.batch_size = {max(rows, 1)}")
         return session, context
@@ -276,6 +276,11 @@ def accountable(session: SessionContext, frame: Any, context: ScanContext) -> An
 def groups(sql: str) -> bool:
     """Whether a statement groups: then it is planned with short texts as views first."""
     return _GROUPS.search(sql) is not None
+
+
+def sums_up(sql: str) -> bool:
+    """Whether a statement may make little of many entries."""
+    return _SUMS_UP.search(sql) is not None
 
 
 def _new_session(db_schema: str, partitions: int, runtime: RuntimeEnvBuilder, catalog: Catalog | Shelf) -> SessionContext:

@@ -21,7 +21,7 @@ from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
 from flight_oplog.sql.aggregates import ANSWER_BYTES_MAX, STATE_ROWS_MAX, Aggregation, Answer, State, States, taken_apart, whole_of
 from flight_oplog.sql.catalog import TIME_TRAVEL, Shelf
 from flight_oplog.sql.parameters import Values
-from flight_oplog.sql.planner import Asked, Planner
+from flight_oplog.sql.planner import Asked, Planner, sums_up
 from flight_oplog.sql.stream import Running, paced, schema_of, wire_schema
 from flight_oplog.store import Snapshot
 from flight_oplog.topics import Topic
@@ -33,7 +33,6 @@ REMEMBERED_CHARACTERS = 4096
 # An aggregate that took so long is worth a state.
 STATE_SECONDS = 0.01
 _DECIDING = (SCHEMAS_TOPIC, VIEWS_TOPIC)
-_AGGREGATES = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|(?:count|sum|min|max|avg)\s*\()", re.IGNORECASE)
 _OF_ALL = re.compile(r"\b(?:count|min|max)\s*\(", re.IGNORECASE)
 _OF_SOME = re.compile(r"\b(?:WHERE|GROUP|JOIN|DISTINCT)\b", re.IGNORECASE)
 # A text that was never asked is looked at more closely where it reads all of a topic of so many entries: its shape may be known.
@@ -65,7 +64,7 @@ class Repeated:
         """Return what everything that is kept of a query is kept under, None for one of which nothing is."""
         if asked.offsets is not None or len(asked.sql) > REMEMBERED_CHARACTERS:
             return None
-        if not _AGGREGATES.search(asked.sql) or TIME_TRAVEL.search(asked.sql):
+        if not sums_up(asked.sql) or TIME_TRAVEL.search(asked.sql):
             return None
         return Key((asked.sql, asked.db_schema, _packed(asked.values), *registry(asked.snapshot)))
 
