@@ -83,7 +83,11 @@ class Config:
     message_bytes_max: int = setting(3 * MIB, "one result batch on the wire; clients refuse more than 4 MiB", least=1)
     cache_bytes_max: int = setting(128 * MIB, "decoded columns kept in memory", least=0)
     state_bytes_max: int = setting(64 * MIB, "what is kept of aggregates that were asked before", least=0)
-    map_files: bool = setting(True, "map files on a local disk instead of reading them; a disk that fails in use then ends the server")
+    mapped_bytes_max: int = setting(
+        384 * MIB,
+        "files of a local disk mapped into memory; 0 reads them: a mapped disk that fails in use ends the server",
+        least=0,
+    )
     refresh_ms: int = setting(500, "what another server committed to an object store is seen this much later at most", least=0)
     log_format: str = setting("text", "how the server's log is written: for people, or as one JSON object a line", choices=("text", "json"))
     log_calls: str = setting("failed", "calls that the server's log has a line for", choices=("none", "failed", "all"))

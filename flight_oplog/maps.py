@@ -1,7 +1,8 @@
 """Files of a local disk as the system's page cache has them: mapped, not copied.
 
 Reading a file copies it into memory of this process, and on a virtual machine touching new memory takes several times as
-long as the copy. A map shows the pages that the system has anyway, and the system may take them back when it is short.
+long as the copy. A map shows the pages that the system has anyway, and the system may take them back when it is short. They count as this
+process's memory all the same, so they are given back when they are many: whoever looks again finds them in the page cache.
 
 Touching a mapped page that cannot be read kills a process (SIGBUS). So pages are read in before anybody looks at them, by a
 call that says when it fails (MADV_POPULATE_READ, Linux 5.14; https://man7.org/linux/man-pages/man2/madvise.2.html), and
@@ -10,10 +11,13 @@ file systems over a network are not mapped: what another machine removes there i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
 import threading
+import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
@@ -23,18 +27,41 @@ from flight_oplog.kept import remember
 
 # A map of a removed file keeps its bytes on the disk: no more than these are kept for the next record of the same file.
 MAPS_KEPT = 64
+MAPPED_BYTES_MAX = 384 << 20
+# So often at most it is looked how many pages of files there are.
+TRIM_SECONDS = 0.02
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 _LOCAL = frozenset(("bcachefs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"))
-_MADV_WILLNEED, _MADV_POPULATE_READ = 3, 22
+_MADV_WILLNEED, _MADV_DONTNEED, _MADV_POPULATE_READ = 3, 4, 22
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-class Maps:
-    """Maps of the files below one folder. Thread-safe."""
+def resident() -> tuple[int, int]:
+    """Return the bytes of memory that are this process's alone, and those of files that it shares; 0 where the system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/statm", "rb") as stream:
+        _, pages, shared = map(int, stream.read().split()[:3])
+        return (pages - shared) * PAGE_BYTES, shared * PAGE_BYTES
+    return 0, 0
 
-    def __init__(self, root: str) -> None:
+
+class _Map:
+    """A file's map, for as long as somebody has a part of it."""
+
+    __slots__ = ("__weakref__", "of_file")
+
+    def __init__(self, of_file: pa.Buffer) -> None:
+        self.of_file = of_file
+
+
+class Maps:
+    """Maps of the files below one folder, of which about `bytes_max` are in this process's memory. Thread-safe."""
+
+    def __init__(self, root: str, bytes_max: int) -> None:
         self._root = root
+        self._bytes_max = bytes_max
+        self._trimmed = 0.0
+        self._all = weakref.WeakSet[_Map]()
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, tuple[int | None, pa.Buffer | None]] = OrderedDict()
         self._can_map: bool | None = None
@@ -50,10 +77,23 @@ class Maps:
         if whole is None or start + size > whole.size:
             return None
         found = whole.slice(start, size)
+        self.trim()
         ranges = [_pages(found.address + low, high - low) for low, high in spans]
         for pages in ranges:  # all are begun before the first is waited for
             _LIBC.madvise(*pages, _MADV_WILLNEED)
         return found if all(_LIBC.madvise(*pages, _MADV_POPULATE_READ) == 0 for pages in ranges) else None
+
+    def trim(self) -> None:
+        """Give the maps' pages back, if there are too many; what is looked at again comes from the page cache."""
+        now = time.monotonic()
+        if now < self._trimmed + TRIM_SECONDS:
+            return
+        self._trimmed = now
+        if resident()[1] > self._bytes_max:
+            with self._lock:
+                maps = list(self._all)
+            for each in maps:
+                _LIBC.madvise(*_pages(each.of_file.address, each.of_file.size), _MADV_DONTNEED)
 
     def let_go(self, paths: Iterable[str] | None) -> None:
         """Let go of some files, or of all."""
@@ -69,7 +109,9 @@ class Maps:
                 number, found = self._kept.pop(path, (None, None))
                 if found is None or number != status.st_ino:
                     with pa.memory_map(path) as file:  # what was read outlives it, without a handle of the system's
-                        found = file.read_buffer()
+                        of_file = _Map(file.read_buffer())
+                    self._all.add(of_file)
+                    found = pa.foreign_buffer(of_file.of_file.address, of_file.of_file.size, of_file)
                 remember(self._kept, path, (status.st_ino, found), MAPS_KEPT)
                 return found
         except OSError:

@@ -78,7 +78,7 @@ class OpLog:
         Raises NotALog when something else is there or a newer format_version.
         """
         config = config or Config(data=uri)
-        return cls(Store.open(uri, refresh_seconds=config.refresh_ms / 1000, map_files=config.map_files), config)
+        return cls(Store.open(uri, refresh_seconds=config.refresh_ms / 1000, mapped_bytes_max=config.mapped_bytes_max), config)
 
     def append(self, topic: str, entries: Appendable, origin: Origin = _ANONYMOUS) -> Receipt:
         """Append all of `entries` as one append and return its receipt: durable, whole, visible to the next snapshot.

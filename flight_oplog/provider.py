@@ -232,6 +232,7 @@ class EntriesTable(_Table):
                 return
             if top is not None and top.is_behind(best):
                 continue
+            self._snapshot.store.trim()
             self._held.setdefault(record.key, None)
             rows = self._within(record, None if filter is None else self._matching(record, filter))
             if top is not None and (rows is None or len(rows)):

@@ -33,7 +33,7 @@ import pyarrow as pa
 
 from flight_oplog.errors import NotALog
 from flight_oplog.files import OutputFile, allocate
-from flight_oplog.maps import Maps
+from flight_oplog.maps import MAPPED_BYTES_MAX, Maps
 
 ALIGNED_BYTES = 64
 LEFT_BEHIND_SECONDS = 3600
@@ -172,15 +172,22 @@ class Storage(abc.ABC):
         """Remove what a crash in `create` has left behind."""
 
     @abc.abstractmethod
+    def trim(self) -> None:
+        """Keep no more of files in memory than was said. Costs nothing where there is nothing to do."""
+
+    @abc.abstractmethod
     def let_go(self, paths: Iterable[str] | None = None) -> None:
         """Hold on to nothing of some files, or of any: somebody may want their place on the disk."""
 
 
-def storage_at(uri: str, map_files: bool = True) -> Storage:
-    """Return the storage at a folder's path, a file:// URI or an object store's URI. Raises NotALog for any other."""
+def storage_at(uri: str, mapped_bytes_max: int = MAPPED_BYTES_MAX) -> Storage:
+    """Return the storage at a folder's path, a file:// URI or an object store's URI. Raises NotALog for any other.
+
+    Files on a local disk are mapped, unless `mapped_bytes_max` is 0.
+    """
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
     if scheme is None or scheme[1] == "file":
-        return Folder(uri.removeprefix("file://"), map_files)
+        return Folder(uri.removeprefix("file://"), mapped_bytes_max)
     if scheme[1] not in OBJECT_STORES:
         raise NotALog(f"{uri}: is not a folder, nor on an object store that is known here ({', '.join(OBJECT_STORES)})")
     return Bucket(uri)
@@ -195,11 +202,11 @@ class Folder(Storage):
     gap_bytes = 32 << 10
     reads_ahead = 2
 
-    def __init__(self, root: str, map_files: bool = True) -> None:
+    def __init__(self, root: str, mapped_bytes_max: int = MAPPED_BYTES_MAX) -> None:
         self.uri, self.options = os.path.abspath(root), {}
         if os.path.exists(self.uri) and not os.path.isdir(self.uri):
             raise NotALog(f"{self.uri}: is a file, not a folder; choose an empty or a new folder")
-        self._maps = Maps(self.uri) if map_files else None
+        self._maps = Maps(self.uri, mapped_bytes_max) if mapped_bytes_max else None
 
     def _full(self, path: str) -> str:
         return os.path.join(self.uri, path)
@@ -338,6 +345,10 @@ class Folder(Storage):
             with contextlib.suppress(OSError):
                 if name.startswith(".") and name.endswith(_STAGED_SUFFIX) and os.path.getmtime(full) < time.time() - LEFT_BEHIND_SECONDS:
                     os.unlink(full)
+
+    def trim(self) -> None:
+        if self._maps:
+            self._maps.trim()
 
     def let_go(self, paths: Iterable[str] | None = None) -> None:
         if self._maps:
@@ -541,6 +552,9 @@ class Bucket(Storage):
 
     def sweep(self) -> None:
         """Nothing to do: an object is put whole."""
+
+    def trim(self) -> None:
+        """Nothing to do: objects are not mapped."""
 
     def let_go(self, paths: Iterable[str] | None = None) -> None:
         """Nothing to do: what was fetched is a copy."""

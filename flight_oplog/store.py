@@ -37,6 +37,7 @@ from flight_oplog.files import reading_error, storage_error
 from flight_oplog.grants import ANYBODY, Principal
 from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
+from flight_oplog.maps import MAPPED_BYTES_MAX
 from flight_oplog.parts import PARTS_FROM_BYTES
 from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records, read_rows
 from flight_oplog.schema import (
@@ -189,12 +190,14 @@ class Store:
     # Opening
 
     @classmethod
-    def open(cls, uri: str, create: bool = True, refresh_seconds: float = REFRESH_SECONDS, map_files: bool = True) -> Store:
+    def open(
+        cls, uri: str, create: bool = True, refresh_seconds: float = REFRESH_SECONDS, mapped_bytes_max: int = MAPPED_BYTES_MAX
+    ) -> Store:
         """Open the log in a folder or at an object store's URI; with `create`, make one there when nothing is there.
 
         Raises NotALog when something else is there or a newer format, TryAgain when it cannot be reached.
         """
-        storage = storage_at(uri, map_files)
+        storage = storage_at(uri, mapped_bytes_max)
         where = storage.uri
         try:
             if not deltalog.is_there(storage):
@@ -482,6 +485,10 @@ class Store:
     def reads_ahead(self) -> int:
         """How many records are best read while another is looked at."""
         return self._storage.reads_ahead
+
+    def trim(self) -> None:
+        """Keep no more of the log's files in memory than was said; a reader says so now and then."""
+        self._storage.trim()
 
     def reads_at_once(self, record: RecordMeta) -> bool:
         """Whether reading a record takes less than asking another thread for it."""

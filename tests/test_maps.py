@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ from test_parts import ENTRIES, wide
 
 from flight_oplog import Config, OpLog, maps
 from flight_oplog.errors import CorruptLog
-from flight_oplog.maps import MAPS_KEPT, PAGE_BYTES, Maps
+from flight_oplog.maps import MAPPED_BYTES_MAX, MAPS_KEPT, PAGE_BYTES, Maps, resident
 from flight_oplog.sql.engine import Engine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: elsewhere files are read")
@@ -34,14 +35,14 @@ def mapped(folder: Path) -> set[str]:
 
 def test_a_view_shows_the_bytes_of_the_file(tmp_path: Path) -> None:
     path, data = written(tmp_path, "one")
-    found = Maps(str(tmp_path)).view(path, 64, 3 * PAGE_BYTES, [(0, 1), (PAGE_BYTES - 1, 2 * PAGE_BYTES + 1)])
+    found = Maps(str(tmp_path), MAPPED_BYTES_MAX).view(path, 64, 3 * PAGE_BYTES, [(0, 1), (PAGE_BYTES - 1, 2 * PAGE_BYTES + 1)])
     assert found is not None, "this test needs a folder on a local disk, as a temporary one is"
     assert found.to_pybytes() == data[64 : 64 + 3 * PAGE_BYTES]
 
 
 def test_a_file_that_ends_before_is_not_mapped(tmp_path: Path) -> None:
     path, _ = written(tmp_path, "one")
-    some = Maps(str(tmp_path))
+    some = Maps(str(tmp_path), MAPPED_BYTES_MAX)
     assert some.view(path, 64, 5 * PAGE_BYTES - 64, []) is not None
     assert some.view(path, 64, 5 * PAGE_BYTES - 63, []) is None
     os.truncate(path, 2 * PAGE_BYTES)  # behind the map's back: touching its third page would end this process
@@ -51,7 +52,7 @@ def test_a_file_that_ends_before_is_not_mapped(tmp_path: Path) -> None:
 
 
 def test_maps_take_no_handles_and_few_are_kept(tmp_path: Path) -> None:
-    some, before = Maps(str(tmp_path)), len(os.listdir("/proc/self/fd"))
+    some, before = Maps(str(tmp_path), MAPPED_BYTES_MAX), len(os.listdir("/proc/self/fd"))
     views = [some.view(written(tmp_path, f"{number}")[0], 0, PAGE_BYTES, [(0, PAGE_BYTES)]) for number in range(MAPS_KEPT + 1)]
     assert all(views)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -65,7 +66,9 @@ def test_what_cannot_be_mapped_is_read(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(maps, "_LOCAL", frozenset())
     elif what == "an older kernel":
         monkeypatch.setattr(maps, "_MADV_POPULATE_READ", 9999)
-    with OpLog.open(str(tmp_path / "log"), Config(compression="none", map_files=what != "told not to")) as log:
+    with OpLog.open(
+        str(tmp_path / "log"), Config(compression="none", mapped_bytes_max=0 if what == "told not to" else MAPPED_BYTES_MAX)
+    ) as log:
         log.append("wide", wide(0))
         assert rows(Engine(Config()), log.snapshot(), SUM) == [{"s": ENTRIES * (ENTRIES - 1) // 2, "c": ENTRIES}]
         assert what == "an older kernel" or not mapped(tmp_path)
@@ -119,3 +122,60 @@ def test_columns_are_views_of_the_file(tmp_path: Path) -> None:
         content, read = log._store.columns(next(iter(log.snapshot().records("wide"))), ["n"])
         assert read < content.size
         assert pa.total_allocated_bytes() - before < read, "nothing was copied"
+
+
+def shown(buffer: pa.Buffer) -> int:
+    """Touch each page of a buffer; return the bytes of files in this process's memory then."""
+    assert buffer.size == len(bytes(memoryview(buffer)[::PAGE_BYTES])) * PAGE_BYTES
+    return resident()[1]
+
+
+@pytest.mark.parametrize("kept", ["kept", "not kept"])
+def test_pages_of_maps_are_given_back_when_they_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
+    monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
+    size = 32 << 20
+    some = Maps(str(tmp_path), resident()[1] + size + size // 2)
+    views = []
+    for name in ("one", "two"):
+        path, data = written(tmp_path, name, size)
+        found = some.view(path, 0, size, [])
+        assert found is not None
+        views.append(found)
+        if kept == "not kept":
+            some.let_go([path])  # its place on the disk may be wanted; who looks at it does so all the same
+    shown(views[0])
+    some.trim()
+    assert shown(views[0]) - resident()[1] == 0, "as many as that may be"
+    before = shown(views[1])
+    some.trim()
+    assert before - resident()[1] >= 2 * size
+    assert views[1].to_pybytes() == data, "who looks again gets the same"
+
+
+def test_it_is_not_looked_at_each_time_how_many_there_are(tmp_path: Path) -> None:
+    size = 8 << 20
+    some = Maps(str(tmp_path), 1)
+    some.trim()
+    path, _ = written(tmp_path, "one", size)
+    some._trimmed = time.monotonic() + 1
+    found = some.view(path, 0, size, [(0, size)])
+    assert found is not None
+    before = shown(found)
+    some.trim()
+    assert before - resident()[1] < size
+    some._trimmed -= 2
+    some.trim()
+    assert before - resident()[1] >= size
+
+
+def test_a_question_over_all_keeps_few_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
+    folder, few = str(tmp_path / "log"), Config(compression="none", mapped_bytes_max=1)
+    with OpLog.open(folder, few) as log:
+        for number in range(3):
+            log.append("wide", wide(number * ENTRIES))
+        engine, whole, summed = Engine(few), "SELECT * FROM wide", []
+        for _ in range(3):  # decoded, then from memory, whose pages come and go
+            assert sum(batch.num_rows for batch in engine.run(whole, log.snapshot()).batches) == 3 * ENTRIES
+            summed += rows(engine, log.snapshot(), SUM + " WHERE half >= 0")
+        assert summed == [{"s": 3 * ENTRIES * (3 * ENTRIES - 1) // 2, "c": 3 * ENTRIES}] * 3

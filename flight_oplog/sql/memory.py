@@ -8,25 +8,21 @@ the others have seen the same, and more that was not its doing.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from flight_oplog.maps import resident
+
 SLACK_BYTES = 256 << 20
 # What a statement that was stopped held takes a moment to be given back.
 BETWEEN_SECONDS = 0.5
-_PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
 
 def own_bytes() -> int:
     """Return the bytes of memory that are this process's alone, mapped files aside; 0 where the system does not tell."""
-    with contextlib.suppress(OSError, ValueError, IndexError), open("/proc/self/statm", "rb") as stream:
-        _, resident, shared = stream.read().split()[:3]
-        return (int(resident) - int(shared)) * _PAGE_BYTES
-    return 0
+    return resident()[0]
 
 
 @dataclass(eq=False)
