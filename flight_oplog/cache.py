@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from flight_oplog.filters import TextIndex
 from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
 from flight_oplog.keys import is_filter
+from flight_oplog.numbers import Ends
 from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.store import Snapshot
 
@@ -89,7 +90,7 @@ class ColumnCache:
             counts.cache_misses += 1
         decoded, read = _decode(snapshot, record, missing)
         if known is not None:
-            decoded = Decoded(known.lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes)
+            decoded = Decoded(known.lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes, known.ends)
         with self._lock:
             counts.content_bytes += read
         self._keep(key, decoded)
@@ -272,6 +273,7 @@ class Decoded:
     lengths: list[int]
     columns: dict[str, list[pa.Array]]
     nbytes: int
+    ends: dict[tuple[str, pa.DataType], list[Ends]] = field(default_factory=dict)  # of those that were compared
 
     def has(self, names: Sequence[str]) -> bool:
         return all(name in self.columns for name in names)

@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 from pyarrow import acero
 from pyarrow.fs import LocalFileSystem
 
-from flight_oplog.numbers import is_number, numbers
+from flight_oplog.numbers import Ends, is_number, numbers
 from flight_oplog.records import RecordMeta
 
 _FORMAT = ds.IpcFileFormat()
@@ -51,6 +51,8 @@ class Filter:
         if not isinstance(expression, pc.Expression):  # DataFusion hands a filter that folded to a constant over as a scalar
             raise CannotFilter(str(expression))
         text = str(expression)
+        if (found := _range_of(expression, text, schema)) is not None:
+            return cls(expression, (found[0],), range=found[1])
         named = [column for column in schema if column.name in text]
         try:
             _bind(expression, pa.schema(named))
@@ -59,7 +61,7 @@ class Filter:
         keys = [column.name for column in named]
         if len(named) > 1:
             keys = [column.name for column in named if not _binds(expression, pa.schema([other for other in named if other != column]))]
-        return cls(expression, tuple(keys), _text_wanted(expression, text, schema, keys), _range_of(expression, text, schema, keys))
+        return cls(expression, tuple(keys), _text_wanted(expression, text, schema, keys))
 
     def check(self, schema: pa.Schema, records: Sequence[RecordMeta]) -> None:
         """Raise CannotFilter where Arrow would answer otherwise than SQL does.
@@ -129,17 +131,22 @@ class Filter:
         others += [(column > low) & (column < high) for low, high in itertools.pairwise(values)]
         return None if any(_may_pass(self.expression, schema, other) for other in others) else list(values)
 
-    def within(self, column: Sequence[pa.Array]) -> np.ndarray:
-        """Return the places of the values of the filter's only column that are in its range."""
-        found, start = [], 0
-        for part in column:
-            values = numbers([part])
-            passes = functools.reduce(operator.and_, (_COMPARES[compared](values, value) for compared, value in self.range))
-            if part.null_count:
-                passes &= part.is_valid().to_numpy(zero_copy_only=False)
-            found.append(np.flatnonzero(passes) + start)
+    def within(self, column: Sequence[pa.Array], ends: Sequence[Ends]) -> np.ndarray:
+        """Return the places of the values of the filter's only column that are in its range; `ends` are those of its parts."""
+        found, start = [np.zeros(0, np.int64)], 0
+        compares = [(_COMPARES[compared], value) for compared, value in self.range]
+        for part, (least, greatest) in zip(column, ends, strict=True):
+            of_least, of_greatest = ([compare(end, value) for compare, value in compares] for end in (least, greatest))
+            if all(of_least) and all(of_greatest) and not part.null_count:
+                found.append(np.arange(start, start + len(part)))
+            elif all(map(operator.or_, of_least, of_greatest)):  # else all are on the wrong side of one
+                values = numbers([part])
+                passes = functools.reduce(operator.and_, (compare(values, value) for compare, value in compares))
+                if part.null_count:
+                    passes &= part.is_valid().to_numpy(zero_copy_only=False)
+                found.append(np.flatnonzero(passes) + start)
             start += len(part)
-        return np.concatenate(found) if found else np.zeros(0, np.int64)
+        return np.concatenate(found)
 
     def passing(self, batches: Iterable[pa.RecordBatch]) -> np.ndarray:
         """Return the places of the rows that pass, in batches of the filter's columns counted through."""
@@ -192,28 +199,25 @@ _IN_LIST = re.compile(r"is_in\((\w+), \{value_set=[^\n]+:\[\n([^\]]*)\n\]")
 COMPARISONS_MAX = 20
 
 
-def _range_of(expression: pc.Expression, text: str, schema: pa.Schema, keys: Sequence[str]) -> tuple[tuple[str, Any], ...]:
-    """Return the comparisons that a filter of one column of numbers or times consists of, ("<", number as `numbers` shows it).
+def _range_of(expression: pc.Expression, text: str, schema: pa.Schema) -> tuple[str, tuple[tuple[str, Any], ...]] | None:
+    """Return the column of numbers or times, and the comparisons of it ("<", number as `numbers` shows it), that are all of a filter.
 
-    Guessed from the filter's words, then compared with it; nothing for any other.
+    Guessed from the filter's words, then compared with it; None for any other. What is compared is of the column's type: Arrow can.
     """
     found = _COMPARISON.findall(text)
-    if (
-        len(keys) != 1
-        or not found
-        or any(name != keys[0] or compared not in _COMPARES for name, compared, _ in found)
-        or not is_number(schema.field(keys[0]).type)
-    ):
-        return ()
-    kind = schema.field(keys[0]).type
+    if len({name for name, _, _ in found}) != 1 or any(compared not in _COMPARES for _, compared, _ in found):
+        return None
+    place = schema.get_field_index(key := found[0][0])
+    if place < 0 or not is_number(kind := schema.field(place).type):
+        return None
     try:
         values = [pa.array([value]).cast(kind) for _, _, value in found]
     except pa.ArrowInvalid:
-        return ()
-    parts = [_COMPARES[compared](pc.field(name), value[0]) for (name, compared, _), value in zip(found, values, strict=True)]
+        return None
+    parts = [_COMPARES[compared](pc.field(key), value[0]) for (_, compared, _), value in zip(found, values, strict=True)]
     if not expression.equals(functools.reduce(operator.and_, parts)):
-        return ()
-    return tuple((compared, numbers([value])[0].item()) for (_, compared, _), value in zip(found, values, strict=True))
+        return None
+    return key, tuple((compared, numbers([value])[0].item()) for (_, compared, _), value in zip(found, values, strict=True))
 
 
 def _may_pass(expression: pc.Expression, schema: pa.Schema, guarantee: pc.Expression) -> bool:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from flight_oplog import codec
 from flight_oplog.filters import Filter
+from flight_oplog.numbers import Ends, ends
 from flight_oplog.records import RecordMeta
 
 # The log's own columns, beside those of the clients.
@@ -34,15 +35,33 @@ _GATHERING_SECONDS = 0.005
 class Columns:
     """Columns of one record as a query sees them, in the pieces of `lengths` rows that they are stored in."""
 
-    def __init__(self, schema: pa.Schema, lengths: Sequence[int], stored: dict[str, list[pa.Array]], own: dict[str, pa.Array]) -> None:
+    def __init__(
+        self,
+        schema: pa.Schema,
+        lengths: Sequence[int],
+        stored: dict[str, list[pa.Array]],
+        own: dict[str, pa.Array],
+        known: dict[tuple[str, pa.DataType], list[Ends]] | None = None,
+    ) -> None:
         self.lengths = lengths
         self._schema, self._stored, self._own = schema, stored, own
+        self._known = {} if known is None else known  # ends of stored columns, as they are asked for
 
     def array(self, name: str, place: int) -> pa.Array:
         return codec.recast(self._piece(name, place), self._schema.field(name).type)
 
     def arrays(self, name: str) -> list[pa.Array]:
         return [self.array(name, place) for place in range(len(self.lengths))]
+
+    def ends(self, name: str) -> list[Ends]:
+        """Return the ends of the pieces of a column of numbers or times."""
+        key = name, self._schema.field(name).type
+        found = self._known.get(key)
+        if found is None:
+            found = [ends(piece) for piece in self.arrays(name)]
+            if name in self._stored:
+                self._known[key] = found
+        return found
 
     def together(self, name: str, kind: pa.DataType) -> list[pa.Array]:
         """Return a column as `kind`, in pieces of up to TOGETHER_ROWS rows; those of all columns are alike."""

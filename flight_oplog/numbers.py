@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 _NUMBERS = (pa.types.is_integer, pa.types.is_float32, pa.types.is_float64, pa.types.is_timestamp, pa.types.is_date32)
+
+# The least and the greatest value of an array.
+Ends = tuple[Any, Any]
 
 
 def is_number(kind: pa.DataType) -> bool:
@@ -23,3 +28,10 @@ def numbers(column: Sequence[pa.Array]) -> np.ndarray:
             dtype = np.dtype(kind.to_pandas_dtype() if not pa.types.is_temporal(kind) else f"i{kind.bit_width // 8}")
             parts.append(np.frombuffer(part.buffers()[1], dtype, len(part), part.offset * dtype.itemsize))
     return parts[0] if len(parts) == 1 else np.concatenate(parts or [np.zeros(0)])
+
+
+def ends(part: pa.Array) -> Ends:
+    """Return the least and the greatest of an array's values, and of what is where it is null; with a NaN it may have any."""
+    values = numbers([part])
+    least, greatest = (values.min().item(), values.max().item()) if len(values) else (0, 0)
+    return (-math.inf, math.inf) if math.isnan(least) else (least, greatest)

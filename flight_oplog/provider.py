@@ -49,6 +49,8 @@ VIEW_BYTES = 12
 # Records of fewer entries on average are not dealt out over the cores; nor are texts of files with fewer shown as views.
 SHARED_ENTRIES = 4096
 ALONE_ENTRIES = 1 << 18
+# A run of a record's entries is cut out of its large pieces where it is at least this part of them.
+RUN_PART = 8
 
 
 @dataclass
@@ -243,6 +245,13 @@ class EntriesTable(_Table):
                     if self.context.stopped.is_set():
                         return
                     yield batch
+            elif (
+                len(rows) * RUN_PART >= record.entries
+                and rows[-1] - rows[0] == len(rows) - 1
+                and (found := self._together(record, projected))
+            ):
+                yield from few.taken()
+                yield from _run_of(found, int(rows[0]), len(rows))
             elif len(rows):
                 yield from few.add(self.columns(record, few.names), rows)
             self._held.pop(record.key, None)
@@ -284,7 +293,8 @@ class EntriesTable(_Table):
         """
         if filter.wanted is None:
             if filter.range:
-                found = filter.within(self.columns(record, filter.keys).arrays(filter.keys[0]))
+                columns = self.columns(record, filter.keys)
+                found = filter.within(columns.arrays(filter.keys[0]), columns.ends(filter.keys[0]))
             else:
                 found = filter.passing(self.batches(record, filter.keys))
             return None if len(found) == record.entries else found
@@ -353,7 +363,7 @@ class EntriesTable(_Table):
         decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts, self._held.get(record.key))
         if record.key in self._held:
             self._held[record.key] = decoded
-        return Columns(self._plain, decoded.lengths, decoded.columns, log_columns(record, names))
+        return Columns(self._plain, decoded.lengths, decoded.columns, log_columns(record, names), decoded.ends)
 
 
 class RecordsTable(_Table):
@@ -466,6 +476,15 @@ def _shown(batch: pa.RecordBatch, projected: pa.Schema) -> pa.RecordBatch:
     if batch.schema.equals(projected) or not projected.names:
         return batch
     return pa.RecordBatch.from_arrays([as_type(c, f.type) for c, f in zip(batch.columns, projected, strict=True)], schema=projected)
+
+
+def _run_of(batches: Sequence[pa.RecordBatch], start: int, rows: int) -> Iterator[pa.RecordBatch]:
+    """Yield the rows from `start` on of some batches, counted through; nothing is copied."""
+    for batch in batches:
+        found = batch.slice(max(start, 0), max(0, min(rows, start + rows, batch.num_rows - start)))
+        if found.num_rows:
+            yield found
+        start -= batch.num_rows
 
 
 _rows = operator.attrgetter("rows")

@@ -1,20 +1,32 @@
 """SQL over a snapshot: names, isolation, projection and filters that reach the provider, refusals."""
 
+import functools
+import math
+import operator
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from conftest import SEED, rows
 from datafusion import SessionContext
 
-from flight_oplog import Config, OpLog, gathering
+from flight_oplog import Config, OpLog, filters, gathering, provider
+from flight_oplog.cache import ColumnCache
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, Unsupported
-from flight_oplog.provider import EntriesTable
+from flight_oplog.filters import Filter
+from flight_oplog.numbers import ends, numbers
+from flight_oplog.provider import EntriesTable, ScanContext
 from flight_oplog.sql.engine import Engine
 
 Query = Callable[..., list[dict[str, Any]]]
+
+COMPARES = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
+ARROWS = {">": pc.greater, ">=": pc.greater_equal, "<": pc.less, "<=": pc.less_equal}
 
 
 def counts(engine: Engine, log: OpLog, sql: str) -> Any:
@@ -173,6 +185,60 @@ def test_columns_that_are_summed_up_again_are_kept_in_large_pieces(folder: Any, 
         for _ in range(3):  # entries themselves are handed on as they are
             assert len(rows(engine, log.snapshot(), "SELECT a, s FROM t WHERE a >= 0")) == 30_001
         assert handed == [None] * len(handed)
+
+
+def test_a_run_of_a_record_is_cut_out_of_its_large_pieces(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+
+    def noted(column: Sequence[pa.Array]) -> np.ndarray:
+        compared.append(len(column[0]))
+        return numbers(column)
+
+    monkeypatch.setattr(filters, "numbers", noted)
+    with OpLog.open(str(folder)) as log:
+        for n in (np.arange(40_000), np.arange(40_000, 80_000)):
+            log.append("t", pa.record_batch({"n": n, "v": n * 3, "pad": ["x" * 220] * len(n)}))
+        table = EntriesTable(log.snapshot(), log.snapshot().topic("t"), ScanContext(ColumnCache(0), 1), with_log_columns=False)
+        assert {len(list(table.batches(record, ["n"]))) for record in log.snapshot().records("t")} == {4}
+        engine, batches = Engine(Config(state_bytes_max=0)), []
+        run_of = provider._run_of
+        monkeypatch.setattr(provider, "_run_of", lambda *given: (batches.append(each) or each for each in run_of(*given)))
+        spans = [(32_000, 61_000), (30_000, 50_001), (7, 39_999), (34_000, 47_000), (0, 79_999)]
+        for asked, (first, last) in enumerate(spans):
+            compared.clear()
+            found = rows(engine, log.snapshot(), f"SELECT count(*) AS c, sum(v) AS s, min(v) AS m FROM t WHERE n >= {first} AND n < {last}")
+            assert found == [{"c": last - first, "s": sum(range(3 * first, 3 * last, 3)), "m": 3 * first}]
+            assert compared.count(1) == 2, "the ends of what is asked for"
+            assert len(compared) - 2 <= 2, "of the pieces only those that an end is in"
+            assert bool(batches) == (asked > 0), "they are made when a record is asked again"
+            batches.clear()
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint64(), pa.int8(), pa.float32(), pa.timestamp("ns"), pa.date32()])
+def test_a_range_of_numbers_is_what_comparing_each_says(kind: pa.DataType) -> None:
+    chance = random.Random(str(kind))
+    extremes = [0, 127] if not pa.types.is_signed_integer(kind) else [-(1 << kind.bit_width - 1), (1 << kind.bit_width - 1) - 1]
+    for _ in range(300):
+        middle, parts = chance.randrange(0, 100), []
+        for _ in range(chance.randrange(4)):
+            values = [chance.choice([*extremes, *range(middle, middle + 20)]) for _ in range(chance.choice([0, 1, 5]))]
+            if pa.types.is_floating(kind):
+                values += chance.choice([[], [math.inf], [-math.inf, 0.5]])
+            parts.append(pa.array(values, kind, mask=np.array([chance.random() < 0.1 for _ in values], bool)))
+            if pa.types.is_floating(kind) and chance.random() < 0.3:  # a value that nobody sees
+                hidden = np.array([math.nan, 5.0], np.float32)
+                parts.append(pa.array(hidden, kind, mask=np.array([True, False])))
+        column = pa.chunked_array(parts, kind)
+        compared = {chance.choice([">", ">="]): chance.randrange(0, 120), chance.choice(["<", "<="]): chance.randrange(0, 120)}
+        if chance.random() < 0.3:
+            compared.popitem()
+        parsed = [(word, pa.array([value], kind)[0]) for word, value in compared.items()]
+        expression = functools.reduce(operator.and_, (COMPARES[word](pc.field("x"), value) for word, value in parsed))
+        filter = Filter.of(expression, pa.schema([("x", kind), ("y", pa.string())]))
+        assert (filter.keys, len(filter.range)) == (("x",), len(compared))
+        expected = pc.fill_null(functools.reduce(pc.and_, (ARROWS[word](column, value) for word, value in parsed)), False)
+        found = filter.within(parts, [ends(part) for part in parts])
+        assert found.tolist() == [place for place, passes in enumerate(expected.to_pylist()) if passes], (parts, expression)
 
 
 def test_columns_kept_for_a_wider_schema_are_not_taken_for_those_of_before(folder: Any) -> None:
