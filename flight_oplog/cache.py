@@ -23,6 +23,7 @@ from flight_oplog.filters import TextIndex
 from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
 from flight_oplog.keys import is_filter
+from flight_oplog.neighbours import Neighbours
 from flight_oplog.numbers import Ends
 from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.store import Snapshot
@@ -69,6 +70,7 @@ class ColumnCache:
         self._files: dict[str, tuple[int, Sequence[DataFile]]] = {}
         self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex | Filters] = OrderedDict()
         self._together: OrderedDict[tuple[Any, ...], Together] = OrderedDict()
+        self.neighbours = Neighbours()
         self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what was wanted that is not made at once, and whether it has none
 
     def columns(
@@ -304,7 +306,7 @@ class Filters:
 def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str]) -> tuple[Decoded, int]:
     """Return columns of a record, and how many bytes of its content were read for them."""
     content, read = snapshot.store.columns(record, names)
-    if record.rows > 1:  # all of their row group was read: so all of their columns are kept
+    if record.rows > 1:  # all of their content was read: so all of their columns are kept
         batches = pa.Table.from_batches(codec.decode(content, record.entries, record.where)).combine_chunks().to_batches()
         columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names}
         return Decoded([batch.num_rows for batch in batches], columns, sum(batch.nbytes for batch in batches)), read

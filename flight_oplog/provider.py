@@ -63,6 +63,7 @@ class ScanContext:
     offsets: tuple[int, int] | None = None  # show only entries within [first, last)
     top: Top | None = None  # the statement wants no more than these, of its only table
     sums_up: bool = False  # makes little of many entries: large batches suit it
+    reads_all: bool = True  # that may be among what is wanted: no LIMIT ends it before
     indexing_seconds: float = 0.0
     looks_into: bool = True  # its optimized plan may be asked for: it is small
     tables: int = 1  # that it reads
@@ -180,6 +181,8 @@ class EntriesTable(_Table):
         except Exception as error:
             self.context.failures.append(error)
             raise
+        if self.context.reads_all and self.context.offsets is None and not self._topic.overlaps:
+            records = self.context.cache.neighbours.together(records, self._topic.first_offset)
         before = np.cumsum([record.entries for record in records])
         entries = int(before[-1]) if len(records) else 0
         self.context.entries += entries
@@ -190,7 +193,10 @@ class EntriesTable(_Table):
     def _surviving(self, filter: Filter | None) -> Sequence[RecordMeta]:
         offsets = self.context.offsets
         self.context.cache.let_go(self._topic.name, self._snapshot.table_version, self._topic.files)
-        files = self._topic.files if offsets is None else self._topic.files_within(*offsets)
+        among = offsets
+        if among is None and filter is None and self.context.top is not None:
+            among = self.context.top.offsets(self._topic.first_offset, self._topic.next_offset)
+        files = self._topic.files if among is None else self._topic.files_within(*among)
         pruner = None
         if filter is not None:
             pruner = Pruner(self._snapshot, self._topic, self._plain, filter, self.context.cache, self.counts)

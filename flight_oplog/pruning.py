@@ -54,6 +54,9 @@ class Pruner:
 
     def files(self, files: Sequence[DataFile]) -> Sequence[DataFile]:
         """Prune files by what the Delta log says of them: all at once where there are many, then one by one."""
+        if files is self._topic.files and "_offset" in self._filter.keys:
+            low, high = self._filter.spans(self._schema).get("_offset", (None, None))
+            files = self._topic.files_within(0 if low is None else low, None if high is None else high + 1)
         name = self._event_time
         if name is None or name not in self._filter.keys:
             return files  # the Delta log knows nothing of the filter's columns

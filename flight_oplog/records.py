@@ -81,19 +81,25 @@ class RecordMeta:
     known_bounds: codec.Bounds | _Bounds
     rows: int = 1
     each: tuple[pa.Array, list[int], list[int]] | None = None  # digest, entries and place of each row, where there are several
+    members: Sequence[RecordMeta] = ()  # of one that was put together of several
     key: str = field(init=False, repr=False)  # names this record among all records ever
 
     def __post_init__(self) -> None:
-        self.key = f"{self.file.path}#{self.row}" if self.rows == 1 else f"{self.file.path}#{self.row}+{self.rows}"
+        alone = f"{self.file.path}#{self.row}"
+        self.key = alone if self.rows == 1 else f"{alone}+{self.rows}" if not self.members else f"{alone}*{len(self.members)}+{self.rows}"
 
     @property
     def appends(self) -> list[dict[str, Any]]:
+        if self.members and not self.known_appends:
+            self.known_appends = list(itertools.chain.from_iterable(member.appends for member in self.members))
         if isinstance(self.known_appends, pa.Array):
             self.known_appends = self.known_appends.flatten().to_pylist()
         return self.known_appends
 
     @property
     def bounds(self) -> codec.Bounds:
+        if self.members and not self.known_bounds:
+            self.known_bounds = _together([member.bounds for member in self.members], [member.entries for member in self.members])
         if isinstance(self.known_bounds, _Bounds):
             self.known_bounds = self.known_bounds.together()
         return self.known_bounds
@@ -112,21 +118,49 @@ class _Bounds:
 
     def together(self) -> codec.Bounds:
         """Return bounds of them all."""
-        found = [json.loads(text) if text else {} for text in self.texts.to_pylist()]
-        if len(found) == 1:
-            return found[0]  # type: ignore[no-any-return]
-        return {name: self._of_column([each.get(name, {}) for each in found]) for name in found[0]}
+        return _together([json.loads(text) if text else {} for text in self.texts.to_pylist()], self.entries.tolist())
 
-    def _of_column(self, limits: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        if any("nulls" not in each for each in limits):
-            return {}
-        together: dict[str, Any] = {"nulls": sum(each["nulls"] for each in limits)}
-        has_values = [each for each, entries in zip(limits, self.entries.tolist(), strict=True) if each["nulls"] < entries]
-        if has_values and all("min" in each for each in has_values):
-            low, high = min(each["min"] for each in has_values), max(each["max"] for each in has_values)
-            if not isinstance(low, str) or not all(_DECIMAL.fullmatch(each[end]) for each in has_values for end in ("min", "max")):
-                together |= {"min": low, "max": high}  # decimals do not order as texts do
-        return together
+
+def _together(bounds: Sequence[codec.Bounds], entries: Sequence[int]) -> codec.Bounds:
+    """Return the bounds of records, of so many entries each, as those of one."""
+    if len(bounds) == 1:
+        return bounds[0]
+    return {name: _of_column([each.get(name, {}) for each in bounds], entries) for name in bounds[0]}
+
+
+def _of_column(limits: Sequence[dict[str, Any]], entries: Sequence[int]) -> dict[str, Any]:
+    if any("nulls" not in each for each in limits):
+        return {}
+    together: dict[str, Any] = {"nulls": sum(each["nulls"] for each in limits)}
+    has_values = [each for each, rows in zip(limits, entries, strict=True) if each["nulls"] < rows]
+    if has_values and all("min" in each for each in has_values):
+        low, high = min(each["min"] for each in has_values), max(each["max"] for each in has_values)
+        if not isinstance(low, str) or not all(_DECIMAL.fullmatch(each[end]) for each in has_values for end in ("min", "max")):
+            together |= {"min": low, "max": high}  # decimals do not order as texts do
+    return together
+
+
+def joined(records: Sequence[RecordMeta]) -> RecordMeta:
+    """Return records of one schema that follow each other as one."""
+    first = records[0]
+    return RecordMeta(
+        file=first.file,
+        row=first.row,
+        row_group=first.row_group,
+        place=first.place,
+        span=None,
+        first_offset=first.first_offset,
+        entries=sum(record.entries for record in records),
+        schema_id=first.schema_id,
+        min_time=None,
+        max_time=None,
+        digest="",
+        parts=None,
+        known_appends=[],
+        known_bounds={},
+        rows=sum(record.rows for record in records),
+        members=tuple(records),
+    )
 
 
 # Reading rows

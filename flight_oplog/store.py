@@ -496,6 +496,10 @@ class Store:
 
     def columns(self, record: RecordMeta, names: Sequence[str]) -> tuple[pa.Buffer, int]:
         """Return content of which some columns can be decoded, checked; and how many bytes were read for it."""
+        if record.members:
+            contents = [self.content(member) for member in record.members]
+            content = codec.as_one(contents, [member.entries for member in record.members], record.where)
+            return content, content.size
         found = self._fresh.get(record.key)
         return read_columns(self._storage, record, names) if found is None else (found, 0)
 

@@ -35,6 +35,12 @@ class Top:
         """Whether the column is of a type that can be looked at like this."""
         return self.column in schema.names and is_number(schema.field(self.column).type)
 
+    def offsets(self, first: int, last: int) -> tuple[int, int] | None:
+        """Return the offsets, of [first, last), that the first rows have where all rows pass; None where that is not told by offsets."""
+        if self.column != "_offset":
+            return None
+        return (max(first, last - self._limit), last) if self._descends else (first, min(last, first + self._limit))
+
     def in_order(
         self, records: Sequence[RecordMeta], schema: pa.Schema, stored: Callable[[RecordMeta], pa.Schema]
     ) -> list[tuple[RecordMeta, Any]]:

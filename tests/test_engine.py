@@ -101,7 +101,7 @@ def test_count_reads_no_content(log: OpLog, engine: Engine) -> None:
     found = counts(engine, log, "SELECT count(*) FROM t")
     assert (found.records, found.records_read, found.content_bytes) == (2, 0, 0)
     found = counts(engine, log, "SELECT count(*) FROM log.t WHERE _offset >= 1200")
-    assert (found.records, found.records_pruned, found.content_bytes) == (2, 1, 0)
+    assert (found.files_pruned, found.records, found.records_pruned, found.content_bytes) == (1, 1, 0, 0)
 
 
 def test_filters_prune_files_and_records_before_content_is_read(log: OpLog, engine: Engine) -> None:

@@ -40,6 +40,7 @@ ORDER = [
     "oplog",
     "numbers",
     "filters",
+    "neighbours",
     "cache",
     "pruning",
     "gathering",

@@ -63,6 +63,7 @@ _WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+([\w.\"]+)\s*;?\s*", re.IGNORECASE
 # What a plan takes the time of its making for, or who asks.
 _DATED = re.compile(r"\b(?:now|today|current_\w+|system|queries)\b", re.IGNORECASE)
 _CROSSES = re.compile(r"\b(?:CrossJoin|NestedLoopJoin)Exec\b")
+_LIMITS = re.compile(r"\b(?:LIMIT|FETCH)\b", re.IGNORECASE)
 _SORTS = re.compile(r"\bORDER\s+BY\b.*\bLIMIT\b", re.IGNORECASE | re.DOTALL)
 
 
@@ -228,6 +229,7 @@ class Planner:
         context.tables = measured.tables
         rows = self._config.statement_bytes_max // (BATCHES_AT_ONCE * UNIT_BYTES * measured.growth)
         context.sums_up = rows >= TOGETHER_ROWS and sums_up(sql)
+        context.reads_all = sums_up(sql) or not _LIMITS.search(sql)
         if rows < BATCH_ROWS:  # what a function makes of a batch is in memory as a whole
             session.sql(f"SET datafusion.execution.batch_size = {max(rows, 1)}")
         return session, context
