@@ -13,10 +13,11 @@ from typing import Any
 import pyarrow as pa
 
 from flight_oplog import codec
-from flight_oplog.datafile import Record, StagedFile
+from flight_oplog.datafile import StagedFile
 from flight_oplog.errors import RequestError
 from flight_oplog.keys import filters_of
 from flight_oplog.parts import Parts
+from flight_oplog.rows import Record
 
 # Batches this small on average are joined before they are encoded.
 JOINED_ENTRIES = 8192

@@ -17,7 +17,6 @@ import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
-from flight_oplog.datafile import microseconds
 from flight_oplog.errors import CorruptLog
 from flight_oplog.filters import TextIndex
 from flight_oplog.growing import Growing
@@ -26,6 +25,7 @@ from flight_oplog.keys import is_filter
 from flight_oplog.neighbours import Neighbours
 from flight_oplog.numbers import Ends
 from flight_oplog.records import DataFile, RecordMeta
+from flight_oplog.rows import microseconds
 from flight_oplog.store import Snapshot
 
 FRAGMENTS_MAX = 100_000

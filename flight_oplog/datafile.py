@@ -13,8 +13,6 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -22,8 +20,9 @@ import pyarrow as pa
 from flight_oplog import codec, parquet, summary
 from flight_oplog.errors import TooLarge, TryAgain
 from flight_oplog.files import LARGE_BYTES, OutputFile, storage_error
-from flight_oplog.records import CREATED_BY, DataFile, RecordMeta
-from flight_oplog.schema import APPENDS, RECORD_SCHEMA
+from flight_oplog.records import DataFile, RecordMeta
+from flight_oplog.rows import CREATED_BY, SHAPE, Record, columns
+from flight_oplog.schema import APPENDS
 from flight_oplog.storage import Storage
 
 log = logging.getLogger("flight_oplog.datafile")
@@ -41,78 +40,7 @@ FRESH_RECORDS_MAX = 16
 # A file that was published so long ago may have been taken for an orphan: it is published again before a commit names it.
 PUBLISHED_SECONDS = 60
 
-_EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-_FILE_SCHEMA = pa.schema([f for f in RECORD_SCHEMA if f.name != "topic"])
 _OWNER_COLUMNS = [child.name for child in APPENDS.value_type]
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One row of the outer table, before it is written. `first_offset` counts from the file's first entry."""
-
-    entries: int
-    schema_id: str
-    appends: list[dict[str, Any]]
-    bounds: codec.Bounds
-    min_time: datetime.datetime | None
-    max_time: datetime.datetime | None
-    digest: str
-    parts: str | None
-    filters: bytes | None
-    content: pa.Buffer
-
-
-_SHAPE = parquet.shape_of(_FILE_SCHEMA)
-
-
-def _columns(records: Sequence[Record], offsets: Sequence[int]) -> list[parquet.Values]:
-    """Return the leaf columns of a row group of `records`, in the order of the file's schema."""
-    rows = len(records)
-    owners = [owner for record in records for owner in record.appends]
-    starts = [place > 0 for record in records for place in range(len(record.appends))]
-    repetition = parquet.levels(starts, 1)
-
-    def plain(data: bytes, compress: bool = False) -> parquet.Values:
-        return parquet.Values(rows, [data], compress=compress)
-
-    def optional(values: Sequence[str | None]) -> parquet.Values:
-        known = [value for value in values if value is not None]
-        return parquet.Values(rows, [parquet.texts(known)], parquet.levels([value is not None for value in values], 1), compress=True)
-
-    def times(values: Sequence[datetime.datetime | None]) -> parquet.Values:
-        known = [microseconds(time) for time in values if time is not None]
-        return parquet.Values(rows, [parquet.int64s(known)], parquet.levels([time is not None for time in values], 1))
-
-    def of_owners(child: pa.Field) -> parquet.Values:
-        values = [owner.get(child.name) for owner in owners]
-        known: list[Any] = [microseconds(value) if pa.types.is_timestamp(child.type) else value for value in values if value is not None]
-        data = parquet.texts(known) if pa.types.is_string(child.type) else parquet.int64s(known)
-        present = parquet.levels([2 if value is None else 3 for value in values], 3)
-        return parquet.Values(len(owners), [data], repetition + present, compress=True)
-
-    def filters() -> parquet.Values:
-        present = [record.filters for record in records if record.filters is not None]
-        parts = [part for each in present for part in (len(each).to_bytes(4, "little"), each)]
-        return parquet.Values(rows, parts, parquet.levels([record.filters is not None for record in records], 1))
-
-    contents = [part for record in records for part in (record.content.size.to_bytes(4, "little"), record.content)]
-    return [
-        parquet.Values(rows, [parquet.int64s(offsets)], checked=False),  # `StagedFile.finish` changes them
-        plain(parquet.int64s(record.entries for record in records)),
-        plain(parquet.texts(record.schema_id for record in records), compress=True),
-        *(of_owners(child) for child in APPENDS.value_type),
-        times([record.min_time for record in records]),
-        times([record.max_time for record in records]),
-        optional([codec.bounds_json(record.bounds) for record in records]),
-        plain(parquet.texts(record.digest for record in records)),
-        optional([record.parts for record in records]),
-        filters(),
-        parquet.Values(rows, contents, checked=False),  # each has its digest
-    ]
-
-
-def microseconds(time: datetime.datetime) -> int:
-    return (time - _EPOCH) // datetime.timedelta(microseconds=1)
 
 
 class StagedFile:
@@ -185,7 +113,7 @@ class StagedFile:
         try:
             if self._writer is None:
                 self._writer = self._create()
-            place, span = self._writer.row_group(len(records), _columns(records, [offset for offset, _ in self._runs[first:]]))
+            place, span = self._writer.row_group(len(records), columns(records, [offset for offset, _ in self._runs[first:]]))
         except OSError as error:
             raise storage_error("writing a data file", error) from error
         group = len(self._offset_places)
@@ -199,7 +127,7 @@ class StagedFile:
 
     def _create(self) -> parquet.Writer:
         self._file = self._storage.stage(self._path)
-        return parquet.Writer(self._file, _SHAPE, CREATED_BY)
+        return parquet.Writer(self._file, SHAPE, CREATED_BY)
 
     def finish(self, first_offset: int) -> DataFile:
         """Number the file's entries from `first_offset` and make its bytes durable. May be called again to renumber."""

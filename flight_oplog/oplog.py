@@ -27,12 +27,13 @@ from flight_oplog import codec
 from flight_oplog.appends import Append, Origin, Receipt, Role, check_data, end_of, make_record, one_line, owner_of
 from flight_oplog.committer import CLOSED, Committer
 from flight_oplog.config import Config
-from flight_oplog.datafile import Record, StagedFile
+from flight_oplog.datafile import StagedFile
 from flight_oplog.errors import CorruptLog, RequestError, TooLarge, TryAgain
 from flight_oplog.group import check_room, merge
 from flight_oplog.keys import check_keys, filters_of, holds
 from flight_oplog.parts import Parts
 from flight_oplog.records import RecordMeta
+from flight_oplog.rows import Record
 from flight_oplog.schema import check_topic, first_time, normal_schema, schema_id
 from flight_oplog.store import Snapshot, Store
 from flight_oplog.topics import Topic

@@ -2,12 +2,14 @@
 
 Written by hand because content is large and must not be copied: a general writer copied it four times, which cost more
 than everything else an append does. What is here is the part of the format a file of records needs, after
-parquet.thrift and https://parquet.apache.org/docs/file-format/; the footer is in Thrift's compact protocol.
+parquet.thrift and https://parquet.apache.org/docs/file-format/; the footer is in Thrift's compact protocol. A small file that
+`Writer` made is read here as well: a general reader takes several times as long to open it.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +30,7 @@ _REQUIRED, _OPTIONAL, _REPEATED = 0, 1, 2
 _INT64, _BYTE_ARRAY = 2, 6
 _PLAIN, _RLE = 0, 3
 _UNCOMPRESSED, _ZSTD_CODE = 0, 6
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 # Thrift's compact protocol: a struct is fields, each a header byte (step to its number, type) and a value, then 0.
 
@@ -284,3 +287,100 @@ def _chunk_head(leaf: Leaf) -> bytes:
     encodings = _list(_I32, [_zigzag(_PLAIN), _zigzag(_RLE)])
     path = _list(_BINARY, [_binary(name) for name in leaf.path])
     return _struct((1, _I32, _zigzag(leaf.kind)), (2, _LIST, encodings), (3, _LIST, path))[:-1]
+
+
+# Reading
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """The only page of a column chunk: how many values, levels and values as in `Values`, and where the chunk is in the file."""
+
+    count: int
+    data: bytes
+    span: tuple[int, int]
+
+
+# A page that is read here has no more bytes, nor values.
+READ_PAGE_BYTES_MAX = 4 << 20
+READ_VALUES_MAX = 1 << 16
+
+_VARINT = rb"([\x80-\xff]*[\x00-\x7f])"
+_PAGE_HEADER = re.compile(  # as `_page_header` writes it: both sizes, checksum, count
+    rb"\x15\x00\x15%b\x15%b(?:\x2c|\x15%b\x1c)\x15%b\x15\x00\x15\x06\x15\x06\x00\x00" % ((_VARINT,) * 4), re.DOTALL
+)
+
+
+def pages_of(file: bytes, shape: Shape, created_by: str) -> list[Page] | None:
+    """Return the pages of a whole file of one row group that is as `Writer` makes it, checked; None of any other, or a damaged one."""
+    footer = len(file) - 8 - int.from_bytes(file[-8:-4], "little")
+    if not (file.startswith(MAGIC) and file.endswith(MAGIC) and file.endswith(_binary(created_by) + b"\0", 0, -8)):
+        return None
+    found, place = [], len(MAGIC)
+    for _ in shape.leaves:
+        header = _PAGE_HEADER.match(file, place)
+        if header is None:
+            return None
+        sizes, begin = header.groups(), header.end()
+        size, packed, count = _number(sizes[0]), _number(sizes[1]), _number(sizes[3])
+        if not 0 <= size <= READ_PAGE_BYTES_MAX or not 0 <= count <= READ_VALUES_MAX:
+            return None
+        start, place = place, begin + packed
+        data = file[begin:place]
+        if len(data) != packed or (sizes[2] is not None and zlib.crc32(data) != _unzigzag(sizes[2]) & 0xFFFFFFFF):
+            return None
+        if size != packed or data.startswith(_ZSTD_MAGIC):
+            data = _ZSTD.decompress(data, size, asbytes=True)
+        found.append(Page(count, data, (start, place)))
+    return found if place == footer else None
+
+
+def levels_in(data: bytes, count: int, start: int = 0) -> tuple[list[int], int]:
+    """Return so many levels that `levels` wrote into a page at `start`, and where what follows begins. Raises ValueError for others."""
+    if count == 1 and data.startswith(b"\2\0\0\0\2", start):  # one run of one
+        return [data[start + 5]], start + 6
+    place, end = start + 4, start + 4 + int.from_bytes(data[start : start + 4], "little")
+    found: list[int] = []
+    while place < end:
+        size = next(more for more in range(1, end - place) if data[place + more - 1] < 0x80)
+        found += [data[place + size]] * min(_unvarint(data[place : place + size]) >> 1, count + 1)
+        place += size + 1
+        if len(found) > count:
+            break
+    if len(found) != count:
+        raise ValueError("a page has other levels than values")
+    return found, end
+
+
+def int64s_in(data: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(data) // 8}q", data)
+
+
+def texts_in(data: bytes) -> list[str]:
+    found, place = [], 0
+    while place < len(data):
+        end = place + 4 + int.from_bytes(data[place : place + 4], "little")
+        if end > len(data):
+            raise ValueError("a text ends behind its page")
+        found.append(data[place + 4 : end].decode())
+        place = end
+    return found
+
+
+def _number(zigzag: bytes) -> int:
+    """A number that is not negative, and as a rule small."""
+    return zigzag[0] >> 1 if len(zigzag) == 1 else _unzigzag(zigzag)
+
+
+def _unvarint(data: bytes) -> int:
+    if len(data) == 5:  # as most checksums
+        return data[0] & 0x7F | (data[1] & 0x7F) << 7 | (data[2] & 0x7F) << 14 | (data[3] & 0x7F) << 21 | data[4] << 28
+    number = 0
+    for byte in reversed(data):
+        number = number << 7 | byte & 0x7F
+    return number
+
+
+def _unzigzag(data: bytes) -> int:
+    number = _unvarint(data)
+    return number >> 1 ^ -(number & 1)

@@ -25,13 +25,15 @@ from flight_oplog import codec, summary
 from flight_oplog.errors import CorruptLog, OplogError
 from flight_oplog.files import allocate, is_refusal, reading_error
 from flight_oplog.parts import Parts, Span
-from flight_oplog.schema import FORMAT_VERSION, RECORD_SCHEMA
+from flight_oplog.rows import CREATED_BY, only_row_of
+from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.storage import ALIGNED_BYTES, Storage
 
-CREATED_BY = f"flight_oplog version {FORMAT_VERSION} (build format_version {FORMAT_VERSION})"
 # Records of a row group are read as one up to so many entries, and about so many bytes.
 TOGETHER_ENTRIES_MAX = 1 << 20
 TOGETHER_BYTES_MAX = 64 << 20
+# A file up to this size is read at once.
+SMALL_FILE_BYTES = 64 << 10
 # The rows of so many row groups are read by several threads.
 THREADS_FROM_GROUPS = 16
 
@@ -171,6 +173,8 @@ def read_records(storage: Storage, file: DataFile, each: bool = False) -> tuple[
 
     Raises CorruptLog where they are damaged or do not add up.
     """
+    if file.records == 1 and file.size <= SMALL_FILE_BYTES and not each and (found := _small(storage, file)) is not None:
+        return (found,)
     with _parquet(storage, file) as opened:
         try:
             groups = _groups(opened.metadata)
@@ -189,7 +193,9 @@ def read_records(storage: Storage, file: DataFile, each: bool = False) -> tuple[
             raise _unreadable(file, error) from error
     try:
         if len(table) == 1:
-            metas = _only(file, table, groups[0], ours)
+            row = {name: column[0].as_py() for name, column in zip(table.column_names, table.columns, strict=True)}
+            only = _only(file, row, groups[0].span, ours)
+            metas: tuple[RecordMeta, ...] = () if only is None else (only,)
         else:
             rows = _Rows(file, table, groups)
             metas = tuple(rows.records(each)) if rows.add_up(ours) else ()
@@ -253,14 +259,25 @@ def _groups(metadata: pq.FileMetaData) -> list[_Group]:
     return found
 
 
-def _only(file: DataFile, table: pa.Table, group: _Group, ours: bool) -> tuple[RecordMeta, ...]:
-    """Return the record of a file that has one, as most files do whose topic is written slowly; none where it does not add up."""
-    row = {name: column[0].as_py() for name, column in zip(table.column_names, table.columns, strict=True)}
+def _small(storage: Storage, file: DataFile) -> RecordMeta | None:
+    """Return the record of a small file that has one, as a topic has many that is written slowly; None where a closer look is wanted."""
+    try:
+        found = only_row_of(storage.read(file.path, 0, file.size).to_pybytes())
+    except OSError as error:
+        raise _unreadable(file, error) from error
+    try:
+        return None if found is None else _only(file, *found, ours=True)
+    except (TypeError, ValueError):
+        return None
+
+
+def _only(file: DataFile, row: dict[str, Any], span: Span | None, ours: bool) -> RecordMeta | None:
+    """Return the record of a file that has one; None where it does not add up."""
     gap, appends = row["first_offset"] - file.first_offset, row.pop("appends")
     if (gap != 0 if ours else gap < 0) or sum(owner["entries"] for owner in appends) != row["entries"]:
-        return ()
+        return None
     row |= _times_of(row) | {"known_appends": appends, "known_bounds": json.loads(row.pop("bounds") or "{}"), "parts": row.get("parts")}
-    return (RecordMeta(file=file, row=0, row_group=group.number, place=0, span=group.span, **row),)
+    return RecordMeta(file=file, row=0, row_group=0, place=0, span=span, **row)
 
 
 def _times_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flight_oplog import Config, OpLog, Origin, Receipt, appends, deltalog, producers, store
-from flight_oplog.datafile import Record
 from flight_oplog.errors import OutOfOrder, RequestError, SchemaMismatch, TryAgain
 from flight_oplog.files import OutputFile
 from flight_oplog.parquet import Writer
+from flight_oplog.rows import Record
 from flight_oplog.sql.engine import Engine
 
 

@@ -28,6 +28,7 @@ ORDER = [
     "keys",
     "parquet",
     "summary",
+    "rows",
     "records",
     "datafile",
     "deltalog",

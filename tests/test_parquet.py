@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flight_oplog import codec, datafile, parquet
-from flight_oplog.datafile import Record, StagedFile
+from flight_oplog.datafile import StagedFile
 from flight_oplog.errors import TooLarge
 from flight_oplog.files import BLOCK_BYTES, LARGE_BYTES
+from flight_oplog.rows import CREATED_BY, Record, only_row_of
 from flight_oplog.storage import Folder
 
 TIMES = st.none() | st.datetimes(datetime.datetime(1, 1, 2), datetime.datetime(9999, 1, 1)).map(lambda t: t.replace(tzinfo=datetime.UTC))
@@ -67,6 +69,59 @@ def test_pyarrow_reads_back_every_record_and_every_checksum_holds(
 ) -> None:
     path = written(tmp_path_factory.mktemp("files"), records, first_offset)
     assert pq.ParquetFile(path, page_checksum_verification=True).read().to_pylist() == expected(records, first_offset)
+
+
+@settings(max_examples=150, deadline=None)
+@given(records=st.lists(RECORDS, min_size=1, max_size=2), first_offset=st.integers(0, 1 << 40))
+def test_the_only_row_of_a_file_is_read_without_a_library(
+    tmp_path_factory: pytest.TempPathFactory, records: list[Record], first_offset: int
+) -> None:
+    path = written(tmp_path_factory.mktemp("files"), records, first_offset)
+    found = only_row_of(path.read_bytes())
+    if len(records) > 1:
+        assert found is None, "any other is a general reader's"
+        return
+    assert found is not None
+    [row] = expected(records, first_offset)
+    content, _ = row.pop("content"), row.pop("filters")
+    assert found[0] == row
+    assert path.read_bytes()[: found[1][1]].endswith(len(content).to_bytes(4, "little") + content)
+    assert pq.ParquetFile(path).metadata.row_group(0).column(15).data_page_offset == found[1][0]
+
+
+def test_a_damaged_row_is_left_to_a_general_reader(tmp_path: Path) -> None:
+    path = written(tmp_path, [record(b"x" * 100)], 77)
+    whole = path.read_bytes()
+    true = only_row_of(whole)
+    assert true is not None
+    row, span = true
+    offset = whole.index((77).to_bytes(8, "little"))
+    unchecked = {*range(offset, offset + 8), *range(*span)}
+    for place in range(len(whole)):
+        for bit in (1, 64, 128):
+            damaged = bytearray(whole)
+            damaged[place] ^= bit
+            found = only_row_of(bytes(damaged))
+            if found is not None and found != true:  # what is no part of a checksum: the Delta log has the one, a digest is of the other
+                assert place in unchecked, place
+                assert (found[0] | {"first_offset": 77}, found[1]) == (row, span)
+    for size in range(len(whole)):
+        assert only_row_of(whole[:size]) is None
+    assert only_row_of(whole + b"x") is None
+    assert only_row_of(whole[:-8] + whole[-4:]) is None
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_what_is_no_such_file_is_no_error(data: st.DataObject) -> None:
+    numbers, some = st.integers(-(1 << 33), 1 << 33), st.binary(max_size=40)
+    parts = [parquet._page_header(*(data.draw(numbers) for _ in range(3)), None) + data.draw(some) for _ in range(16)]
+    end = parquet._binary(CREATED_BY) + b"\0"
+    body = parquet.MAGIC + b"".join(parts)
+    assert only_row_of(body + end + len(end).to_bytes(4, "little") + parquet.MAGIC) is None
+    pages = data.draw(st.lists(some, min_size=16, max_size=16))
+    exact = [parquet._page_header(len(page), len(page), data.draw(st.integers(-1, 3)), zlib.crc32(page)) + page for page in pages]
+    only_row_of(parquet.MAGIC + b"".join(exact) + end + len(end).to_bytes(4, "little") + parquet.MAGIC)
 
 
 def record(content: bytes, entries: int = 2) -> Record:

@@ -13,12 +13,13 @@ import pytest
 from conftest import flip, rows
 from deltalake import DeltaTable
 
-from flight_oplog import Config, OpLog, codec, provider, records
+from flight_oplog import Config, OpLog, codec, provider, records, summary
 from flight_oplog.appends import Origin
 from flight_oplog.cache import ColumnCache
 from flight_oplog.errors import CorruptLog
-from flight_oplog.records import RecordMeta, _Bounds, _Rows, read_records
+from flight_oplog.records import DataFile, RecordMeta, _Bounds, _Rows, read_records
 from flight_oplog.sql.engine import Engine
+from flight_oplog.storage import Storage
 from flight_oplog.store import FEW_FILES
 
 SMALL = Config(record_entries_max=10, compression="none")
@@ -267,10 +268,51 @@ def test_the_only_record_of_a_file_is_read_as_one_of_many_is(tmp_path: Path, mon
         files = [file for topic in log.snapshot().topics.values() for file in topic.files]
         storage = log._store._storage
         found = [read_records(storage, file) for file in files]
-        monkeypatch.setattr(records, "_only", lambda file, table, group, ours: tuple(_Rows(file, table, [group]).records(True)))
+        monkeypatch.setattr(records, "SMALL_FILE_BYTES", 0)
+        by_library = [read_records(storage, file) for file in files]
+        opened = [pq.ParquetFile(tmp_path / "log" / file.path) for file in files]
+        tables = [file.read(columns=summary.SCHEMA.names) for file in opened]
+        groups = [records._groups(file.metadata) for file in opened]
+        of_many = [tuple(_Rows(*given).records(True)) for given in zip(files, tables, groups, strict=True)]
         assert len(found) >= 2
-        for (one,), (other,) in zip(found, [read_records(storage, file) for file in files], strict=True):
-            assert [getattr(one, name) for name in SHOWN] == [getattr(other, name) for name in SHOWN]
+        for (one,), *others in zip(found, by_library, of_many, strict=True):
+            for (other,) in others:
+                assert [getattr(one, name) for name in SHOWN] == [getattr(other, name) for name in SHOWN]
+
+
+def test_small_files_are_read_without_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    parquet = records._parquet
+
+    def noted(storage: Storage, file: DataFile) -> pq.ParquetFile:
+        opened.append(file.topic)
+        return parquet(storage, file)
+
+    with OpLog.open(str(tmp_path / "log"), Config(compression="none")) as log:
+        log.append("t", numbered(0, 10))
+        log.append("u", pa.record_batch({"x": ["x" * 1000] * 64}))
+        log.append("v", pa.record_batch({"x": ["x" * 1000] * 65}))
+        [small], [_], [large] = (log.snapshot().topics[name].files for name in "tuv")
+        assert small.size < large.size
+    with OpLog.open(str(tmp_path / "log")) as log:
+        monkeypatch.setattr(records, "_parquet", noted)
+        monkeypatch.setattr(records, "SMALL_FILE_BYTES", large.size - 1)
+        for topic in "tuv":
+            list(log.snapshot().records(topic))
+        assert opened == ["v"]
+        assert log.verify() == []
+        assert {*opened} >= {"t", "u", "v"}, "all of a file is looked at to verify it"
+        # A damaged one is the library's to speak of.
+        path = tmp_path / "log" / small.path
+        whole = path.read_bytes()
+        flip(path, whole.index(b"\x15", 60))
+        opened.clear()
+        with pytest.raises(CorruptLog, match=r"topic 't': file .* (is not readable|does not hold|holds records)"):
+            read_records(log._store._storage, small)
+        assert opened == ["t"]
+        path.unlink()
+        with pytest.raises(CorruptLog, match=r"topic 't': file .* is missing; restore it"):
+            read_records(log._store._storage, small)
 
 
 SHOWN = ("key", "row", "row_group", "place", "span", "first_offset", "entries", "schema_id", "min_time", "max_time", "digest", "parts")

@@ -20,9 +20,9 @@ from test_producers import Stream, batch
 from test_server import refused
 
 from flight_oplog import Config, OpLog, Origin, datafile, storage, store
-from flight_oplog.datafile import Record
 from flight_oplog.errors import CorruptLog, OutcomeUnknown, OutOfOrder, TryAgain
 from flight_oplog.provider import topic_batches
+from flight_oplog.rows import Record
 from flight_oplog.sql.engine import Engine
 from flight_oplog.storage import Bucket, Folder
 
