@@ -225,6 +225,99 @@ def test_what_changes_from_call_to_call_is_asked_again(log: OpLog, fresh: Engine
         assert len({repr(ask(fresh, log.snapshot(), sql, 1)) for _ in range(4)}) == 4, sql
 
 
+def told(engine: Engine, snapshot: Snapshot, sql: str, **how: Any) -> tuple[list[tuple[Any, ...]], bool]:
+    """Return the rows of a statement, and whether it read anything for them."""
+    running = engine.run(sql, snapshot, **how)
+    found = [tuple(row.values()) for batch in running.batches for row in batch.to_pylist()]
+    return found, bool(running.counts)
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT a, s FROM t ORDER BY a DESC LIMIT 2",
+        "SELECT s, a + 1 AS b FROM public.t AS x WHERE a > 1 ORDER BY b DESC LIMIT 2",
+        "SELECT _offset, a FROM log.t ORDER BY _offset DESC LIMIT 2",
+        "SELECT DISTINCT s FROM (SELECT s FROM t WHERE a <> 0) AS u ORDER BY s",
+        "SELECT a FROM t WHERE s = 'x' ORDER BY a",
+        "SELECT s, count(DISTINCT a) AS n, sum(a) AS m FROM t GROUP BY s ORDER BY n, s",
+        "SELECT a FROM v ORDER BY a LIMIT 3",
+    ],
+)
+def test_a_small_answer_is_given_again_until_the_topic_grows(log: OpLog, fresh: Engine, sql: str) -> None:
+    define(log, "v", "SELECT a FROM t WHERE a > 0")
+    log.append("t", data(a=[1, 2, 3], s=["x", "y", "x"]))
+    log.append("other", data(a=[1]))
+    for number in range(3):
+        seen = log.snapshot()
+        answers = [told(fresh, seen, sql) for _ in range(4)]
+        assert all(found == answers[0][0] for found, _ in answers)
+        assert [has_read for _, has_read in answers[-2:]] == [False, False]
+        log.append("other", data(a=[1]))
+        assert told(fresh, log.snapshot(), sql) == (answers[0][0], False), "another topic is no matter"
+        log.append("t", data(a=[10 + number], s=[f"z{number}"]))
+        found, has_read = told(fresh, log.snapshot(), sql)
+        assert has_read
+        assert found == ask(Engine(Config(state_bytes_max=0)), log.snapshot(), sql)
+        assert told(fresh, seen, sql)[0] == answers[0][0]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT a, random() AS r FROM t ORDER BY a LIMIT 1",
+        "SELECT a FROM t WHERE now() > TIMESTAMP '2026-01-01' ORDER BY a LIMIT 1",
+        "SELECT t.a FROM t JOIN other ON t.a = other.a ORDER BY t.a LIMIT 1",
+        "SELECT a FROM t WHERE a IN (SELECT a FROM other) ORDER BY a LIMIT 1",
+        "SELECT topic FROM system.topics ORDER BY topic LIMIT 1",
+        "SELECT entries FROM records.t ORDER BY entries LIMIT 1",
+        "SELECT a FROM at_version('t', 2) ORDER BY a LIMIT 1",
+        "EXPLAIN SELECT a FROM t ORDER BY a LIMIT 1",
+    ],
+)
+def test_what_may_be_another_answer_is_made_anew(log: OpLog, fresh: Engine, sql: str) -> None:
+    log.append("t", data(a=[1, 2, 3]))
+    log.append("other", data(a=[1, 2]))
+    for _ in range(4):
+        list(fresh.run(sql, log.snapshot()).batches)
+    assert not any(known.answer for known in fresh._repeated._states._known.values())
+
+
+def test_how_large_an_answer_is_given_again(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.append("t", data(a=list(range(10_000))))
+    sql = "SELECT a FROM t WHERE a >= 0 ORDER BY a LIMIT {}"
+    size = 8 * 100
+    monkeypatch.setattr(repeated, "ANSWER_BYTES_MAX", size)
+    for limit, is_read in ((100, False), (101, True)):
+        for _ in range(3):
+            found = told(fresh, log.snapshot(), sql.format(limit))
+        assert found == ([(a,) for a in range(limit)], is_read)
+    [answer] = [known.answer for known in fresh._repeated._states._known.values() if known.answer]
+    held = sum(buffer.size for batch in answer.batches for buffer in batch.column(0).buffers() if buffer is not None)
+    assert held < 2 * size, "and not what it was cut out of"
+    nothing = Engine(Config(state_bytes_max=0))
+    assert [told(nothing, log.snapshot(), sql.format(1)) for _ in range(3)] == [([(0,)], True)] * 3
+
+
+def test_texts_that_never_come_again_drive_no_state_out(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.append("t", data(a=[1, 2, 3], s=["x", "y", "x"]))
+    monkeypatch.setattr(repeated, "SLOW_KEPT", 10)
+    assert ask(fresh, log.snapshot(), "SELECT s, sum(a) AS n FROM t GROUP BY s ORDER BY s") == [("x", 4), ("y", 2)]
+    before = len(fresh._repeated._states._known)
+    for number in range(11):
+        assert told(fresh, log.snapshot(), f"SELECT a FROM t WHERE a > {number}")[1]
+    assert len(fresh._repeated._states._known) == before
+    assert len(fresh._repeated._slow) == 10
+
+
+def test_values_bound_to_a_statement_are_part_of_what_is_asked(log: OpLog, fresh: Engine) -> None:
+    log.append("t", data(a=[1, 2, 3]))
+    for _ in range(3):
+        for value in (1, 2):
+            how = {"parameters": pa.record_batch({"$1": [value]})}
+            assert told(fresh, log.snapshot(), "SELECT a FROM t WHERE a > $1 ORDER BY a", **how)[0] == [(a,) for a in range(value + 1, 4)]
+
+
 def test_a_state_that_would_be_too_large_is_none(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repeated, "STATE_ROWS_MAX", 5)
     log.append("t", data(a=list(range(9))))

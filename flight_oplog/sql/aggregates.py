@@ -36,7 +36,7 @@ from flight_oplog.topics import Topic
 STATE_ROWS_MAX = 200_000
 STATEMENTS_MAX = 1000
 ANSWER_BYTES_MAX = 1 << 18
-_VOLATILE = re.compile(r"\b(?:now|random|uuid|current_\w+|today|arrow_typeof)\s*\(", re.IGNORECASE)
+VOLATILE = re.compile(r"\b(?:now|random|uuid|current_\w+|today|arrow_typeof)\s*\(", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class States:
 def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema]) -> Aggregation | None:
     """Take a plan apart at its lowest aggregate; None for one that cannot be. `schema_of` tells a plan's schema."""
     nodes, kinds = chain(optimized)
-    if "Aggregate" not in kinds or _VOLATILE.search(plan.display_indent()):
+    if "Aggregate" not in kinds or VOLATILE.search(plan.display_indent()):
         return None
     depth = len(kinds) - 1 - kinds[::-1].index("Aggregate")
     if not {*kinds[:depth]} <= _AGAIN.keys() or not {*kinds[depth + 1 : -1]} <= _BELOW:

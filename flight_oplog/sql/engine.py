@@ -271,6 +271,7 @@ class Engine:
             batches = at_once(stream, context, schema)
         else:
             batches = self._planner.pulled(stream, context, schema, asked)
+        batches = self._repeated.kept(key, asked, frame, schema, batches)
         del frame, stream  # the frame holds the plan, the plan holds running tasks
 
         def noted() -> Iterator[pa.RecordBatch]:

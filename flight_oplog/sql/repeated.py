@@ -1,10 +1,11 @@
-"""Answering what is asked again: from the records' bounds, from states of aggregates, from answers. See `aggregates`."""
+"""Answering what is asked again: from the records' bounds, from states of aggregates, from small answers. See `aggregates`."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
 import re
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,12 +17,25 @@ from flight_oplog import codec
 from flight_oplog.cache import ScanCounts
 from flight_oplog.config import Config
 from flight_oplog.errors import OplogError
+from flight_oplog.kept import remember
 from flight_oplog.provider import RowsTable, ScanContext
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
-from flight_oplog.sql.aggregates import ANSWER_BYTES_MAX, STATE_ROWS_MAX, Aggregation, Answer, State, States, taken_apart, whole_of
+from flight_oplog.sql.aggregates import (
+    ANSWER_BYTES_MAX,
+    STATE_ROWS_MAX,
+    VOLATILE,
+    Aggregation,
+    Answer,
+    State,
+    States,
+    taken_apart,
+    whole_of,
+)
 from flight_oplog.sql.catalog import TIME_TRAVEL, Shelf
 from flight_oplog.sql.parameters import Values
 from flight_oplog.sql.planner import Asked, Planner, sums_up
+from flight_oplog.sql.plans import chain
+from flight_oplog.sql.refusals import PUBLIC
 from flight_oplog.sql.stream import Running, paced, schema_of, wire_schema
 from flight_oplog.store import Snapshot
 from flight_oplog.topics import Topic
@@ -35,6 +49,9 @@ STATE_SECONDS = 0.01
 _DECIDING = (SCHEMAS_TOPIC, VIEWS_TOPIC)
 _OF_ALL = re.compile(r"\b(?:count|min|max)\s*\(", re.IGNORECASE)
 _OF_SOME = re.compile(r"\b(?:WHERE|GROUP|JOIN|DISTINCT)\b", re.IGNORECASE)
+# Of so many texts without an aggregate it is remembered that they took long.
+SLOW_KEPT = 1000
+_TELLING = frozenset(("Aggregate", "Distinct", "Filter", "Limit", "Projection", "Sort", "SubqueryAlias", "TableScan"))
 # A text that was never asked is looked at more closely where it reads all of a topic of so many entries: its shape may be known.
 LARGE_ENTRIES = 1 << 19
 _PICKS = re.compile(r"\b(?:WHERE|JOIN)\b", re.IGNORECASE)
@@ -49,6 +66,7 @@ class Key:
     """
 
     text: Any
+    sums_up: bool
     shape: Any = None  # once it was looked at
 
 
@@ -59,18 +77,23 @@ class Repeated:
         self._planner = planner
         self._config = config
         self._states = States(config.state_bytes_max)
+        self._slow: OrderedDict[Any, bool] = OrderedDict()  # texts without an aggregate that took long
 
     def key(self, asked: Asked) -> Key | None:
         """Return what everything that is kept of a query is kept under, None for one of which nothing is."""
         if asked.offsets is not None or len(asked.sql) > REMEMBERED_CHARACTERS:
             return None
-        if not sums_up(asked.sql) or TIME_TRAVEL.search(asked.sql):
+        if TIME_TRAVEL.search(asked.sql):
             return None
-        return Key((asked.sql, asked.db_schema, _packed(asked.values), *registry(asked.snapshot)))
+        return Key((asked.sql, asked.db_schema, _packed(asked.values), *registry(asked.snapshot)), sums_up(asked.sql))
 
     def note(self, key: Key | None, seconds: float) -> None:
         """Remember that a query took so long until its first batch."""
-        if key is not None and seconds > STATE_SECONDS:
+        if key is None or seconds <= STATE_SECONDS:
+            return
+        if not key.sums_up:
+            remember(self._slow, key.text, True, SLOW_KEPT)
+        else:
             self._states.note(key.text)
             if key.shape is not None:
                 self._states.note(key.shape)
@@ -91,7 +114,7 @@ class Repeated:
         if (answer := self.answer(key, asked)) is not None:
             return Running(answer[0], iter(answer[1]))
         known = self._states.asked(key.text)
-        if known.is_unfit or not (known.was_slow or _tells_of_all(asked.sql) or _reads_all_of_much(asked)):
+        if not key.sums_up or known.is_unfit or not (known.was_slow or _tells_of_all(asked.sql) or _reads_all_of_much(asked)):
             return None
         session, frame, context = self._planner.plan(asked)
         try:
@@ -126,6 +149,17 @@ class Repeated:
         batches = paced(self._planner.pulled(stream, context, schema, asked), self._config.message_bytes_max)
         return Running(schema, self._kept(key.text, topic, schema, batches), context.counts)
 
+    def kept(
+        self, key: Key | None, asked: Asked, frame: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
+    ) -> Iterator[pa.RecordBatch]:
+        """Return the batches of a query that is run as it is, and keep them where it came before and tells of one topic alone."""
+        if key is None or not self._config.state_bytes_max:
+            return batches
+        known = self._states.asked(key.text)
+        comes_again = key.text in self._slow or known.was_slow or known.is_unfit
+        topic = _only_topic(frame.logical_plan(), asked) if comes_again else None
+        return batches if topic is None else self._kept(key.text, topic, schema, batches)
+
     def _kept(self, key: Any, topic: Topic, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the batches of an answer, and keep it when it was a small one."""
         kept: list[pa.RecordBatch] = []
@@ -135,7 +169,9 @@ class Repeated:
             kept = [*kept, batch] if size <= ANSWER_BYTES_MAX else []
             yield batch
         if size <= ANSWER_BYTES_MAX:
-            self._states.keep_answer(key, Answer(topic.name, topic.first_offset, topic.next_offset, schema, tuple(kept)))
+            # A copy, as a few rows hold on to all that they were cut out of.
+            own = tuple(pa.ipc.read_record_batch(batch.serialize(), schema) for batch in kept)
+            self._states.keep_answer(key, Answer(topic.name, topic.first_offset, topic.next_offset, schema, own))
 
     def _brought_up(
         self, key: Any, apart: Aggregation, state: State | None, topic: Topic, asked: Asked, context: ScanContext
@@ -191,6 +227,15 @@ def _whole(apart: Aggregation, snapshot: Snapshot, topic: Topic, context: ScanCo
     records = sum(file.records for file in topic.files)
     context.counts[f"{apart.db_schema}.{topic.name}"] = ScanCounts(files=len(topic.files), records=records)
     return pa.table({f"k{n}": pa.array([value]) for n, value in enumerate(found)})
+
+
+def _only_topic(plan: Any, asked: Asked) -> Topic | None:
+    """Return the topic that a query's answer depends on, if it is one topic's entries, and nothing else but the query's text."""
+    nodes, kinds = chain(plan)
+    if not nodes or not {*kinds} <= _TELLING or VOLATILE.search(plan.display_indent()):
+        return None
+    _, db_schema, name = nodes[-1].to_variant().fqn()
+    return asked.snapshot.topics.get(name) if (db_schema or asked.db_schema) in (PUBLIC, "log") else None
 
 
 def _tells_of_all(sql: str) -> bool:
