@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import OrderedDict
@@ -74,9 +75,18 @@ class ColumnCache:
         self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what was wanted that is not made at once, and whether it has none
 
     def columns(
-        self, snapshot: Snapshot, record: RecordMeta, names: Sequence[str], counts: ScanCounts, held: Decoded | None = None
+        self,
+        snapshot: Snapshot,
+        record: RecordMeta,
+        names: Sequence[str],
+        counts: ScanCounts,
+        held: Decoded | None = None,
+        stopped: threading.Event | None = None,
     ) -> Decoded:
-        """Return at least `names` of the record's stored columns: from those `held`, from memory, or freshly decoded."""
+        """Return at least `names` of the record's stored columns: from those `held`, from memory, or freshly decoded.
+
+        Raises Cancelled when it was `stopped` before much of it was read.
+        """
         if held is not None and held.has(names):
             return held
         key = (record.key,)
@@ -90,7 +100,7 @@ class ColumnCache:
                 return known  # type: ignore[no-any-return]
             self.misses += 1
             counts.cache_misses += 1
-        decoded, read = _decode(snapshot, record, missing)
+        decoded, read = _decode(snapshot, record, missing, stopped)
         if known is not None:
             decoded = Decoded(known.lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes, known.ends)
         with self._lock:
@@ -303,11 +313,14 @@ class Filters:
         return len(self.of_keys)
 
 
-def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str]) -> tuple[Decoded, int]:
+def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None) -> tuple[Decoded, int]:
     """Return columns of a record, and how many bytes of its content were read for them."""
-    content, read = snapshot.store.columns(record, names)
+    content, read = snapshot.store.columns(record, names, stopped)
     if record.rows > 1:  # all of their content was read: so all of their columns are kept
-        batches = pa.Table.from_batches(codec.decode(content, record.entries, record.where)).combine_chunks().to_batches()
+        batches = codec.decode(content, record.entries, record.where)
+        if not {*itertools.accumulate(record.entries_of_each)} <= {*itertools.accumulate(batch.num_rows for batch in batches)}:
+            raise CorruptLog(f"{record.where}: content has other entries than the records say; restore the file")
+        batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
         columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names}
         return Decoded([batch.num_rows for batch in batches], columns, sum(batch.nbytes for batch in batches)), read
     batches = codec.decode(content, record.entries, record.where, names)

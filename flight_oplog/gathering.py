@@ -103,6 +103,7 @@ class Few:
     def __init__(self, projected: pa.Schema, schema: pa.Schema, filter: Filter | None) -> None:
         self.names = [*projected.names, *(key for key in (filter.keys if filter else ()) if key not in projected.names)]
         self._projected, self._filter = projected, filter
+        self.are_all = filter is None  # all rows that it is given come out
         self._gathered_schema = pa.schema([schema.field(name) for name in self.names])
         self._since = time.monotonic()
         self._clear()

@@ -8,6 +8,7 @@ records are read one by one.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -42,7 +43,7 @@ class Neighbours:
     def _joined(self, records: Sequence[RecordMeta]) -> RecordMeta:
         key = (records[0].key, records[-1].key, len(records))
         found = self._kept.get(key)
-        if found is None:
+        if found is None or not all(map(operator.is_, found.members, records)):  # another program may have written one of them anew
             found = joined(records)
             remember(self._kept, key, found, _KEPT)
         return found

@@ -305,7 +305,8 @@ class Page:
 READ_PAGE_BYTES_MAX = 4 << 20
 READ_VALUES_MAX = 1 << 16
 
-_VARINT = rb"([\x80-\xff]*[\x00-\x7f])"
+_VARINT_BYTES_MAX = 10
+_VARINT = rb"([\x80-\xff]{0,9}[\x00-\x7f])"
 _PAGE_HEADER = re.compile(  # as `_page_header` writes it: both sizes, checksum, count
     rb"\x15\x00\x15%b\x15%b(?:\x2c|\x15%b\x1c)\x15%b\x15\x00\x15\x06\x15\x06\x00\x00" % ((_VARINT,) * 4), re.DOTALL
 )
@@ -342,12 +343,13 @@ def levels_in(data: bytes, count: int, start: int = 0) -> tuple[list[int], int]:
     place, end = start + 4, start + 4 + int.from_bytes(data[start : start + 4], "little")
     found: list[int] = []
     while place < end:
-        size = next(more for more in range(1, end - place) if data[place + more - 1] < 0x80)
-        found += [data[place + size]] * min(_unvarint(data[place : place + size]) >> 1, count + 1)
-        place += size + 1
-        if len(found) > count:
+        size = next(more for more in range(1, min(_VARINT_BYTES_MAX + 1, end - place)) if data[place + more - 1] < 0x80)
+        values = _unvarint(data[place : place + size]) >> 1
+        if not 0 < values <= count - len(found):
             break
-    if len(found) != count:
+        found += [data[place + size]] * values
+        place += size + 1
+    if len(found) != count or place != end:
         raise ValueError("a page has other levels than values")
     return found, end
 

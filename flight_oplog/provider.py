@@ -251,11 +251,7 @@ class EntriesTable(_Table):
                     if self.context.stopped.is_set():
                         return
                     yield batch
-            elif (
-                len(rows) * RUN_PART >= record.entries
-                and rows[-1] - rows[0] == len(rows) - 1
-                and (found := self._together(record, projected))
-            ):
+            elif few.are_all and self._is_run(rows, record) and (found := self._together(record, projected)):
                 yield from few.taken()
                 yield from _run_of(found, int(rows[0]), len(rows))
             elif len(rows):
@@ -290,7 +286,7 @@ class EntriesTable(_Table):
         of_entries, cache = self._of_entries(record, names), self.context.cache
         if not of_entries or cache.holds(record, of_entries) or self._snapshot.store.reads_at_once(record):
             return None
-        return cache.readers.submit(cache.columns, self._snapshot, record, of_entries, self.counts)
+        return cache.readers.submit(cache.columns, self._snapshot, record, of_entries, self.counts, None, self.context.stopped)
 
     def _matching(self, record: RecordMeta, filter: Filter) -> np.ndarray | None:
         """Return the places of the record's entries that pass, or None for all; decodes only the filter's columns.
@@ -310,6 +306,10 @@ class EntriesTable(_Table):
         index = self.context.cache.index(record, name, texts, may_make=self.context.indexing_seconds < INDEXING_SECONDS)
         self.context.indexing_seconds += time.monotonic() - began
         return candidates(texts, text) if index is None else index.candidates(text)
+
+    def _is_run(self, rows: np.ndarray, record: RecordMeta) -> bool:
+        """Whether rows are neighbours, and enough of a record."""
+        return len(rows) * RUN_PART >= record.entries and bool(rows[-1] - rows[0] == len(rows) - 1)
 
     def _within(self, record: RecordMeta, rows: np.ndarray | None) -> np.ndarray | None:
         """Return those of the record's places (None: all of them) that lie within the offsets asked for."""
@@ -366,7 +366,9 @@ class EntriesTable(_Table):
         if not of_entries:
             return Columns(self._plain, [record.entries], {}, log_columns(record, names))
         self._count(record)
-        decoded = self.context.cache.columns(self._snapshot, record, of_entries, self.counts, self._held.get(record.key))
+        decoded = self.context.cache.columns(
+            self._snapshot, record, of_entries, self.counts, self._held.get(record.key), self.context.stopped
+        )
         if record.key in self._held:
             self._held[record.key] = decoded
         return Columns(self._plain, decoded.lengths, decoded.columns, log_columns(record, names), decoded.ends)

@@ -107,6 +107,13 @@ class RecordMeta:
         return self.known_bounds
 
     @property
+    def entries_of_each(self) -> Sequence[int]:
+        """The entries of each row, or of each record that it was put together of."""
+        if self.members:
+            return [member.entries for member in self.members]
+        return [self.entries] if self.each is None else self.each[1]
+
+    @property
     def where(self) -> str:
         return f"topic {self.file.topic!r}, file {os.path.basename(self.file.path)}, offset {self.first_offset}"
 
@@ -199,7 +206,7 @@ def read_records(storage: Storage, file: DataFile, each: bool = False) -> tuple[
         else:
             rows = _Rows(file, table, groups)
             metas = tuple(rows.records(each)) if rows.add_up(ours) else ()
-    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError, pa.ArrowException) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError, RecursionError, pa.ArrowException) as error:
         raise CorruptLog(f"{_name(file)} does not hold records; restore it") from error
     if not metas and len(table):
         raise CorruptLog(f"{_name(file)} holds records that do not add up; restore it")
@@ -267,7 +274,7 @@ def _small(storage: Storage, file: DataFile) -> RecordMeta | None:
         raise _unreadable(file, error) from error
     try:
         return None if found is None else _only(file, *found, ours=True)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         return None
 
 

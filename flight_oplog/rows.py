@@ -134,7 +134,7 @@ def only_row_of(file: bytes) -> tuple[dict[str, Any], tuple[int, int]] | None:
             else:
                 [row[leaf.name]] = values
         return row | {"appends": owners}, pages[-1].span
-    except (ValueError, IndexError, StopIteration, RuntimeError, struct.error, pa.ArrowException, OSError):
+    except (ValueError, IndexError, StopIteration, RuntimeError, OverflowError, struct.error, pa.ArrowException, OSError):
         return None
 
 

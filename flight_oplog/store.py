@@ -32,7 +32,7 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from flight_oplog import codec, deltalog
 from flight_oplog.datafile import StagedFile
 from flight_oplog.deltalog import Changes
-from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
+from flight_oplog.errors import Cancelled, CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
 from flight_oplog.files import reading_error, storage_error
 from flight_oplog.grants import ANYBODY, Principal
 from flight_oplog.growing import Growing
@@ -494,14 +494,23 @@ class Store:
         """Whether reading a record takes less than asking another thread for it."""
         return self.is_local and record.span is not None and record.span[1] - record.span[0] < PARTS_FROM_BYTES
 
-    def columns(self, record: RecordMeta, names: Sequence[str]) -> tuple[pa.Buffer, int]:
-        """Return content of which some columns can be decoded, checked; and how many bytes were read for it."""
+    def columns(self, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None = None) -> tuple[pa.Buffer, int]:
+        """Return content of which some columns can be decoded, checked; and how many bytes were read for it.
+
+        Raises Cancelled when it was `stopped` while the content of many records was read.
+        """
         if record.members:
-            contents = [self.content(member) for member in record.members]
-            content = codec.as_one(contents, [member.entries for member in record.members], record.where)
-            return content, content.size
-        found = self._fresh.get(record.key)
-        return read_columns(self._storage, record, names) if found is None else (found, 0)
+
+            def one(member: RecordMeta) -> tuple[pa.Buffer, int]:
+                if stopped is not None and stopped.is_set():
+                    raise Cancelled("the read was stopped")
+                return self.columns(member, names)
+
+            found = list(self._storage.each(one, record.members))
+            content = codec.as_one([each for each, _ in found], record.entries_of_each, record.where)
+            return content, sum(read for _, read in found)
+        fresh = self._fresh.get(record.key)
+        return read_columns(self._storage, record, names) if fresh is None else (fresh, 0)
 
     def filters(self, records: Sequence[RecordMeta]) -> list[bytes]:
         """Return the filters of records that have some."""

@@ -214,6 +214,22 @@ def test_a_run_of_a_record_is_cut_out_of_its_large_pieces(folder: Any, monkeypat
             batches.clear()
 
 
+@pytest.mark.parametrize("entries", [100, 9000])
+def test_texts_that_only_begin_alike_are_no_run(folder: Any, entries: int) -> None:
+    n, one, other = 9000, "customer-000001", "customer-000002"
+    whole = pa.table({"s": [other if i % 2 else one for i in range(n)], "v": range(n)})
+    with OpLog.open(str(folder)) as log:
+        for start in range(0, n, entries):
+            log.append("t", whole.slice(start, entries))
+        engine = Engine(Config(state_bytes_max=0))
+        for _ in range(4):
+            for where, count in (("", n // 2), (" AND v < 10", 5), (" AND v >= 10 AND v < 8000", 3995)):
+                matching = f"FROM t WHERE s = '{one}'{where}"
+                assert rows(engine, log.snapshot(), f"SELECT count(v) AS c {matching}") == [{"c": count}]
+                assert rows(engine, log.snapshot(), f"SELECT s, count(v) AS c {matching} GROUP BY s") == [{"s": one, "c": count}]
+                assert rows(engine, log.snapshot(), f"SELECT DISTINCT s {matching}") == [{"s": one}]
+
+
 @pytest.mark.parametrize("kind", [pa.int64(), pa.uint64(), pa.int8(), pa.float32(), pa.timestamp("ns"), pa.date32()])
 def test_a_range_of_numbers_is_what_comparing_each_says(kind: pa.DataType) -> None:
     chance = random.Random(str(kind))

@@ -1,6 +1,9 @@
 """Small records of many files are read as one: which ones, and that nobody can tell by the answers."""
 
+import copy
 import random
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,10 @@ from conftest import flip, rows
 from datafusion import SessionConfig, SessionContext
 
 from flight_oplog import Config, OpLog, neighbours
-from flight_oplog.cache import ScanCounts
-from flight_oplog.errors import CorruptLog
+from flight_oplog.cache import ColumnCache, ScanCounts
+from flight_oplog.errors import Cancelled, CorruptLog
 from flight_oplog.neighbours import Neighbours
-from flight_oplog.records import DataFile, RecordMeta
+from flight_oplog.records import DataFile, RecordMeta, read_columns
 from flight_oplog.sql.engine import Engine
 
 QUESTIONS = [
@@ -145,7 +148,74 @@ def test_a_topic_that_began_again_and_a_compacted_one(folder: Path, small: None)
             assert rows(engine, log.snapshot(), sql) == [{"s": sum(range(70)), "c": 71 + more}]
 
 
+def test_a_member_that_another_program_wrote_anew_is_read_anew(folder: Path, small: None) -> None:
+    engine, sql = Engine(Config(cache_bytes_max=0, state_bytes_max=0)), "SELECT sum(n) AS s FROM t"
+    with OpLog.open(str(folder)) as log:
+        for n in range(33):
+            log.append("t", pa.record_batch({"n": [n]}))
+    with OpLog.open(str(folder)) as log:
+        neighbours_of = engine._planner.cache.neighbours
+        first = neighbours_of.together(list(log.snapshot().records("t")), 0)[0]
+        assert len(first.members) == 16
+        anew = [*log.snapshot().records("t")]
+        anew[7] = replace_file(anew[7])
+        second = neighbours_of.together(anew, 0)[0]
+        assert second is not first
+        assert second.members[7] is anew[7]
+        assert rows(engine, log.snapshot(), sql) == [{"s": sum(range(33))}]
+
+
+def test_reading_many_records_ends_when_it_is_stopped(folder: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with OpLog.open(str(folder)) as log:
+        for n in range(33):
+            log.append("t", pa.record_batch({"n": [n]}))
+    with OpLog.open(str(folder)) as log:
+        store, stopped, read = log._store, threading.Event(), []
+        [one, *_] = Neighbours().together(list(log.snapshot().records("t")), 0)
+        whole = store.columns(one, ["n"])
+        monkeypatch.setattr(
+            "flight_oplog.store.read_columns", lambda *given: (read.append(1), len(read) == 3 and stopped.set(), read_columns(*given))[2]
+        )
+        with pytest.raises(Cancelled):
+            store.columns(one, ["n"], stopped)
+        assert len(read) == 3
+        stopped.clear()
+        assert store.columns(one, ["n"], stopped)[0].equals(whole[0])
+
+
+def test_bytes_that_were_read_are_told(folder: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(log: OpLog) -> int:
+        return scan(Engine(Config(state_bytes_max=0)), log, "SELECT sum(n + 1) AS s FROM t").content_bytes
+
+    with OpLog.open(str(folder)) as log:
+        for n in range(33):
+            log.append("t", pa.record_batch({"n": [n]}))
+        assert told(log) == 0, "they were in memory"
+    with OpLog.open(str(folder)) as log:
+        found = told(log)
+        monkeypatch.setattr(neighbours, "RECORDS_LEAST", 100)
+        assert found == told(log) > 0
+
+
+def test_content_of_other_entries_than_its_record_says_is_damage(log: OpLog, small: None) -> None:
+    for n in range(17):
+        log.append("t", pa.record_batch({"n": [n, n]}))
+    records = list(log.snapshot().records("t"))
+    [one, *_] = Neighbours().together(records, 0)
+    assert one.entries == 16
+    one.members[0].entries, one.members[1].entries = 1, 3
+    with pytest.raises(CorruptLog, match=r"topic 't', file .*, offset 0: content has other entries than the records say; restore the file"):
+        ColumnCache(0).columns(log.snapshot(), one, ["n"], ScanCounts())
+    one.members[0].entries, one.members[1].entries = 2, 2
+
+
 # Which ones
+
+
+def replace_file(found: RecordMeta) -> RecordMeta:
+    anew = copy.copy(found)
+    anew.file = replace(found.file, path="topic=t/anew.parquet")
+    return anew
 
 
 def record(place: int, first: int, entries: int, nbytes: int = 100, schema: str = "a", **more: Any) -> RecordMeta:

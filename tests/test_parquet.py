@@ -2,6 +2,7 @@
 
 import datetime
 import io
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from flight_oplog import codec, datafile, parquet
 from flight_oplog.datafile import StagedFile
 from flight_oplog.errors import TooLarge
 from flight_oplog.files import BLOCK_BYTES, LARGE_BYTES
-from flight_oplog.rows import CREATED_BY, Record, only_row_of
+from flight_oplog.rows import CREATED_BY, SHAPE, Record, only_row_of
 from flight_oplog.storage import Folder
 
 TIMES = st.none() | st.datetimes(datetime.datetime(1, 1, 2), datetime.datetime(9999, 1, 1)).map(lambda t: t.replace(tzinfo=datetime.UTC))
@@ -122,6 +123,35 @@ def test_what_is_no_such_file_is_no_error(data: st.DataObject) -> None:
     pages = data.draw(st.lists(some, min_size=16, max_size=16))
     exact = [parquet._page_header(len(page), len(page), data.draw(st.integers(-1, 3)), zlib.crc32(page)) + page for page in pages]
     only_row_of(parquet.MAGIC + b"".join(exact) + end + len(end).to_bytes(4, "little") + parquet.MAGIC)
+
+
+def altered(path: Path, column: str, data: bytes) -> bytes:
+    """A whole file with another page for a column, as `Writer` would write it."""
+    whole = path.read_bytes()
+    pages = parquet.pages_of(whole, SHAPE, CREATED_BY)
+    assert pages is not None
+    start, end = pages[[leaf.path[0] for leaf in SHAPE.leaves].index(column)].span
+    packed = parquet._ZSTD.compress(data, asbytes=True) if len(data) > 1000 else data
+    return whole[:start] + parquet._page_header(len(data), len(packed), 1, zlib.crc32(packed)) + packed + whole[end:]
+
+
+@pytest.mark.parametrize(
+    ("column", "page"),
+    [
+        ("min_time", b"\2\0\0\0\2\1" + ((1 << 63) - 1).to_bytes(8, "little")),
+        ("bounds", (1_000_002).to_bytes(4, "little") + b"\x80" * 1_000_000 + b"\1\1"),
+        ("bounds", (1_000_000).to_bytes(4, "little") + b"\0\1" * 500_000),
+        ("bounds", (4).to_bytes(4, "little") + b"\xfe\xff\x7f\1"),
+        ("bounds", b"\2\0\0\0\2\1" + (2).to_bytes(4, "little") + b"\xff\xfe"),
+        ("digest", (900).to_bytes(4, "little") + b"short"),
+        ("schema_id", (1).to_bytes(4, "little") + b"a" + (1).to_bytes(4, "little") + b"b"),
+        ("bounds", bytes(parquet.READ_PAGE_BYTES_MAX + 1)),
+    ],
+)
+def test_a_page_that_cannot_be_is_left_to_a_general_reader(tmp_path: Path, column: str, page: bytes) -> None:
+    began = time.monotonic()
+    assert only_row_of(altered(written(tmp_path, [record(b"x")], 0), column, page)) is None
+    assert time.monotonic() - began < 1
 
 
 def record(content: bytes, entries: int = 2) -> Record:

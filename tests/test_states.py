@@ -299,6 +299,23 @@ def test_how_large_an_answer_is_given_again(log: OpLog, fresh: Engine, monkeypat
     assert [told(nothing, log.snapshot(), sql.format(1)) for _ in range(3)] == [([(0,)], True)] * 3
 
 
+def test_an_answer_that_is_given_again_comes_in_pieces_as_small(log: OpLog) -> None:
+    log.append("t", data(a=list(range(10_000))))
+    engine = Engine(Config(message_bytes_max=20_000))
+    for time in range(4):
+        running = engine.run("SELECT a FROM t WHERE a >= 0 ORDER BY a", log.snapshot())
+        batches = list(running.batches)
+        assert bool(running.counts) == (time < 2)
+        assert sum(batch.num_rows for batch in batches) == 10_000
+        assert max(batch.nbytes for batch in batches) <= 20_000
+
+
+def test_rows_that_weigh_nothing_count_all_the_same(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.append("t", data(a=list(range(100))))
+    monkeypatch.setattr(repeated, "ANSWER_BYTES_MAX", 99)
+    assert [told(fresh, log.snapshot(), "SELECT NULL AS x FROM t WHERE a >= 0")[1] for _ in range(4)] == [True] * 4
+
+
 def test_texts_that_never_come_again_drive_no_state_out(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     log.append("t", data(a=[1, 2, 3], s=["x", "y", "x"]))
     monkeypatch.setattr(repeated, "SLOW_KEPT", 10)

@@ -271,7 +271,7 @@ class Engine:
             batches = at_once(stream, context, schema)
         else:
             batches = self._planner.pulled(stream, context, schema, asked)
-        batches = self._repeated.kept(key, asked, frame, schema, batches)
+        lasting = self._repeated.lasting(key, asked, frame)
         del frame, stream  # the frame holds the plan, the plan holds running tasks
 
         def noted() -> Iterator[pa.RecordBatch]:
@@ -283,7 +283,10 @@ class Engine:
             if measure(asked.sql).first == "EXPLAIN":
                 yield from explained(context.counts, schema)
 
-        return Running(schema, paced(noted(), self._config.message_bytes_max), context.counts)
+        found = paced(noted(), self._config.message_bytes_max)
+        if key is not None and lasting is not None:
+            found = self._repeated.kept(key, lasting, schema, found)
+        return Running(schema, found, context.counts)
 
     def _is_short(self, asked: Asked, context: ScanContext) -> bool:
         """Whether a query that has begun takes no time worth stopping it, which takes a detour of a millisecond."""

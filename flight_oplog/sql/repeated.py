@@ -147,31 +147,28 @@ class Repeated:
             return None
         schema = schema_of(frame, context)
         batches = paced(self._planner.pulled(stream, context, schema, asked), self._config.message_bytes_max)
-        return Running(schema, self._kept(key.text, topic, schema, batches), context.counts)
+        return Running(schema, self.kept(key, topic, schema, batches), context.counts)
 
-    def kept(
-        self, key: Key | None, asked: Asked, frame: Any, schema: pa.Schema, batches: Iterator[pa.RecordBatch]
-    ) -> Iterator[pa.RecordBatch]:
-        """Return the batches of a query that is run as it is, and keep them where it came before and tells of one topic alone."""
+    def lasting(self, key: Key | None, asked: Asked, frame: Any) -> Topic | None:
+        """Return the topic of a query that is run as it is, and whose answer is worth keeping until that grows: it came before."""
         if key is None or not self._config.state_bytes_max:
-            return batches
+            return None
         known = self._states.asked(key.text)
         comes_again = key.text in self._slow or known.was_slow or known.is_unfit
-        topic = _only_topic(frame.logical_plan(), asked) if comes_again else None
-        return batches if topic is None else self._kept(key.text, topic, schema, batches)
+        return _only_topic(frame.logical_plan(), asked) if comes_again else None
 
-    def _kept(self, key: Any, topic: Topic, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    def kept(self, key: Key, topic: Topic, schema: pa.Schema, batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         """Yield the batches of an answer, and keep it when it was a small one."""
         kept: list[pa.RecordBatch] = []
         size = 0
         for batch in batches:
-            size += batch.nbytes
+            size += max(batch.nbytes, batch.num_rows)
             kept = [*kept, batch] if size <= ANSWER_BYTES_MAX else []
             yield batch
         if size <= ANSWER_BYTES_MAX:
             # A copy, as a few rows hold on to all that they were cut out of.
             own = tuple(pa.ipc.read_record_batch(batch.serialize(), schema) for batch in kept)
-            self._states.keep_answer(key, Answer(topic.name, topic.first_offset, topic.next_offset, schema, own))
+            self._states.keep_answer(key.text, Answer(topic.name, topic.first_offset, topic.next_offset, schema, own))
 
     def _brought_up(
         self, key: Any, apart: Aggregation, state: State | None, topic: Topic, asked: Asked, context: ScanContext
