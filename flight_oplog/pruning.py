@@ -78,6 +78,8 @@ class Pruner:
         survivors = records
         if found is not None and len(records) >= _SPANS_FROM:
             survivors = self._within_spans(*found, records)
+        if self._filter.wanted is not None and len(survivors) >= _SPANS_FROM:
+            survivors = [record for record in survivors if self._may_have_text(record, *self._filter.wanted)]
         if survivors is records or not self._spans_tell():
             survivors = self._prune_records(survivors)
         return self._prune_keys(survivors)
@@ -123,6 +125,13 @@ class Pruner:
             if high is not None:
                 meets &= lows <= high
         return [records[place] for place in np.flatnonzero(meets).tolist()]
+
+    def _may_have_text(self, record: RecordMeta, name: str, text: str) -> bool:
+        """Whether a record's bounds let a column have a text; Arrow takes 20 µs to say so. Texts order as their UTF-8 does."""
+        limits = record.bounds.get(name)
+        if limits is None or self._kind(record, name) != pa.string() or "min" not in limits:
+            return True
+        return bool(limits["min"] <= text <= limits["max"])
 
     def _spans_tell(self) -> bool:
         """Whether `_within_spans` leaves no more to be pruned."""

@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from datafusion import SessionContext
 from test_engine import counts
 
 from flight_oplog import Config, OpLog, pruning, records
+from flight_oplog.records import RecordMeta
 from flight_oplog.sql.engine import Engine
 
 TIME = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -115,6 +117,34 @@ def test_a_pruned_answer_is_the_unpruned_answer(long_log: Any, engine: Engine, s
     sql = f"SELECT place FROM events WHERE {where} ORDER BY place"
     expected = [row["place"] for batch in plain.sql(sql).collect() for row in batch.to_pylist()]
     assert [row["place"] for row in rows(engine, log.snapshot(), sql)] == expected
+
+
+def test_a_text_is_looked_for_in_bounds_before_arrow_is_asked(folder: Path, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    prune = pruning.Pruner._prune_records
+
+    def noted(pruner: pruning.Pruner, records: Sequence[RecordMeta]) -> list[RecordMeta]:
+        asked.append(len(records))
+        return prune(pruner, records)
+
+    monkeypatch.setattr(pruning.Pruner, "_prune_records", noted)
+    with OpLog.open(str(folder)) as log:
+        for number in range(40):
+            columns = (
+                {} if number == 7 else {"s": [None] if number == 8 else [f"{number % 20:02}a", f"{number % 20:02}\U0001f600" + "x" * 80]}
+            )
+            log.append("t", pa.record_batch(columns | {"n": [number] * (1 if number in (7, 8) else 2)}))
+        for text, expected in (
+            ("05a", [5, 25]),
+            ("05\uffff", []),
+            ("05\U0001f600" + "x" * 80, [5, 25]),
+            ("05\U0001f600y", []),
+            ("zz", []),
+            ("", []),
+        ):
+            asked.clear()
+            assert [row["n"] for row in rows(engine, log.snapshot(), f"SELECT n FROM t WHERE s = '{text}' ORDER BY n")] == expected
+            assert asked[0] <= 4, "those of which bounds say nothing, and those that may have it"
 
 
 @pytest.mark.usefixtures("spans")

@@ -90,6 +90,9 @@ QUESTIONS = [
     Question("group by kind, new words", lambda node, place: by_kind(also=f", {place} AS anew"), in_mix=False),
     Question("group by node_id, new words", lambda node, place: by_node(also=f", {place} AS anew"), in_mix=False),
     Question("distinct, new words", lambda node, place: distinct(also=f", {place} AS anew"), in_mix=False),
+    Question(
+        "top 10, new words", lambda node, place: f"SELECT {FEW}, {place} AS anew FROM events ORDER BY value DESC LIMIT 10", in_mix=False
+    ),
     Question("group by kind, never asked", lambda node, place: by_kind(f"value + {place}"), in_mix=False),
     Question("group by node_id, never asked", lambda node, place: by_node(f"value + {place}"), in_mix=False),
     Question("distinct, never asked", lambda node, place: distinct(where=f" WHERE value <> {place}"), in_mix=False),
