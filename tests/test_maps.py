@@ -1,9 +1,11 @@
 """Files of a local disk are mapped: the same bytes as read, no handle and no removed file kept, no death by a short file."""
 
+import math
 import os
 import sys
-import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -133,6 +135,7 @@ def shown(buffer: pa.Buffer) -> int:
 @pytest.mark.parametrize("kept", ["kept", "not kept"])
 def test_pages_of_maps_are_given_back_when_they_are_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str) -> None:
     monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
+    monkeypatch.setattr(maps, "TRIM_PART", math.inf)
     size = 32 << 20
     some = Maps(str(tmp_path), resident()[1] + size + size // 2)
     views = []
@@ -152,24 +155,34 @@ def test_pages_of_maps_are_given_back_when_they_are_too_many(tmp_path: Path, mon
     assert views[1].to_pybytes() == data, "who looks again gets the same"
 
 
-def test_it_is_not_looked_at_each_time_how_many_there_are(tmp_path: Path) -> None:
-    size = 8 << 20
+def test_pages_are_given_back_for_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, clock, took = 8 << 20, [100.0], [0.0]
+
+    def slowly(*given: Any) -> int:
+        if given[-1] == maps._MADV_DONTNEED:
+            clock[0] += took[0]
+        return int(madvise(*given))
+
+    madvise = maps._LIBC.madvise
+    monkeypatch.setattr(maps, "_LIBC", SimpleNamespace(madvise=slowly))
+    monkeypatch.setattr(maps, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     some = Maps(str(tmp_path), 1)
-    some.trim()
-    path, _ = written(tmp_path, "one", size)
-    some._trimmed = time.monotonic() + 1
-    found = some.view(path, 0, size, [(0, size)])
+    found = some.view(written(tmp_path, "one", size)[0], 0, size, [(0, size)])
     assert found is not None
-    before = shown(found)
-    some.trim()
-    assert before - resident()[1] < size
-    some._trimmed -= 2
-    some.trim()
-    assert before - resident()[1] >= size
+    for took[0], pause in ((0.0, maps.TRIM_SECONDS), (0.01, 2.0), (1e-6, maps.TRIM_SECONDS)):
+        clock[0] += 1000
+        before, began = shown(found), clock[0]
+        some.trim()
+        assert before - resident()[1] >= size
+        for after, is_given_back in ((0.9 * pause, False), (1.1 * pause, True)):
+            before, clock[0] = shown(found), began + after
+            some.trim()
+            assert (before - resident()[1] >= size) == is_given_back
 
 
 def test_a_question_over_all_keeps_few_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
+    monkeypatch.setattr(maps, "TRIM_PART", math.inf)
     folder, few = str(tmp_path / "log"), Config(compression="none", mapped_bytes_max=1)
     with OpLog.open(folder, few) as log:
         for number in range(3):
