@@ -87,8 +87,11 @@ class RecordMeta:
     key: str = field(init=False, repr=False)  # names this record among all records ever
 
     def __post_init__(self) -> None:
-        alone = f"{self.file.path}#{self.row}"
-        self.key = alone if self.rows == 1 else f"{alone}+{self.rows}" if not self.members else f"{alone}*{len(self.members)}+{self.rows}"
+        self.key = f"{self.file.path}#{self.row}"
+        if self.members:
+            self.key += f"*{len(self.members)}"
+        if self.rows > 1:
+            self.key += f"+{self.rows}"
 
     @property
     def appends(self) -> list[dict[str, Any]]:
@@ -101,7 +104,7 @@ class RecordMeta:
     @property
     def bounds(self) -> codec.Bounds:
         if self.members and not self.known_bounds:
-            self.known_bounds = _together([member.bounds for member in self.members], [member.entries for member in self.members])
+            self.known_bounds = _together([member.bounds for member in self.members], self.entries_of_each)
         if isinstance(self.known_bounds, _Bounds):
             self.known_bounds = self.known_bounds.together()
         return self.known_bounds

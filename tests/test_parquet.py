@@ -4,6 +4,7 @@ import datetime
 import io
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,13 @@ def expected(records: list[Record], first_offset: int) -> list[dict[str, Any]]:
     return rows
 
 
-@settings(max_examples=60, deadline=None)
-@given(records=st.lists(RECORDS, min_size=1, max_size=8), first_offset=st.integers(0, 1 << 40))
+def of_records(most: int, examples: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a test up to so many records of a file, and its first offset."""
+    asked = given(records=st.lists(RECORDS, min_size=1, max_size=most), first_offset=st.integers(0, 1 << 40))
+    return lambda test: settings(max_examples=examples, deadline=None)(asked(test))
+
+
+@of_records(most=8, examples=60)
 def test_pyarrow_reads_back_every_record_and_every_checksum_holds(
     tmp_path_factory: pytest.TempPathFactory, records: list[Record], first_offset: int
 ) -> None:
@@ -72,8 +78,7 @@ def test_pyarrow_reads_back_every_record_and_every_checksum_holds(
     assert pq.ParquetFile(path, page_checksum_verification=True).read().to_pylist() == expected(records, first_offset)
 
 
-@settings(max_examples=150, deadline=None)
-@given(records=st.lists(RECORDS, min_size=1, max_size=2), first_offset=st.integers(0, 1 << 40))
+@of_records(most=2, examples=150)
 def test_the_only_row_of_a_file_is_read_without_a_library(
     tmp_path_factory: pytest.TempPathFactory, records: list[Record], first_offset: int
 ) -> None:
