@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
@@ -23,18 +21,16 @@ from flight_oplog.filters import TextIndex
 from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
 from flight_oplog.keys import is_filter
-from flight_oplog.neighbours import Neighbours
 from flight_oplog.numbers import Ends
+from flight_oplog.overview import Listed, Overview
 from flight_oplog.records import DataFile, RecordMeta
-from flight_oplog.rows import microseconds
 from flight_oplog.store import Snapshot
+from flight_oplog.topics import Topic
 
 FRAGMENTS_MAX = 100_000
 TOPICS_KEPT = 64
 READERS = 16
 _FILTERS = ""  # in the place of a column's name
-
-_NONE = np.zeros(0, np.int64)
 
 _FORMAT = ds.IpcFileFormat()
 _FILESYSTEM = LocalFileSystem()
@@ -65,13 +61,12 @@ class ColumnCache:
         self._bytes = 0
         self._lock = threading.Lock()
         self._fragments: dict[tuple[tuple[str, ...], str], ds.Fragment] = {}
-        self._limits: dict[tuple[Any, ...], tuple[np.ndarray, np.ndarray]] = {}
-        self._of_all: dict[tuple[int, str, str], tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
-        self._times: dict[int, tuple[Sequence[DataFile], np.ndarray, np.ndarray]] = {}
         self._files: dict[str, tuple[int, Sequence[DataFile]]] = {}
         self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex | Filters] = OrderedDict()
         self._together: OrderedDict[tuple[Any, ...], Together] = OrderedDict()
-        self.neighbours = Neighbours()
+        self._listed: OrderedDict[str, Listed[DataFile]] = OrderedDict()  # by topic, as the next
+        self._overviews: OrderedDict[str, tuple[Growing[DataFile], Overview]] = OrderedDict()
+        self._growing = threading.Lock()
         self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what was wanted that is not made at once, and whether it has none
 
     def columns(
@@ -211,49 +206,34 @@ class ColumnCache:
                 raise CorruptLog(f"{record.where}: the filter of column {name!r} is not whole; restore the file")
             yield bits
 
-    def limits(
-        self, records: Sequence[RecordMeta], name: str, kind: pa.DataType, schemas: Mapping[str, pa.Schema]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return the least and the greatest number that each record of a file can have in a column; made once, as they never change."""
-        key = (records[0].key, records[-1].key, len(records), name, str(kind))
-        found = self._limits.get(key)
-        if found is None:
-            if len(self._limits) >= FRAGMENTS_MAX:
-                self._limits.clear()
-            found = self._limits[key] = _limits_of(records, name, kind, schemas)
+    def files(self, topic: Topic) -> Listed[DataFile]:
+        """Return a topic's files, and what was found out of them before."""
+        known = self._listed.get(topic.name)
+        if known is not None and known.items.shares(topic.files) and len(known.items) >= len(topic.files):
+            return known.upto(len(topic.files))
+        found = Listed(topic.files) if known is None else known.as_of(topic.files)
+        remember(self._listed, topic.name, found, TOPICS_KEPT)
         return found
 
-    def limits_of_all(
-        self,
-        files: Sequence[DataFile],
-        found: Sequence[Sequence[RecordMeta]],
-        name: str,
-        kind: pa.DataType,
-        schemas: Mapping[str, pa.Schema],
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return `limits` of the records found in some files, one after the other."""
-        key = (id(files), name, str(kind))
-        known, lows, highs = self._of_all.get(key, (None, _NONE, _NONE))
-        if known is not files:
-            each = [self.limits(records, name, kind, schemas) for records in found if records]
-            lows, highs = (np.concatenate(ends) for ends in zip(*each, strict=True))
-            if isinstance(files, Growing):  # a topic's own, which come again, and not some of them
-                if len(self._of_all) >= TOPICS_KEPT:
-                    self._of_all.clear()
-                self._of_all[key] = files, lows, highs
-        return lows, highs
+    def has_overview(self, topic: Topic) -> bool:
+        """Whether `overview` has no file to read."""
+        known = self._overviews.get(topic.name)
+        return known is not None and known[0].shares(topic.files) and len(known[1]) >= len(topic.files)
 
-    def times(self, files: Sequence[DataFile]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the least and the greatest event time that each file can have, in microseconds since 1970."""
-        known, earliest, latest = self._times.get(id(files), (None, _NONE, _NONE))
-        if known is not files:
-            earliest = np.array([-(1 << 63) if file.min_time is None else microseconds(file.min_time) for file in files], np.int64)
-            latest = np.array([(1 << 63) - 1 if file.max_time is None else microseconds(file.max_time) for file in files], np.int64)
-            if isinstance(files, Growing):
-                if len(self._times) >= TOPICS_KEPT:
-                    self._times.clear()
-                self._times[id(files)] = files, earliest, latest
-        return earliest, latest
+    def overview(self, snapshot: Snapshot, topic: Topic) -> Overview:
+        """Return the overview of all of a topic's files, which grows with the topic. Raises CorruptLog where one is damaged."""
+        while True:
+            known = self._overviews.get(topic.name)
+            shares = known is not None and known[0].shares(topic.files)
+            base = known[1] if known is not None and shares else Overview.of([], topic.first_offset)
+            if len(base) >= len(topic.files):
+                return base.upto(len(topic.files))
+            added = topic.files[len(base) :]
+            snapshot.store.prefetch(added)
+            records = [snapshot.records_of(topic, file) for file in added]
+            with self._growing:
+                if self._overviews.get(topic.name) is known:  # else another thread was faster
+                    remember(self._overviews, topic.name, (topic.files, base.grown(records)), TOPICS_KEPT)
 
     def fragment(self, shape: tuple[str, ...], key: str, guarantee: Callable[[], pc.Expression | None]) -> ds.Fragment:
         """Return a fragment that stands for a file or record in pruning; made once, since a guarantee never changes."""
@@ -333,23 +313,6 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], stoppe
         nbytes = sum(batch.nbytes for batch in batches)
     columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names} if batches else {}
     return Decoded([batch.num_rows for batch in batches], columns, nbytes), read
-
-
-def _limits_of(
-    records: Sequence[RecordMeta], name: str, kind: pa.DataType, schemas: Mapping[str, pa.Schema]
-) -> tuple[np.ndarray, np.ndarray]:
-    floats = pa.types.is_floating(kind)
-    lowest, highest = (-math.inf, math.inf) if floats else (-(1 << 63), (1 << 63) - 1)
-    same = {number for number, stored in schemas.items() if name in stored.names and stored.field(name).type == kind}
-    lows, highs = [], []
-    for record in records:
-        limits = record.bounds.get(name, {}) if record.schema_id in same else {}
-        if name == "_offset":
-            limits = {"min": record.first_offset, "max": record.first_offset + record.entries - 1}
-        lows.append(limits.get("min", lowest))
-        highs.append(limits.get("max", highest))
-    dtype = np.float64 if floats else np.int64
-    return np.array(lows, dtype), np.array(highs, dtype)
 
 
 def _width(kind: pa.DataType) -> int:

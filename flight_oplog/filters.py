@@ -7,7 +7,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from pyarrow import acero
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog.numbers import Ends, is_number, numbers
-from flight_oplog.records import RecordMeta
 
 _FORMAT = ds.IpcFileFormat()
 _FILESYSTEM = LocalFileSystem()
@@ -63,23 +62,18 @@ class Filter:
             keys = [column.name for column in named if not _binds(expression, pa.schema([other for other in named if other != column]))]
         return cls(expression, tuple(keys), _text_wanted(expression, text, schema, keys))
 
-    def check(self, schema: pa.Schema, records: Sequence[RecordMeta]) -> None:
-        """Raise CannotFilter where Arrow would answer otherwise than SQL does.
+    def check(self, schema: pa.Schema, may_hold_nan: Callable[[str], bool]) -> None:
+        """Raise CannotFilter where Arrow would answer otherwise than SQL does, going by which columns may hold a NaN.
 
         Arrow's IN says false for null, so its negation keeps nulls; and Arrow's NaN is unequal to and unordered with
-        everything, while DataFusion's is the largest value. Columns with a NaN have no bounds, so bounds tell.
+        everything, while DataFusion's is the largest value.
         """
         text = str(self.expression)
         if "is_in(" in text and "invert(" in text:
             raise CannotFilter(text)
         floats = [name for name in self.keys if pa.types.is_floating(schema.field(name).type)]
-        if floats and "nan" in text.lower():
+        if floats and ("nan" in text.lower() or any(map(may_hold_nan, floats))):
             raise CannotFilter(text)
-        for record in records:
-            for name in floats:
-                limits = record.bounds.get(name)
-                if limits is not None and "min" not in limits and limits["nulls"] < record.entries:
-                    raise CannotFilter(text)
 
     def spans(self, schema: pa.Schema) -> dict[str, tuple[Any, Any]]:
         """Return (least, greatest) for columns of numbers or times outside of which nothing passes, None for an open end.

@@ -30,6 +30,16 @@ class Growing(Sequence[Item]):
         found._length = len(found._items)
         return found
 
+    def upto(self, length: int) -> Growing[Item]:
+        """Return a sequence of its first items, shared."""
+        found: Growing[Item] = Growing()
+        found._items, found._length = self._items, min(length, self._length)
+        return found
+
+    def shares(self, other: Growing[Item]) -> bool:
+        """Whether the shorter of the two is how the longer one begins, as one grew out of the other or both out of a third."""
+        return self._items is other._items
+
     def __len__(self) -> int:
         return self._length
 

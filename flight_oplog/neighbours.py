@@ -8,49 +8,26 @@ records are read one by one.
 from __future__ import annotations
 
 import itertools
-import operator
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from flight_oplog.kept import remember
-from flight_oplog.records import RecordMeta, joined
+from flight_oplog.records import RecordMeta
 
 # What is put together: the records of so many offsets, if they are so many, each has fewer entries and all no more bytes.
 RANGE_ENTRIES = 1 << 13
 RECORDS_LEAST = 16
 SMALL_ENTRIES = 1024
 BYTES_MAX = 8 << 20
-_KEPT = 100_000
 
 
-class Neighbours:
-    """What was put together of the records that are read. Thread-safe."""
+def ranges(records: Sequence[RecordMeta], first_offset: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield where in some records, in offset order, those of each range of offsets begin and end, and whether they are to be one.
 
-    def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[str, str, int], RecordMeta] = OrderedDict()
-
-    def together(self, records: Sequence[RecordMeta], first_offset: int) -> Sequence[RecordMeta]:
-        """Return records in offset order, of a topic that begins at `first_offset`, with small neighbours as one."""
-        if len(records) < RECORDS_LEAST:
-            return records
-        found: list[RecordMeta] = []
-        for start, end, are_one in _runs(records, first_offset):
-            found += [self._joined(records[start:end])] if are_one else records[start:end]
-        return found
-
-    def _joined(self, records: Sequence[RecordMeta]) -> RecordMeta:
-        key = (records[0].key, records[-1].key, len(records))
-        found = self._kept.get(key)
-        if found is None or not all(map(operator.is_, found.members, records)):  # another program may have written one of them anew
-            found = joined(records)
-            remember(self._kept, key, found, _KEPT)
-        return found
-
-
-def _runs(records: Sequence[RecordMeta], first_offset: int) -> Iterator[tuple[int, int, bool]]:
-    """Yield runs of records, and whether they are to be one."""
+    Those before them, if there are any, end at `first_offset`. Nobody knows whether more of the last range is yet to come.
+    """
+    if not records:
+        return
     firsts, entries, sizes = np.array([(r.first_offset, r.entries, _size(r)) for r in records], np.int64).T
     # Whether each begins where the one before ends, or the topic does; nobody knows what comes after the last.
     follows = np.concatenate([[firsts[0] == first_offset], firsts[1:] == firsts[:-1] + entries[:-1], [False]])

@@ -12,7 +12,6 @@ content fetched, checked and decoded. Decoded columns are kept in a cache bounde
 from __future__ import annotations
 
 import itertools
-import operator
 import threading
 import time
 from collections import deque
@@ -31,6 +30,7 @@ from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
 from flight_oplog.errors import Cancelled
 from flight_oplog.filters import Filter, candidates
 from flight_oplog.gathering import JOINED_ROWS, LOG_FIELDS, LOG_NAMES, Columns, Few, as_type, log_columns
+from flight_oplog.overview import Overview
 from flight_oplog.pruning import Pruner
 from flight_oplog.records import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.schema import RECORD_SCHEMA
@@ -175,46 +175,61 @@ class EntriesTable(_Table):
         try:
             # A filter on a text shown as a view does not bind to the plain text: the statement is planned without views.
             wanted = None if filter is None else Filter.of(filter, self._plain)
-            records = self._surviving(wanted)
-            if wanted is not None:
-                wanted.check(self._plain, records)
+            records, of_each = self._surviving(wanted)
         except Exception as error:
             self.context.failures.append(error)
             raise
-        if self.context.reads_all and self.context.offsets is None and not self._topic.overlaps:
-            records = self.context.cache.neighbours.together(records, self._topic.first_offset)
-        before = np.cumsum([record.entries for record in records])
+        before = np.cumsum(of_each)
         entries = int(before[-1]) if len(records) else 0
         self.context.entries += entries
         # Small records are a Python thread's work, not a core's: two would wait for each other. Few entries are not worth another.
         are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records)
         return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, before, self.context.partitions if are_shared else 1)])
 
-    def _surviving(self, filter: Filter | None) -> Sequence[RecordMeta]:
-        offsets = self.context.offsets
-        self.context.cache.let_go(self._topic.name, self._snapshot.table_version, self._topic.files)
+    def _surviving(self, filter: Filter | None) -> tuple[Sequence[RecordMeta], np.ndarray]:
+        """Return the records that the scan has to look at, in offset order, and the entries of each."""
+        topic, offsets, cache = self._topic, self.context.offsets, self.context.cache
+        cache.let_go(topic.name, self._snapshot.table_version, topic.files)
         among = offsets
         if among is None and filter is None and self.context.top is not None:
-            among = self.context.top.offsets(self._topic.first_offset, self._topic.next_offset)
-        files = self._topic.files if among is None else self._topic.files_within(*among)
-        pruner = None
-        if filter is not None:
-            pruner = Pruner(self._snapshot, self._topic, self._plain, filter, self.context.cache, self.counts)
+            among = self.context.top.offsets(topic.first_offset, topic.next_offset)
+        files = range(len(topic.files)) if among is None else topic.places_within(*among)
+        pruner = None if filter is None else Pruner(self._snapshot, topic, self._plain, filter, cache, self.counts)
         kept = files if pruner is None or len(files) == 1 else pruner.files(files)
-        self._snapshot.store.prefetch(kept)
-        found = [self._snapshot.records_of(self._topic, file) for file in kept]
-        records: Sequence[RecordMeta] = list(itertools.chain.from_iterable(found))
+        overview, of_files = self._of_files(kept)
+        places = of_files if pruner is None else pruner.records(overview, of_files)
+        if filter is not None and pruner is not None:
+            filter.check(self._plain, lambda name: pruner.may_hold_nan(overview.records, places, name))
+        self.counts.files += len(topic.files)
+        self.counts.files_pruned += len(topic.files) - len(kept)
+        if self.context.reads_all and offsets is None and not topic.overlaps:
+            keys = () if filter is None else filter.keys
+            found = overview.taken(places, lambda record: cache.holds(record, self._of_entries(record, keys)))
+        else:
+            found = overview.alone(places)
+        considered = overview.rows(of_files)
+        self.counts.records += considered
+        if pruner is not None:
+            self.counts.records_pruned += considered - sum(record.rows for record in found[0])
+        return found
+
+    def _of_files(self, places: Sequence[int]) -> tuple[Overview, np.ndarray | None]:
+        """Return an overview, and where in it the records of some of the topic's files are, None for all that is in it.
+
+        Where offsets are asked for, it is of those within them.
+        """
+        topic, offsets, cache = self._topic, self.context.offsets, self.context.cache
+        if offsets is None and (len(places) == len(topic.files) or cache.has_overview(topic)):
+            overview = cache.overview(self._snapshot, topic)
+            return overview, None if len(places) == len(topic.files) else overview.places_of(places)
+        files = [topic.files[place] for place in places]
+        self._snapshot.store.prefetch(files)
+        found = [self._snapshot.records_of(topic, file) for file in files]
         if offsets is not None:
             first, last = offsets
-            records = sorted((r for r in records if r.first_offset < last and r.first_offset + r.entries > first), key=_by_offset)
-        of_files = (files if len(kept) == len(files) else kept, found) if offsets is None else None
-        survivors = records if pruner is None else pruner.records(records, of_files)
-        self.counts.files += len(self._topic.files)
-        self.counts.files_pruned += len(self._topic.files) - len(kept)
-        considered = sum(map(_rows, records))
-        self.counts.records += considered
-        self.counts.records_pruned += considered - sum(map(_rows, survivors))
-        return survivors
+            records = itertools.chain.from_iterable(found)
+            found = [sorted((r for r in records if r.first_offset < last and r.first_offset + r.entries > first), key=_by_offset)]
+        return Overview.of(found, topic.first_offset), None
 
     def _looks_short(self, column: pa.Field) -> bool:
         """Whether a column holds texts of at most 12 bytes, going by one record's bounds: views keep such texts inline.
@@ -493,9 +508,6 @@ def _run_of(batches: Sequence[pa.RecordBatch], start: int, rows: int) -> Iterato
         if found.num_rows:
             yield found
         start -= batch.num_rows
-
-
-_rows = operator.attrgetter("rows")
 
 
 def _by_offset(record: RecordMeta) -> int:

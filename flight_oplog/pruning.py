@@ -7,8 +7,9 @@ beside their content, then by the filters of their keys. No content is read.
 from __future__ import annotations
 
 import functools
+import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,19 @@ from flight_oplog import codec
 from flight_oplog.cache import ColumnCache, ScanCounts
 from flight_oplog.filters import Filter
 from flight_oplog.keys import hashes_of, is_key, may_hold
+from flight_oplog.neighbours import SMALL_ENTRIES
+from flight_oplog.overview import Listed, Overview
 from flight_oplog.records import DataFile, RecordMeta
+from flight_oplog.rows import microseconds
 from flight_oplog.store import Snapshot
 from flight_oplog.topics import Topic
 
 _TIME = pa.timestamp("us", "UTC")
 _RUNS_FROM = 16
 _SPANS_FROM = 32
+# Of more than these, none is asked about alone: Arrow takes 20 µs for each.
+ALONE_MAX = 4096
+_NOTHING: dict[str, Any] = {}
 
 _FORMAT = ds.IpcFileFormat()
 _FILESYSTEM = LocalFileSystem()
@@ -52,55 +59,68 @@ class Pruner:
         self._snapshot, self._topic, self._schema, self._filter = snapshot, topic, schema, filter
         self._cache, self._counts = cache, counts
 
-    def files(self, files: Sequence[DataFile]) -> Sequence[DataFile]:
-        """Prune files by what the Delta log says of them: all at once where there are many, then one by one."""
-        if files is self._topic.files and "_offset" in self._filter.keys:
-            low, high = self._filter.spans(self._schema).get("_offset", (None, None))
-            files = self._topic.files_within(0 if low is None else low, None if high is None else high + 1)
+    def files(self, places: range) -> Sequence[int]:
+        """Prune files, given by their places in the topic, by what the Delta log says of them: all at once, then one by one."""
+        if len(places) == len(self._topic.files) and "_offset" in self._filter.keys:
+            low, high = self._spans.get("_offset", (None, None))
+            places = self._topic.places_within(0 if low is None else low, None if high is None else high + 1)
         name = self._event_time
         if name is None or name not in self._filter.keys:
-            return files  # the Delta log knows nothing of the filter's columns
-        if len(files) >= _SPANS_FROM:
-            low, high = self._filter.spans(self._schema).get(name, (None, None))
-            earliest, latest = self._cache.times(files)
-            meets = np.ones(len(files), bool)
+            return places  # the Delta log knows nothing of the filter's columns
+        kept: Sequence[int] = places
+        if len(places) >= _SPANS_FROM:
+            listed, (low, high) = self._cache.files(self._topic), self._spans.get(name, (None, None))
+            meets = np.ones(len(places), bool)
             if low is not None:
-                meets &= latest >= low
+                meets &= listed.column("latest", _latest)[places.start : places.stop] >= low
             if high is not None:
-                meets &= earliest <= high
-            files = [files[place] for place in np.flatnonzero(meets).tolist()]
-        return self._prune(files, self._file_guarantee)
+                meets &= listed.column("earliest", _earliest)[places.start : places.stop] <= high
+            kept = (np.flatnonzero(meets) + places.start).tolist()
+        if len(kept) > ALONE_MAX:
+            return kept
+        return [kept[at] for at in self._prune([self._topic.files[place] for place in kept], self._file_guarantee)]
 
-    def records(
-        self, records: Sequence[RecordMeta], found: tuple[Sequence[DataFile], Sequence[Sequence[RecordMeta]]] | None
-    ) -> Sequence[RecordMeta]:
-        """Return the records that may hold what the filter wants; `found` are the files they are all the records of, and those of each."""
-        survivors = records
-        if found is not None and len(records) >= _SPANS_FROM:
-            survivors = self._within_spans(*found, records)
-        if self._filter.wanted is not None and len(survivors) >= _SPANS_FROM:
-            survivors = [record for record in survivors if self._may_have_text(record, *self._filter.wanted)]
-        if survivors is records or not self._spans_tell():
-            survivors = self._prune_records(survivors)
-        return self._prune_keys(survivors)
+    def records(self, overview: Overview, places: np.ndarray | None) -> np.ndarray | None:
+        """Return the places of those records that may hold what the filter wants; None stands for all of them."""
+        is_told = False
+        if len(overview.records.items if places is None else places) >= _SPANS_FROM:
+            meets, is_told = self._within_bounds(overview.records), self._bounds_tell()
+            places = np.flatnonzero(meets) if places is None else places[meets[places]]
+        if not is_told:
+            places = self._prune_records(overview, places)
+        found = self._prune_keys(overview.records.items, places)
+        return None if found is not None and len(found) == len(overview.records.items) else found
 
-    def _prune_records(self, records: Sequence[RecordMeta]) -> list[RecordMeta]:
+    def may_hold_nan(self, records: Listed[RecordMeta], places: np.ndarray | None, name: str) -> bool:
+        """Whether a column of some of the records may hold a NaN: those with one have no bounds."""
+        may_be = records.column((name, "nan"), functools.partial(_may_hold_nan, name=name))
+        return bool(may_be.any() if places is None else may_be[places].any())
+
+    def _prune_records(self, overview: Overview, places: np.ndarray | None) -> np.ndarray:
         """Prune runs of neighbours by what holds for all of them, then the records of those that are left."""
+        if places is None:
+            places = np.arange(len(overview.records.items))
+        records = [overview.records.items[place] for place in places.tolist()]
         if len(records) >= _RUNS_FROM:
             size = 1 << len(records).bit_length() // 2  # about as many runs as records in one
             runs = [_Run(tuple(records[start : start + size])) for start in range(0, len(records), size)]
-            records = [record for run in self._prune(runs, self._run_guarantee) for record in run.records]
-        return self._prune(records, self._record_guarantee)
+            kept = np.array(self._prune(runs, self._run_guarantee), np.int64)
+            left = (kept[:, None] * size + np.arange(size)).ravel()
+            left = left[left < len(records)]
+            places, records = places[left], [records[place] for place in left.tolist()]
+        if len(records) > ALONE_MAX and overview.entries[places].sum() < SMALL_ENTRIES * len(records):
+            return places  # asking of each would take longer than reading them
+        return places[self._prune(records, self._record_guarantee)]
 
-    def _prune(self, items: Sequence[Any], guarantee: Callable[..., Any]) -> list[Any]:
-        """Return the items whose guarantee does not rule out `filter`, by Arrow's own simplification of expressions.
+    def _prune(self, items: Sequence[Any], guarantee: Callable[..., Any]) -> list[int]:
+        """Return the places of the items whose guarantee does not rule out `filter`, by Arrow's own simplification of expressions.
 
         Arrow offers it only through the fragments of a file system dataset; these fragments name no real files.
         """
         names = self._filter.keys
         shape = (*names, *(str(self._schema.field(name).type) for name in names))
-        by_key = {item.key: item for item in items}
-        fragments = [self._cache.fragment(shape, key, functools.partial(guarantee, item, names)) for key, item in by_key.items()]
+        by_key = {item.key: place for place, item in enumerate(items)}
+        fragments = [self._cache.fragment(shape, item.key, functools.partial(guarantee, item, names)) for item in items]
         dataset = ds.FileSystemDataset(fragments, self._schema, _FORMAT, _FILESYSTEM)
         return [by_key[fragment.path] for fragment in dataset.get_fragments(self._filter.expression)]
 
@@ -111,46 +131,52 @@ class Pruner:
         # The Delta log keeps microseconds; other units are pruned by the records' own bounds.
         return name if name is not None and self._schema.field(name).type.unit == "us" else None
 
-    def _within_spans(
-        self, files: Sequence[DataFile], found: Sequence[Sequence[RecordMeta]], records: Sequence[RecordMeta]
-    ) -> Sequence[RecordMeta]:
-        """Return the records, here of each file, whose numbers the filter may pass: all at once, before each is looked at."""
-        meets = np.ones(len(records), bool)
-        for name, (low, high) in self._filter.spans(self._schema).items():
+    @functools.cached_property
+    def _spans(self) -> Mapping[str, tuple[Any, Any]]:
+        return self._filter.spans(self._schema)
+
+    def _within_bounds(self, records: Listed[RecordMeta]) -> np.ndarray:
+        """Return whether the filter may pass the numbers of each record, and the text that it wants; of all at once."""
+        meets = np.ones(len(records.items), bool)
+        for name, (low, high) in self._spans.items():
             if (kind := self._schema.field(name).type) == pa.uint64():
                 continue  # its bounds do not fit the numbers below
-            lows, highs = self._cache.limits_of_all(files, found, name, kind, self._topic.schemas)
             if low is not None:
-                meets &= highs >= low
+                meets &= self._limits(records, name, kind, "max") >= low
             if high is not None:
-                meets &= lows <= high
-        return [records[place] for place in np.flatnonzero(meets).tolist()]
+                meets &= self._limits(records, name, kind, "min") <= high
+        if self._filter.wanted is not None:
+            name, text = self._filter.wanted
+            for end, compare in ("max", pc.greater_equal), ("min", pc.less_equal):
+                may_be = pc.fill_null(compare(self._limits(records, name, pa.string(), end), text), True)
+                meets &= may_be.to_numpy(zero_copy_only=False)
+        return meets
 
-    def _may_have_text(self, record: RecordMeta, name: str, text: str) -> bool:
-        """Whether a record's bounds let a column have a text; Arrow takes 20 µs to say so. Texts order as their UTF-8 does."""
-        limits = record.bounds.get(name)
-        if limits is None or self._kind(record, name) != pa.string() or "min" not in limits:
-            return True
-        return bool(limits["min"] <= text <= limits["max"])
+    def _limits(self, records: Listed[RecordMeta], name: str, kind: pa.DataType, end: str) -> Any:
+        """Return the least or the greatest value (`end`) that each record can have in a column; of texts null where it is not known."""
+        same = {number for number, stored in self._topic.schemas.items() if name in stored.names and stored.field(name).type == kind}
+        return records.column((name, str(kind), end), functools.partial(_limits_of, name=name, kind=kind, end=end, same=same))
 
-    def _spans_tell(self) -> bool:
-        """Whether `_within_spans` leaves no more to be pruned."""
-        if not self._filter.range:
+    def _bounds_tell(self) -> bool:
+        """Whether `_within_bounds` leaves no more to be pruned by bounds."""
+        if not self._filter.range and (self._filter.wanted is None or len(self._filter.keys) > 1):
             return False
         [name] = self._filter.keys
         stored = {schema.field(name).type for schema in self._topic.schemas.values() if name in schema.names}
         return stored <= {self._schema.field(name).type} and stored != {pa.uint64()}
 
-    def _prune_keys(self, records: Sequence[RecordMeta]) -> Sequence[RecordMeta]:
+    def _prune_keys(self, records: Sequence[RecordMeta], places: np.ndarray | None) -> np.ndarray | None:
         """Prune records by the filters of their keys: those that cannot hold what the filter wants."""
         for name in (name for name in self._topic.keys if name in self._filter.keys and is_key(self._schema.field(name).type)):
             values = self._filter.among(self._schema, name)
             if values is not None:
-                kinds = [self._kind(record, name) for record in records]
+                places = np.arange(len(records)) if places is None else places
+                of_these = [records[place] for place in places.tolist()]
+                kinds = [self._kind(record, name) for record in of_these]
                 hashes = {kind: None if kind is None else hashes_of(values, kind) for kind in {*kinds}}
-                filters = self._cache.filters(self._snapshot, records, name, self._counts)
-                records = [r for r, kind, bits in zip(records, kinds, filters, strict=True) if _may_hold(bits, hashes[kind])]
-        return records
+                filters = self._cache.filters(self._snapshot, of_these, name, self._counts)
+                places = places[[_may_hold(bits, hashes[kind]) for kind, bits in zip(kinds, filters, strict=True)]]
+        return places
 
     def _kind(self, record: RecordMeta, name: str) -> pa.DataType | None:
         """Return the type that a column has in a record, if it is there."""
@@ -188,6 +214,33 @@ class Pruner:
             offset = pc.field("_offset")
             parts.append((offset >= records[0].first_offset) & (offset < records[-1].first_offset + records[-1].entries))
         return functools.reduce(operator.and_, parts) if parts else None
+
+
+def _limits_of(records: Sequence[RecordMeta], name: str, kind: pa.DataType, end: str, same: Container[str]) -> Any:
+    if kind == pa.string():
+        unknown: Any = None
+    elif pa.types.is_floating(kind):
+        unknown = -math.inf if end == "min" else math.inf
+    else:
+        unknown = -(1 << 63) if end == "min" else (1 << 63) - 1
+    if name == "_offset":
+        found = [record.first_offset + (0 if end == "min" else record.entries - 1) for record in records]
+    else:
+        found = [record.bounds.get(name, _NOTHING).get(end, unknown) if record.schema_id in same else unknown for record in records]
+    return pa.array(found, kind) if kind == pa.string() else np.array(found, np.float64 if pa.types.is_floating(kind) else np.int64)
+
+
+def _may_hold_nan(records: Sequence[RecordMeta], name: str) -> np.ndarray:
+    limits = ((record.bounds.get(name), record.entries) for record in records)
+    return np.array([found is not None and "min" not in found and found["nulls"] < entries for found, entries in limits], bool)
+
+
+def _earliest(files: Sequence[DataFile]) -> np.ndarray:
+    return np.array([-(1 << 63) if file.min_time is None else microseconds(file.min_time) for file in files], np.int64)
+
+
+def _latest(files: Sequence[DataFile]) -> np.ndarray:
+    return np.array([(1 << 63) - 1 if file.max_time is None else microseconds(file.max_time) for file in files], np.int64)
 
 
 def _may_hold(bits: memoryview | None, hashes: Sequence[int] | None) -> bool:

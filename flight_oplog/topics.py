@@ -44,11 +44,16 @@ class Topic:
     def entries(self) -> int:
         return self.next_offset - self.first_offset
 
-    def files_within(self, first: int, last: int | None = None) -> Sequence[DataFile]:
-        """Return the files that may hold entries with offsets in [first, last), or from `first` on."""
+    def places_within(self, first: int, last: int | None = None) -> range:
+        """Return the places of the files that may hold entries with offsets in [first, last), or from `first` on."""
         start = 0 if self.overlaps else max(0, bisect.bisect_right(self.files, first, key=first_offset) - 1)
         end = len(self.files) if last is None else bisect.bisect_left(self.files, last, key=first_offset)
-        return self.files[start:end]
+        return range(start, max(start, end))
+
+    def files_within(self, first: int, last: int | None = None) -> Sequence[DataFile]:
+        """Return the files that may hold entries with offsets in [first, last), or from `first` on."""
+        places = self.places_within(first, last)
+        return self.files[places.start : places.stop]
 
     def stored(self, record: RecordMeta) -> pa.Schema:
         """Return the schema of a record's content. Raises CorruptLog where it is not registered."""

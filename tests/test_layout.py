@@ -42,6 +42,7 @@ ORDER = [
     "numbers",
     "filters",
     "neighbours",
+    "overview",
     "cache",
     "pruning",
     "gathering",

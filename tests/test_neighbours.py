@@ -1,9 +1,9 @@
 """Small records of many files are read as one: which ones, and that nobody can tell by the answers."""
 
-import copy
+import json
 import random
 import threading
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from datafusion import SessionConfig, SessionContext
 from flight_oplog import Config, OpLog, neighbours
 from flight_oplog.cache import ColumnCache, ScanCounts
 from flight_oplog.errors import Cancelled, CorruptLog
-from flight_oplog.neighbours import Neighbours
+from flight_oplog.overview import Overview
 from flight_oplog.records import DataFile, RecordMeta, read_columns
 from flight_oplog.sql.engine import Engine
 
@@ -55,6 +55,10 @@ def test_answers_are_the_same_while_a_topic_grows(folder: Path, small: None) -> 
                     for engine in engines * 2:
                         assert sorted(map(str, rows(engine, log.snapshot(), sql))) == sorted(map(str, expected)), sql
         assert any("*" in key[0] for key in engines[0]._planner.cache._records), "some were put together"
+
+
+def together(records: Sequence[RecordMeta], first_offset: int) -> Sequence[RecordMeta]:
+    return Overview.of([records], first_offset).taken(None, lambda record: False)[0]
 
 
 def scan(engine: Engine, log: OpLog, sql: str) -> ScanCounts:
@@ -149,19 +153,27 @@ def test_a_topic_that_began_again_and_a_compacted_one(folder: Path, small: None)
 
 
 def test_a_member_that_another_program_wrote_anew_is_read_anew(folder: Path, small: None) -> None:
-    engine, sql = Engine(Config(cache_bytes_max=0, state_bytes_max=0)), "SELECT sum(n) AS s FROM t"
+    engine, sql = Engine(Config(state_bytes_max=0)), "SELECT sum(n) AS s FROM t WHERE n >= 0"
     with OpLog.open(str(folder)) as log:
         for n in range(33):
             log.append("t", pa.record_batch({"n": [n]}))
     with OpLog.open(str(folder)) as log:
-        neighbours_of = engine._planner.cache.neighbours
-        first = neighbours_of.together(list(log.snapshot().records("t")), 0)[0]
-        assert len(first.members) == 16
-        anew = [*log.snapshot().records("t")]
-        anew[7] = replace_file(anew[7])
-        second = neighbours_of.together(anew, 0)[0]
-        assert second is not first
-        assert second.members[7] is anew[7]
+        assert rows(engine, log.snapshot(), sql) == [{"s": sum(range(33))}]
+        topic = log.snapshot().topics["t"]
+        moved = topic.files[7]
+        (folder / moved.path).rename(folder / "topic=t" / "anew.parquet")
+        version = log.snapshot().table_version + 1
+        low_high = {"first_offset": 7, "entries": 1}
+        stats = json.dumps({"numRecords": 1, "minValues": low_high, "maxValues": low_high, "nullCount": {}})
+        of_both = {"partitionValues": {"topic": "t"}, "dataChange": False}
+        add = of_both | {"path": "topic=t/anew.parquet", "size": moved.size, "modificationTime": 0, "stats": stats}
+        remove = of_both | {"path": moved.path, "deletionTimestamp": 0}
+        entry = folder / "_delta_log" / f"{version:020}.json"
+        entry.write_text("".join(json.dumps(action) + "\n" for action in ({"remove": remove}, {"add": add})))
+        found = engine._planner.cache.overview(log.snapshot(), log.snapshot().topics["t"]).taken(None, lambda record: False)[0]
+        assert [len(one.members) for one in found] == [16, 16, 0]
+        assert found[0].members[7].file.path == "topic=t/anew.parquet"
+        assert rows(Engine(Config(state_bytes_max=0)), log.snapshot(), sql) == [{"s": sum(range(33))}]
         assert rows(engine, log.snapshot(), sql) == [{"s": sum(range(33))}]
 
 
@@ -171,7 +183,7 @@ def test_reading_many_records_ends_when_it_is_stopped(folder: Path, small: None,
             log.append("t", pa.record_batch({"n": [n]}))
     with OpLog.open(str(folder)) as log:
         store, stopped, read = log._store, threading.Event(), []
-        [one, *_] = Neighbours().together(list(log.snapshot().records("t")), 0)
+        [one, *_] = together(list(log.snapshot().records("t")), 0)
         whole = store.columns(one, ["n"])
         monkeypatch.setattr(
             "flight_oplog.store.read_columns", lambda *given: (read.append(1), len(read) == 3 and stopped.set(), read_columns(*given))[2]
@@ -201,7 +213,7 @@ def test_content_of_other_entries_than_its_record_says_is_damage(log: OpLog, sma
     for n in range(17):
         log.append("t", pa.record_batch({"n": [n, n]}))
     records = list(log.snapshot().records("t"))
-    [one, *_] = Neighbours().together(records, 0)
+    [one, *_] = together(records, 0)
     assert one.entries == 16
     one.members[0].entries, one.members[1].entries = 1, 3
     with pytest.raises(CorruptLog, match=r"topic 't', file .*, offset 0: content has other entries than the records say; restore the file"):
@@ -212,12 +224,6 @@ def test_content_of_other_entries_than_its_record_says_is_damage(log: OpLog, sma
 # Which ones
 
 
-def replace_file(found: RecordMeta) -> RecordMeta:
-    anew = copy.copy(found)
-    anew.file = replace(found.file, path="topic=t/anew.parquet")
-    return anew
-
-
 def record(place: int, first: int, entries: int, nbytes: int = 100, schema: str = "a", **more: Any) -> RecordMeta:
     file = DataFile(f"{place}.parquet", "t", 3000, 1, first, first)
     given: dict[str, Any] = {"span": (0, nbytes), "parts": None} | more
@@ -226,7 +232,7 @@ def record(place: int, first: int, entries: int, nbytes: int = 100, schema: str 
 
 
 def sizes(records: list[RecordMeta], first: int = 0) -> list[int]:
-    found = Neighbours().together(records, first)
+    found = together(records, first)
     assert [each for one in found for each in one.members or [one]] == records
     return [len(one.members) for one in found if one.members]
 
@@ -275,10 +281,10 @@ def test_any_part_of_a_topic_is_cut_the_same_way(seed: int, small: None) -> None
     for place in range(300):
         records.append(record(place, first, chance.choice([1, 1, 2, 9]), schema=chance.choice("aaaaaaaaaaaaaaab")))
         first += records[-1].entries
-    whole = {one.key: [each.key for each in one.members] for one in Neighbours().together(records, 0) if one.members}
+    whole = {one.key: [each.key for each in one.members] for one in together(records, 0) if one.members}
     for _ in range(20):
         some = [each for each in records[chance.randrange(100) : chance.randrange(150, 300)] if chance.random() < 0.97]
-        for one in Neighbours().together(some, 0):
+        for one in together(some, 0):
             if one.members and one.key in whole:
                 assert whole[one.key] == [each.key for each in one.members]
             if one.members:

@@ -3,10 +3,10 @@
 import datetime
 import decimal
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import rows
@@ -14,7 +14,7 @@ from datafusion import SessionContext
 from test_engine import counts
 
 from flight_oplog import Config, OpLog, pruning, records
-from flight_oplog.records import RecordMeta
+from flight_oplog.overview import Overview
 from flight_oplog.sql.engine import Engine
 
 TIME = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -123,9 +123,9 @@ def test_a_text_is_looked_for_in_bounds_before_arrow_is_asked(folder: Path, engi
     asked: list[int] = []
     prune = pruning.Pruner._prune_records
 
-    def noted(pruner: pruning.Pruner, records: Sequence[RecordMeta]) -> list[RecordMeta]:
-        asked.append(len(records))
-        return prune(pruner, records)
+    def noted(pruner: pruning.Pruner, overview: Overview, places: np.ndarray | None) -> np.ndarray:
+        asked.append(len(overview.records.items if places is None else places))
+        return prune(pruner, overview, places)
 
     monkeypatch.setattr(pruning.Pruner, "_prune_records", noted)
     with OpLog.open(str(folder)) as log:
@@ -143,8 +143,12 @@ def test_a_text_is_looked_for_in_bounds_before_arrow_is_asked(folder: Path, engi
             ("", []),
         ):
             asked.clear()
-            assert [row["n"] for row in rows(engine, log.snapshot(), f"SELECT n FROM t WHERE s = '{text}' ORDER BY n")] == expected
-            assert asked[0] <= 4, "those of which bounds say nothing, and those that may have it"
+            sql = f"SELECT n FROM t WHERE s = '{text}'"
+            assert sorted(row["n"] for row in rows(engine, log.snapshot(), sql)) == expected
+            left = "those of which bounds say nothing, and those that may have it"
+            assert 40 - counts(engine, log, sql).records_pruned <= 4, left
+            assert sorted(row["n"] for row in rows(engine, log.snapshot(), f"{sql} AND n + 1 < 1000")) == expected
+            assert all(each <= 4 for each in asked), left
 
 
 @pytest.mark.usefixtures("spans")
