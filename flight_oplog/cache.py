@@ -215,25 +215,26 @@ class ColumnCache:
         remember(self._listed, topic.name, found, TOPICS_KEPT)
         return found
 
-    def has_overview(self, topic: Topic) -> bool:
-        """Whether `overview` has no file to read."""
-        known = self._overviews.get(topic.name)
-        return known is not None and known[0].shares(topic.files) and len(known[1]) >= len(topic.files)
+    def known_overview(self, topic: Topic) -> Overview | None:
+        """Return the overview of all of a topic's files if it is known already."""
+        files, known = self._overviews.get(topic.name, (None, None))
+        if files is None or known is None or not files.shares(topic.files) or len(known) < len(topic.files):
+            return None
+        return known.upto(len(topic.files))
 
     def overview(self, snapshot: Snapshot, topic: Topic) -> Overview:
         """Return the overview of all of a topic's files, which grows with the topic. Raises CorruptLog where one is damaged."""
-        while True:
+        while (found := self.known_overview(topic)) is None:
             known = self._overviews.get(topic.name)
             shares = known is not None and known[0].shares(topic.files)
             base = known[1] if known is not None and shares else Overview.of([], topic.first_offset)
-            if len(base) >= len(topic.files):
-                return base.upto(len(topic.files))
             added = topic.files[len(base) :]
             snapshot.store.prefetch(added)
             records = [snapshot.records_of(topic, file) for file in added]
             with self._growing:
                 if self._overviews.get(topic.name) is known:  # else another thread was faster
                     remember(self._overviews, topic.name, (topic.files, base.grown(records)), TOPICS_KEPT)
+        return found
 
     def fragment(self, shape: tuple[str, ...], key: str, guarantee: Callable[[], pc.Expression | None]) -> ds.Fragment:
         """Return a fragment that stands for a file or record in pruning; made once, since a guarantee never changes."""

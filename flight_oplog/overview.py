@@ -164,6 +164,8 @@ class Overview:
     def places_of(self, files: Sequence[int]) -> np.ndarray:
         """Return the places of the records of some files."""
         ends = self._ends.column("ends", _int64s)
+        if isinstance(files, range):
+            return np.arange(ends[files.start - 1] if files.start else 0, ends[files.stop - 1] if files.stop else 0)
         are_wanted = np.zeros(len(ends), bool)
         are_wanted[files] = True
         return np.flatnonzero(np.repeat(are_wanted, np.diff(ends, prepend=0)))

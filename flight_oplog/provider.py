@@ -219,9 +219,10 @@ class EntriesTable(_Table):
         Where offsets are asked for, it is of those within them.
         """
         topic, offsets, cache = self._topic, self.context.offsets, self.context.cache
-        if offsets is None and (len(places) == len(topic.files) or cache.has_overview(topic)):
-            overview = cache.overview(self._snapshot, topic)
-            return overview, None if len(places) == len(topic.files) else overview.places_of(places)
+        if offsets is None and len(places) == len(topic.files):
+            return cache.overview(self._snapshot, topic), None
+        if offsets is None and (known := cache.known_overview(topic)) is not None:
+            return known, known.places_of(places)
         files = [topic.files[place] for place in places]
         self._snapshot.store.prefetch(files)
         found = [self._snapshot.records_of(topic, file) for file in files]

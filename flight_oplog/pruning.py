@@ -84,8 +84,7 @@ class Pruner:
         """Return the places of those records that may hold what the filter wants; None stands for all of them."""
         is_told = False
         if len(overview.records.items if places is None else places) >= _SPANS_FROM:
-            meets, is_told = self._within_bounds(overview.records), self._bounds_tell()
-            places = np.flatnonzero(meets) if places is None else places[meets[places]]
+            places, is_told = self._within_bounds(overview.records, places), self._bounds_tell()
         if not is_told:
             places = self._prune_records(overview, places)
         found = self._prune_keys(overview.records.items, places)
@@ -135,22 +134,25 @@ class Pruner:
     def _spans(self) -> Mapping[str, tuple[Any, Any]]:
         return self._filter.spans(self._schema)
 
-    def _within_bounds(self, records: Listed[RecordMeta]) -> np.ndarray:
-        """Return whether the filter may pass the numbers of each record, and the text that it wants; of all at once."""
-        meets = np.ones(len(records.items), bool)
+    def _within_bounds(self, records: Listed[RecordMeta], places: np.ndarray | None) -> np.ndarray:
+        """Return the places of those records whose bounds let the filter pass: its numbers and the text that it wants, of all at once."""
+        conditions: list[tuple[Any, Callable[[Any, Any], Any], Any]] = []
         for name, (low, high) in self._spans.items():
             if (kind := self._schema.field(name).type) == pa.uint64():
                 continue  # its bounds do not fit the numbers below
             if low is not None:
-                meets &= self._limits(records, name, kind, "max") >= low
+                conditions.append((self._limits(records, name, kind, "max"), operator.ge, low))
             if high is not None:
-                meets &= self._limits(records, name, kind, "min") <= high
+                conditions.append((self._limits(records, name, kind, "min"), operator.le, high))
         if self._filter.wanted is not None:
             name, text = self._filter.wanted
-            for end, compare in ("max", pc.greater_equal), ("min", pc.less_equal):
-                may_be = pc.fill_null(compare(self._limits(records, name, pa.string(), end), text), True)
-                meets &= may_be.to_numpy(zero_copy_only=False)
-        return meets
+            conditions.append((self._limits(records, name, pa.string(), "max"), _is_from, text))
+            conditions.append((self._limits(records, name, pa.string(), "min"), _is_up_to, text))
+        places = np.arange(len(records.items)) if places is None else places
+        for limits, meets, end in conditions:
+            of_these = limits if len(places) == len(limits) else limits.take(places)
+            places = places[meets(of_these, end)]
+        return places
 
     def _limits(self, records: Listed[RecordMeta], name: str, kind: pa.DataType, end: str) -> Any:
         """Return the least or the greatest value (`end`) that each record can have in a column; of texts null where it is not known."""
@@ -228,6 +230,14 @@ def _limits_of(records: Sequence[RecordMeta], name: str, kind: pa.DataType, end:
     else:
         found = [record.bounds.get(name, _NOTHING).get(end, unknown) if record.schema_id in same else unknown for record in records]
     return pa.array(found, kind) if kind == pa.string() else np.array(found, np.float64 if pa.types.is_floating(kind) else np.int64)
+
+
+def _is_from(texts: pa.Array, text: str) -> np.ndarray:
+    return pc.fill_null(pc.greater_equal(texts, text), True).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+
+
+def _is_up_to(texts: pa.Array, text: str) -> np.ndarray:
+    return pc.fill_null(pc.less_equal(texts, text), True).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
 
 
 def _may_hold_nan(records: Sequence[RecordMeta], name: str) -> np.ndarray:

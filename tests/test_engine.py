@@ -4,8 +4,10 @@ import functools
 import math
 import operator
 import random
+import resource
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,11 @@ import pyarrow.compute as pc
 import pytest
 from conftest import SEED, rows
 from datafusion import SessionContext
+from test_states import define
 
 from flight_oplog import Config, OpLog, filters, gathering, provider
 from flight_oplog.cache import ColumnCache
-from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, Unsupported
+from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.filters import Filter
 from flight_oplog.numbers import ends, numbers
 from flight_oplog.provider import EntriesTable, ScanContext
@@ -367,6 +370,41 @@ def test_a_sort_larger_than_its_memory_spills_and_still_answers(log: OpLog) -> N
     engine = Engine(Config(statement_bytes_max=20 << 20))
     sql = "SELECT value FROM generate_series(1, 5000000) ORDER BY value * 7919 % 5000011"
     assert sum(batch.num_rows for batch in engine.run(sql, log.snapshot()).batches) == 5_000_000
+
+
+SPILLING = [
+    "SELECT value FROM generate_series(1, 5000000) ORDER BY value * 7919 % 5000011",
+    "SELECT value * 7919 % 5000011 AS k, count(*) AS n FROM generate_series(1, 5000000) GROUP BY k",
+    "SELECT n FROM v",
+]
+
+
+def spilled(config: Config, log: OpLog, sql: str) -> int:
+    return sum(batch.num_rows for batch in Engine(config).run(sql, log.snapshot()).batches)
+
+
+@pytest.mark.parametrize("sql", SPILLING)
+def test_a_query_that_spills_too_much_is_refused_with_the_limits_name(log: OpLog, sql: str) -> None:
+    define(log, "v", "SELECT DISTINCT value * 7919 % 5000011 AS n FROM generate_series(1, 5000000)")
+    config = Config(statement_bytes_max=20 << 20, spill_bytes_max=1 << 30)
+    assert spilled(config, log, sql) == 5_000_000
+    for most in (1 << 20, 0):
+        with pytest.raises(TooLarge) as caught:
+            spilled(replace(config, spill_bytes_max=most), log, sql)
+        assert str(caught.value) == "the query would spill more than spill_bytes_max to disk; ask for less or raise it"
+
+
+@pytest.mark.parametrize("sql", SPILLING[:2])
+def test_a_query_that_cannot_spill_says_why(log: OpLog, sql: str) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, before[1]))
+    try:
+        with pytest.raises(TryAgain) as caught:
+            spilled(Config(statement_bytes_max=20 << 20), log, sql)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = "the query could not spill to the system's temporary folder: File too large; make room there, or ask for less"
+    assert str(caught.value) == said
 
 
 def test_result_batches_fit_a_message_and_match_the_planned_schema(log: OpLog, engine: Engine) -> None:

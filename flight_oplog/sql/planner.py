@@ -64,6 +64,7 @@ _WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+([\w.\"]+)\s*;?\s*", re.IGNORECASE
 _DATED = re.compile(r"\b(?:now|today|current_\w+|system|queries)\b", re.IGNORECASE)
 _CROSSES = re.compile(r"\b(?:CrossJoin|NestedLoopJoin)Exec\b")
 _LIMITS = re.compile(r"\b(?:LIMIT|FETCH)\b", re.IGNORECASE)
+_SPILLS = re.compile(r"\b(?:ORDER|GROUP|DISTINCT|JOIN|OVER|UNION|INTERSECT|EXCEPT)\b", re.IGNORECASE)
 _SORTS = re.compile(r"\bORDER\s+BY\b.*\bLIMIT\b", re.IGNORECASE | re.DOTALL)
 
 
@@ -212,6 +213,8 @@ class Planner:
         catalog = Catalog(snapshot, context, self._system, bound, inserts=measured.first == "INSERT")
         session = _new_session(db_schema, partitions, self._runtime(), catalog)
         defined = self.views.of(snapshot)
+        if defined or measured.tables > 1 or _SPILLS.search(sql):
+            session.sql(f"SET datafusion.runtime.max_temp_directory_size = '{self._config.spill_bytes_max >> 10}K'")
         travels = TIME_TRAVEL.search(sql) or any(TIME_TRAVEL.search(definition) for definition in defined.values())
         if travels:
             register_time_travel(session, snapshot, context)

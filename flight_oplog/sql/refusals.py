@@ -7,7 +7,7 @@ import re
 
 import pyarrow as pa
 
-from flight_oplog.errors import NotFound, OplogError, RequestError, TryAgain, Unsupported
+from flight_oplog.errors import NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.filters import CannotFilter
 from flight_oplog.provider import ScanContext
 from flight_oplog.sql import lexer
@@ -76,6 +76,7 @@ _PREFIX = re.compile(
 _NO_TABLE = re.compile(r"table '?([^']*)'? not found", re.IGNORECASE)
 _NO_REGEX = re.compile(r"Regular expression did not compile: \w+(?:\(\d+\))?")
 _NO_SIGNATURE = re.compile(r"No function matches the given name and argument types '[^']*'")
+_OS_ERROR = re.compile(r"(\w[\w ]*) \(os error \d+\)")
 _NOT_READING = re.compile(r"(?:DDL|DML|Statement) not supported: *(\w*)")
 
 
@@ -97,8 +98,14 @@ def translated(error: Exception, context: ScanContext) -> OplogError:
     if (refused := _NOT_READING.match(words)) is not None:
         changing = refused[1].upper() in CHANGING
         return Unsupported(APPEND_ONLY if changing else f"{refused[1] or 'this'} is not served here: {_READING}")
-    if words.startswith("Resources exhausted"):
+    if words.startswith("Resources exhausted") or "caused by Resources exhausted" in words:
         return out_of_memory()
+    if "max_temp_directory_size" in words:
+        return TooLarge("the query would spill more than spill_bytes_max to disk; ask for less or raise it")
+    if words.startswith("Io error"):  # of what is spilled alone: DataFusion reads no files
+        log.error("a query could not spill: %s", text)
+        why = found[1] if (found := _OS_ERROR.search(words)) is not None else "the server's log says why"
+        return TryAgain(f"the query could not spill to the system's temporary folder: {why}; make room there, or ask for less")
     if (wrong := _NO_REGEX.search(words) or _NO_SIGNATURE.search(words)) is not None:
         return RequestError(f"the query cannot be answered: {wrong[0]}")
     if words.startswith("Internal error") or "panicked" in words[:40]:
