@@ -72,9 +72,7 @@ class Config:
     calls_max: int = setting(256, "calls served at once; the next one is refused as UNAVAILABLE", least=1)
     statement_seconds_max: int = setting(3600, "one query, first batch to last", least=1)
     statement_bytes_max: int = setting(2048 * MIB, "memory of one query's sorts, joins and aggregates; past it they spill", least=1)
-    spill_bytes_max: int = setting(
-        16384 * MIB, "disk that one query may spill to, in the temporary folder; more is refused", least=0
-    )
+    spill_bytes_max: int = setting(16384 * MIB, "disk that one query may spill to, in the temporary folder; more is refused", least=0)
     statements_max: int = setting(64, "statements that run at once; the next ones wait", least=1)
     statements_waiting_max: int = setting(128, "statements that wait for their turn; the next one is refused as UNAVAILABLE", least=0)
     statement_wait_seconds_max: int = setting(30, "a statement waits this long for its turn", least=0)

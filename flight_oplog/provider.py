@@ -31,7 +31,7 @@ from flight_oplog.errors import Cancelled
 from flight_oplog.filters import Filter, candidates
 from flight_oplog.gathering import JOINED_ROWS, LOG_FIELDS, LOG_NAMES, Columns, Few, as_type, log_columns
 from flight_oplog.overview import Overview
-from flight_oplog.pruning import Pruner
+from flight_oplog.pruning import ALONE_MAX, Pruner
 from flight_oplog.records import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.store import Snapshot
@@ -167,6 +167,7 @@ class EntriesTable(_Table):
         schema = pa.schema([*topic.schema, *LOG_FIELDS]) if with_log_columns else topic.schema
         super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
         self._read: set[str] = set()
+        self._are_ordered = False  # the records that partitions look at: those first that may have the statement's first rows
         self._held: dict[str, Decoded | None] = {}  # what is known of the records that partitions look at just now
         if context.views and topic.entries >= SHARED_ENTRIES * len(topic.files):  # showing a small file's texts so costs more than it saves
             self._schema = pa.schema([f.with_type(pa.string_view()) if self._looks_short(f) else f for f in schema])
@@ -186,6 +187,11 @@ class EntriesTable(_Table):
         are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records)
         return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, before, self.context.partitions if are_shared else 1)])
 
+    def _top(self, filter: Filter | None) -> Top | None:
+        """What of the statement's first rows tells which entries it wants."""
+        top = self.context.top
+        return None if top is None or not top.takes(self._plain) or (filter is not None and filter.wanted is not None) else top
+
     def _surviving(self, filter: Filter | None) -> tuple[Sequence[RecordMeta], np.ndarray]:
         """Return the records that the scan has to look at, in offset order, and the entries of each."""
         topic, offsets, cache = self._topic, self.context.offsets, self.context.cache
@@ -202,7 +208,10 @@ class EntriesTable(_Table):
             filter.check(self._plain, lambda name: pruner.may_hold_nan(overview.records, places, name))
         self.counts.files += len(topic.files)
         self.counts.files_pruned += len(topic.files) - len(kept)
-        if self.context.reads_all and offsets is None and not topic.overlaps:
+        top = self._top(filter)
+        if top is not None and offsets is None:
+            found = overview.alone(self._best_first(top, overview, places))
+        elif self.context.reads_all and offsets is None and not topic.overlaps:
             keys = () if filter is None else filter.keys
             found = overview.taken(places, lambda record: cache.holds(record, self._of_entries(record, keys)))
         else:
@@ -212,6 +221,15 @@ class EntriesTable(_Table):
         if pruner is not None:
             self.counts.records_pruned += considered - sum(record.rows for record in found[0])
         return found
+
+    def _best_first(self, top: Top, overview: Overview, places: np.ndarray | None) -> np.ndarray | None:
+        """Return the places of very many records so that those come first that may have the first rows; of others as they are."""
+        of_all = top.order(overview.records, self._plain, self._topic) if len(overview.records.items) > ALONE_MAX else None
+        if of_all is None:
+            return places
+        self._are_ordered = True
+        order = np.argsort(of_all if places is None else of_all[places], kind="stable")
+        return order if places is None else places[order]
 
     def _of_files(self, places: Sequence[int]) -> tuple[Overview, np.ndarray | None]:
         """Return an overview, and where in it the records of some of the topic's files are, None for all that is in it.
@@ -246,16 +264,13 @@ class EntriesTable(_Table):
         if filter is None and not projected.names and self.context.offsets is None:  # COUNT(*): the records' numbers are enough
             yield codec.with_rows([], projected, sum(record.entries for record in records))
             return
-        top = self.context.top
-        if top is not None and (not top.takes(self._plain) or (filter is not None and filter.wanted is not None)):
-            top = None
+        top = self._top(filter)
         few = Few(projected, self._plain, filter if filter is not None and filter.wanted is not None else None)
         names = projected.names if filter is None else filter.keys if filter.wanted is None else filter.wanted[:1]
-        for record, best in self._ahead(records, names) if top is None else top.in_order(records, self._plain, self._topic.stored):
+        coming = self._ahead(records, names) if top is None else top.in_order(records, self._plain, self._topic.stored, self._are_ordered)
+        for record, best in coming:
             if self.context.stopped.is_set():
                 return
-            if top is not None and top.is_behind(best):
-                continue
             self._snapshot.store.trim()
             self._held.setdefault(record.key, None)
             rows = self._within(record, None if filter is None else self._matching(record, filter))

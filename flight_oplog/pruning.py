@@ -141,23 +141,17 @@ class Pruner:
             if (kind := self._schema.field(name).type) == pa.uint64():
                 continue  # its bounds do not fit the numbers below
             if low is not None:
-                conditions.append((self._limits(records, name, kind, "max"), operator.ge, low))
+                conditions.append((limits(records, self._topic, name, kind, "max"), operator.ge, low))
             if high is not None:
-                conditions.append((self._limits(records, name, kind, "min"), operator.le, high))
+                conditions.append((limits(records, self._topic, name, kind, "min"), operator.le, high))
         if self._filter.wanted is not None:
             name, text = self._filter.wanted
-            conditions.append((self._limits(records, name, pa.string(), "max"), _is_from, text))
-            conditions.append((self._limits(records, name, pa.string(), "min"), _is_up_to, text))
+            conditions.append((limits(records, self._topic, name, pa.string(), "max"), _is_from, text))
+            conditions.append((limits(records, self._topic, name, pa.string(), "min"), _is_up_to, text))
         places = np.arange(len(records.items)) if places is None else places
-        for limits, meets, end in conditions:
-            of_these = limits if len(places) == len(limits) else limits.take(places)
-            places = places[meets(of_these, end)]
+        for known, meets, end in conditions:
+            places = places[meets(known if len(places) == len(known) else known.take(places), end)]
         return places
-
-    def _limits(self, records: Listed[RecordMeta], name: str, kind: pa.DataType, end: str) -> Any:
-        """Return the least or the greatest value (`end`) that each record can have in a column; of texts null where it is not known."""
-        same = {number for number, stored in self._topic.schemas.items() if name in stored.names and stored.field(name).type == kind}
-        return records.column((name, str(kind), end), functools.partial(_limits_of, name=name, kind=kind, end=end, same=same))
 
     def _bounds_tell(self) -> bool:
         """Whether `_within_bounds` leaves no more to be pruned by bounds."""
@@ -216,6 +210,12 @@ class Pruner:
             offset = pc.field("_offset")
             parts.append((offset >= records[0].first_offset) & (offset < records[-1].first_offset + records[-1].entries))
         return functools.reduce(operator.and_, parts) if parts else None
+
+
+def limits(records: Listed[RecordMeta], topic: Topic, name: str, kind: pa.DataType, end: str) -> Any:
+    """Return the least or the greatest value (`end`) that each record can have in a column; of texts null where it is not known."""
+    same = {number for number, stored in topic.schemas.items() if name in stored.names and stored.field(name).type == kind}
+    return records.column((name, str(kind), end), functools.partial(_limits_of, name=name, kind=kind, end=end, same=same))
 
 
 def _limits_of(records: Sequence[RecordMeta], name: str, kind: pa.DataType, end: str, same: Container[str]) -> Any:

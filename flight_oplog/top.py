@@ -8,7 +8,7 @@ looked at; those that may hold the very first ones are looked at first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,10 @@ import pyarrow as pa
 
 from flight_oplog import codec
 from flight_oplog.numbers import is_number, numbers
+from flight_oplog.overview import Listed
+from flight_oplog.pruning import limits
 from flight_oplog.records import RecordMeta
+from flight_oplog.topics import Topic
 
 LIMIT_MAX = 10_000
 
@@ -41,13 +44,36 @@ class Top:
             return None
         return (max(first, last - self._limit), last) if self._descends else (first, min(last, first + self._limit))
 
+    def order(self, records: Listed[RecordMeta], schema: pa.Schema, topic: Topic) -> np.ndarray | None:
+        """Return a number for each record: those with the least may have the first rows. None where the column's type changed."""
+        kind = schema.field(self.column).type
+        stored = {each.field(self.column).type for each in topic.schemas.values() if self.column in each.names}
+        if not stored <= {kind} or kind == pa.uint64():
+            return None
+        found = limits(records, topic, self.column, kind, "max" if self._descends else "min")
+        if self._descends:  # -x would not do: the least number has no other
+            found = -found if found.dtype.kind == "f" else ~found
+        if self._nulls_first:
+            least = -np.inf if found.dtype.kind == "f" else np.iinfo(np.int64).min
+            found = np.where(records.column((self.column, "nulls"), self._have_nulls), least, found)
+        return found
+
+    def _have_nulls(self, records: Sequence[RecordMeta]) -> np.ndarray:
+        return np.array([bool(record.bounds.get(self.column, {}).get("nulls")) for record in records], bool)
+
     def in_order(
-        self, records: Sequence[RecordMeta], schema: pa.Schema, stored: Callable[[RecordMeta], pa.Schema]
-    ) -> list[tuple[RecordMeta, Any]]:
-        """Return records with the first value each can have, None where that is not known; those first that may have the first."""
-        with_best = [(record, self._best(record, schema, stored(record))) for record in records]
-        known = [pair for pair in with_best if pair[1] is not None]
-        return [pair for pair in with_best if pair[1] is None] + sorted(known, key=_best, reverse=self._descends)
+        self, records: Sequence[RecordMeta], schema: pa.Schema, stored: Callable[[RecordMeta], pa.Schema], are_ordered: bool
+    ) -> Iterator[tuple[RecordMeta, Any]]:
+        """Yield records with the first value each can have, None where that is not known; those first that may have the first."""
+        with_best: Iterator[tuple[RecordMeta, Any]] = ((record, self._best(record, schema, stored(record))) for record in records)
+        if not are_ordered:
+            pairs = list(with_best)
+            yield from (pair for pair in pairs if pair[1] is None)
+            with_best = iter(sorted((pair for pair in pairs if pair[1] is not None), key=_best, reverse=self._descends))
+        for record, best in with_best:
+            if self.is_behind(best):
+                return  # and so are all after it
+            yield record, best
 
     def _best(self, record: RecordMeta, schema: pa.Schema, stored: pa.Schema) -> Any:
         place = stored.get_field_index(self.column)

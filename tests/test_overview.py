@@ -1,6 +1,7 @@
 """What is known of all of a topic's records: kept while it grows, and nobody can tell by the answers."""
 
 import itertools
+import math
 import random
 import threading
 from pathlib import Path
@@ -9,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import rows
+from datafusion import SessionConfig, SessionContext
 from test_engine import counts
 from test_neighbours import record
 
-from flight_oplog import Config, OpLog, neighbours, overview, pruning
+from flight_oplog import Config, OpLog, neighbours, overview, provider, pruning
 from flight_oplog.cache import ColumnCache
 from flight_oplog.growing import Growing
 from flight_oplog.overview import Listed, Overview
@@ -220,3 +222,64 @@ def test_an_overview_of_no_files_is_empty(log: OpLog) -> None:
     topic = snapshot.topics["t"]
     none = ColumnCache(0).overview(snapshot, type(topic)(**{name: getattr(topic, name) for name in topic.__slots__} | {"files": Growing()}))
     assert (len(none), none.rows(None), none.taken(None, is_held=lambda found: False)[0][:]) == (0, 0, [])
+
+
+ORDERED = [
+    "SELECT n FROM t ORDER BY n {} LIMIT {}",
+    "SELECT n, s FROM t WHERE n > -3 ORDER BY n {} LIMIT {}",
+    "SELECT x FROM t ORDER BY x {} LIMIT {}",
+    "SELECT s FROM t ORDER BY s {} LIMIT {}",
+    "SELECT at FROM t WHERE x < 2 ORDER BY at {} LIMIT {}",
+    "SELECT late FROM t ORDER BY late {} LIMIT {}",
+    "SELECT u FROM t ORDER BY u {} LIMIT {}",
+]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_first_rows_of_very_many_records(folder: Path, small: None, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (pruning, provider):
+        monkeypatch.setattr(module, "ALONE_MAX", 4)
+    chance, parts = random.Random(seed), list[pa.Table]()
+    with OpLog.open(str(folder)) as log:
+        for number in range(60):
+            count = chance.choice([1, 1, 2, 3])
+            values: dict[str, list[object]] = {
+                "n": [chance.choice([None, number % 17, -number, (1 << 63) - 1, -(1 << 63)]) for _ in range(count)],
+                "x": [chance.choice([None, 0.5, -0.0, float(number), math.inf, -math.inf, math.nan]) for _ in range(count)],
+                "s": [chance.choice([None, "", "a", "b" * number]) for _ in range(count)],
+                "at": [chance.choice([None, number, -number]) for _ in range(count)],
+                "u": [chance.choice([None, number, (1 << 64) - 1]) for _ in range(count)],
+            }
+            types = {"n": pa.int64(), "x": pa.float64(), "s": pa.string(), "at": pa.timestamp("us", "UTC"), "u": pa.uint64()}
+            if number >= 20:
+                values["late"] = [chance.choice([None, number]) for _ in range(count)]
+                types["late"] = pa.int32() if number < 40 else pa.int64()
+            parts.append(pa.table({name: pa.array(each, types[name]) for name, each in values.items()}))
+            log.append("t", parts[-1])
+        snapshot = log.snapshot()
+        plain = SessionContext(SessionConfig({"datafusion.sql_parser.map_string_types_to_utf8view": "false"}))
+        plain.register_record_batches("t", [pa.concat_tables(parts, promote_options="permissive").to_batches()])
+        engine = Engine(Config(state_bytes_max=0))
+        for _ in range(60):
+            order = " ".join([chance.choice(["", "DESC"]), chance.choice(["", "NULLS FIRST", "NULLS LAST"])])
+            sql = chance.choice(ORDERED).format(order, chance.choice([1, 2, 5, 50]))
+            first = sql.split()[1].strip(",")
+            expected = [row[first] for batch in plain.sql(sql).collect() for row in batch.to_pylist()]
+            assert [*map(str, (row[first] for row in rows(engine, snapshot, sql)))] == [*map(str, expected)], sql
+
+
+def test_the_first_rows_are_looked_for_where_they_may_be(folder: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider, "ALONE_MAX", 4)
+    with OpLog.open(str(folder)) as log:
+        for n in range(100):
+            log.append("t", pa.record_batch({"n": [n * 37 % 100], "s": [f"{n:03}"]}))
+        for sql, read in (
+            ("SELECT n FROM t ORDER BY n DESC LIMIT 3", 3),
+            ("SELECT n FROM t ORDER BY n LIMIT 1", 1),
+            ("SELECT n FROM t WHERE n < 50 ORDER BY n DESC LIMIT 2", 2),
+        ):
+            found = counts(Engine(Config()), log, sql)
+            assert found.records_read == read, sql
+        # By a text nothing tells where they are: all are read, small neighbours as one.
+        found = counts(Engine(Config()), log, "SELECT s FROM t ORDER BY s LIMIT 1")
+        assert (found.records_read, found.cache_misses) == (100, 6 + 4)

@@ -233,7 +233,7 @@ class Planner:
         rows = self._config.statement_bytes_max // (BATCHES_AT_ONCE * UNIT_BYTES * measured.growth)
         does_sum_up = sums_up(sql)
         context.sums_up = does_sum_up and rows >= TOGETHER_ROWS
-        context.reads_all = does_sum_up or not _LIMITS.search(sql)
+        context.reads_all = does_sum_up or not _LIMITS.search(sql) or _SORTS.search(sql) is not None
         if rows < BATCH_ROWS:  # what a function makes of a batch is in memory as a whole
             session.sql(f"SET datafusion.execution.batch_size = {max(rows, 1)}")
         return session, context
