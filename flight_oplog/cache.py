@@ -18,7 +18,6 @@ from pyarrow.fs import LocalFileSystem
 from flight_oplog import codec
 from flight_oplog.errors import CorruptLog
 from flight_oplog.filters import TextIndex
-from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
 from flight_oplog.keys import is_filter
 from flight_oplog.numbers import Ends
@@ -64,9 +63,7 @@ class ColumnCache:
         self._files: dict[str, tuple[int, Sequence[DataFile]]] = {}
         self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex | Filters] = OrderedDict()
         self._together: OrderedDict[tuple[Any, ...], Together] = OrderedDict()
-        self._listed: OrderedDict[str, Listed[DataFile]] = OrderedDict()  # by topic, as the next
-        self._overviews: OrderedDict[str, tuple[Growing[DataFile], Overview]] = OrderedDict()
-        self._growing = threading.Lock()
+        self._topics: OrderedDict[tuple[str, int], _Known] = OrderedDict()
         self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what was wanted that is not made at once, and whether it has none
 
     def columns(
@@ -208,43 +205,43 @@ class ColumnCache:
 
     def files(self, topic: Topic) -> Listed[DataFile]:
         """Return a topic's files, and what was found out of them before."""
-        known = self._listed.get(topic.name)
-        if known is not None and known.items.shares(topic.files) and len(known.items) >= len(topic.files):
-            return known.upto(len(topic.files))
-        found = Listed(topic.files) if known is None else known.as_of(topic.files)
-        remember(self._listed, topic.name, found, TOPICS_KEPT)
-        return found
+        return self._known(topic).files.as_of(topic.files)
 
-    def known_overview(self, topic: Topic) -> Overview | None:
-        """Return the overview of all of a topic's files if it is known already."""
-        files, known = self._overviews.get(topic.name, (None, None))
-        if files is None or known is None or not files.shares(topic.files) or len(known) < len(topic.files):
-            return None
-        return known.upto(len(topic.files))
+    def lacks(self, topic: Topic) -> int:
+        """Return how many files `overview` would have to look into."""
+        return max(0, len(topic.files) - len(self._known(topic).overview))
 
     def overview(self, snapshot: Snapshot, topic: Topic) -> Overview:
         """Return the overview of all of a topic's files, which grows with the topic. Raises CorruptLog where one is damaged."""
-        while (found := self.known_overview(topic)) is None:
-            known = self._overviews.get(topic.name)
-            shares = known is not None and known[0].shares(topic.files)
-            base = known[1] if known is not None and shares else Overview.of([], topic.first_offset)
+        known = self._known(topic)
+        while len(base := known.overview) < len(topic.files):
             added = topic.files[len(base) :]
             snapshot.store.prefetch(added)
             records = [snapshot.records_of(topic, file) for file in added]
-            with self._growing:
-                if self._overviews.get(topic.name) is known:  # else another thread was faster
-                    remember(self._overviews, topic.name, (topic.files, base.grown(records)), TOPICS_KEPT)
+            with known.growing:
+                if known.overview is base:  # else another thread was faster
+                    known.overview = base.grown(records)
+        return base.upto(len(topic.files))
+
+    def _known(self, topic: Topic) -> _Known:
+        """Return what is kept of a topic's files, and of all that they grew out of or that grew out of them."""
+        key = (topic.name, topic.files.root)
+        with self._lock:
+            found = self._topics.get(key)
+            if found is None:
+                for other in [other for other in self._topics if other[0] == topic.name][:-1]:  # at most one more: the past, or the present
+                    del self._topics[other]
+                found = _Known(Listed(topic.files), Overview.of([], topic.first_offset))
+            remember(self._topics, key, found, TOPICS_KEPT)
         return found
 
     def fragment(self, shape: tuple[str, ...], key: str, guarantee: Callable[[], pc.Expression | None]) -> ds.Fragment:
         """Return a fragment that stands for a file or record in pruning; made once, since a guarantee never changes."""
         found = self._fragments.get((shape, key))
         if found is None:
-            expression = guarantee()
-            found = _FORMAT.make_fragment(key, _FILESYSTEM, pc.scalar(True) if expression is None else expression)
             if len(self._fragments) >= FRAGMENTS_MAX:
                 self._fragments.clear()
-            self._fragments[shape, key] = found
+            found = self._fragments[shape, key] = fragment(key, guarantee())
         return found
 
     def _keep(self, key: tuple[Any, ...], decoded: Decoded | TextIndex | Filters) -> None:
@@ -257,6 +254,20 @@ class ColumnCache:
             self._bytes += decoded.nbytes
             while self._bytes > self._bytes_max:
                 self._bytes -= (self._together or self._records).popitem(last=False)[1].nbytes
+
+
+def fragment(name: str, guarantee: pc.Expression | None) -> ds.Fragment:
+    """Return a fragment of no real file, of whose rows `guarantee` holds."""
+    return _FORMAT.make_fragment(name, _FILESYSTEM, pc.scalar(True) if guarantee is None else guarantee)
+
+
+@dataclass
+class _Known:
+    """What is known of a topic's files."""
+
+    files: Listed[DataFile]
+    overview: Overview
+    growing: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,15 @@ class Growing(Sequence[Item]):
         """Whether the shorter of the two is how the longer one begins, as one grew out of the other or both out of a third."""
         return self._items is other._items
 
+    def taken(self, places: Iterable[int]) -> list[Item]:
+        """Return the items at some places, which are all there."""
+        return [self._items[place] for place in places]
+
+    @property
+    def root(self) -> int:
+        """A number that is the same of all that share, and of no others while one of them is there."""
+        return id(self._items)
+
     def __len__(self) -> int:
         return self._length
 

@@ -30,7 +30,7 @@ from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
 from flight_oplog.errors import Cancelled
 from flight_oplog.filters import Filter, candidates
 from flight_oplog.gathering import JOINED_ROWS, LOG_FIELDS, LOG_NAMES, Columns, Few, as_type, log_columns
-from flight_oplog.overview import Overview
+from flight_oplog.overview import Overview, Places
 from flight_oplog.pruning import ALONE_MAX, Pruner
 from flight_oplog.records import DataFile, RecordMeta, binary_array, outer_row
 from flight_oplog.schema import RECORD_SCHEMA
@@ -51,6 +51,8 @@ SHARED_ENTRIES = 4096
 ALONE_ENTRIES = 1 << 18
 # A run of a record's entries is cut out of its large pieces where it is at least this part of them.
 RUN_PART = 8
+# An overview of all of a topic's files is made where it looks into no more than so many for each that is wanted.
+READ_TOO = 2
 
 
 @dataclass
@@ -201,25 +203,29 @@ class EntriesTable(_Table):
             among = self.context.top.offsets(topic.first_offset, topic.next_offset)
         files = range(len(topic.files)) if among is None else topic.places_within(*among)
         pruner = None if filter is None else Pruner(self._snapshot, topic, self._plain, filter, cache, self.counts)
-        kept = files if pruner is None or len(files) == 1 else pruner.files(files)
+        kept: Places = files if pruner is None or len(files) == 1 else pruner.files(files)
         overview, of_files = self._of_files(kept)
         places = of_files if pruner is None else pruner.records(overview, of_files)
         if filter is not None and pruner is not None:
             filter.check(self._plain, lambda name: pruner.may_hold_nan(overview.records, places, name))
-        self.counts.files += len(topic.files)
-        self.counts.files_pruned += len(topic.files) - len(kept)
         top = self._top(filter)
         if top is not None and offsets is None:
             found = overview.alone(self._best_first(top, overview, places))
         elif self.context.reads_all and offsets is None and not topic.overlaps:
-            keys = () if filter is None else filter.keys
-            found = overview.taken(places, lambda record: cache.holds(record, self._of_entries(record, keys)))
+            if places is not None:
+                keys = () if filter is None else filter.keys
+                wider = overview.widened(places, lambda record: cache.holds(record, self._of_entries(record, keys)))
+                if of_files is not None and wider is not places:
+                    kept = np.union1d(kept, overview.files_of(wider))
+                    of_files = overview.places_of(kept)
+                places = wider
+            found = overview.together(places)
         else:
             found = overview.alone(places)
-        considered = overview.rows(of_files)
-        self.counts.records += considered
-        if pruner is not None:
-            self.counts.records_pruned += considered - sum(record.rows for record in found[0])
+        self.counts.files += len(topic.files)
+        self.counts.files_pruned += len(topic.files) - len(kept)
+        self.counts.records += overview.rows(of_files)
+        self.counts.records_pruned += overview.rows(of_files) - overview.rows(places)
         return found
 
     def _best_first(self, top: Top, overview: Overview, places: np.ndarray | None) -> np.ndarray | None:
@@ -231,16 +237,15 @@ class EntriesTable(_Table):
         order = np.argsort(of_all if places is None else of_all[places], kind="stable")
         return order if places is None else places[order]
 
-    def _of_files(self, places: Sequence[int]) -> tuple[Overview, np.ndarray | None]:
+    def _of_files(self, places: Places) -> tuple[Overview, np.ndarray | None]:
         """Return an overview, and where in it the records of some of the topic's files are, None for all that is in it.
 
         Where offsets are asked for, it is of those within them.
         """
         topic, offsets, cache = self._topic, self.context.offsets, self.context.cache
-        if offsets is None and len(places) == len(topic.files):
-            return cache.overview(self._snapshot, topic), None
-        if offsets is None and (known := cache.known_overview(topic)) is not None:
-            return known, known.places_of(places)
+        if offsets is None and cache.lacks(topic) <= READ_TOO * len(places):
+            overview = cache.overview(self._snapshot, topic)
+            return overview, None if len(places) == len(topic.files) else overview.places_of(places)
         files = [topic.files[place] for place in places]
         self._snapshot.store.prefetch(files)
         found = [self._snapshot.records_of(topic, file) for file in files]

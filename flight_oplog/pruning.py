@@ -7,9 +7,10 @@ beside their content, then by the filters of their keys. No content is read.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import operator
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,11 @@ import pyarrow.dataset as ds
 from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
-from flight_oplog.cache import ColumnCache, ScanCounts
+from flight_oplog.cache import ColumnCache, ScanCounts, fragment
 from flight_oplog.filters import Filter
 from flight_oplog.keys import hashes_of, is_key, may_hold
 from flight_oplog.neighbours import SMALL_ENTRIES
-from flight_oplog.overview import Listed, Overview
+from flight_oplog.overview import RUN_RECORDS, Listed, Overview, Places
 from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.rows import microseconds
 from flight_oplog.store import Snapshot
@@ -49,7 +50,7 @@ class _Run:
 
     @property
     def key(self) -> str:
-        return "+".join(record.key for record in self.records)
+        return hashlib.blake2b("+".join(record.key for record in self.records).encode(), digest_size=16).hexdigest()
 
 
 class Pruner:
@@ -59,7 +60,7 @@ class Pruner:
         self._snapshot, self._topic, self._schema, self._filter = snapshot, topic, schema, filter
         self._cache, self._counts = cache, counts
 
-    def files(self, places: range) -> Sequence[int]:
+    def files(self, places: range) -> Places:
         """Prune files, given by their places in the topic, by what the Delta log says of them: all at once, then one by one."""
         if len(places) == len(self._topic.files) and "_offset" in self._filter.keys:
             low, high = self._spans.get("_offset", (None, None))
@@ -67,7 +68,7 @@ class Pruner:
         name = self._event_time
         if name is None or name not in self._filter.keys:
             return places  # the Delta log knows nothing of the filter's columns
-        kept: Sequence[int] = places
+        kept: Places = places
         if len(places) >= _SPANS_FROM:
             listed, (low, high) = self._cache.files(self._topic), self._spans.get(name, (None, None))
             meets = np.ones(len(places), bool)
@@ -75,10 +76,10 @@ class Pruner:
                 meets &= listed.column("latest", _latest)[places.start : places.stop] >= low
             if high is not None:
                 meets &= listed.column("earliest", _earliest)[places.start : places.stop] <= high
-            kept = (np.flatnonzero(meets) + places.start).tolist()
+            kept = np.flatnonzero(meets) + places.start
         if len(kept) > ALONE_MAX:
             return kept
-        return [kept[at] for at in self._prune([self._topic.files[place] for place in kept], self._file_guarantee)]
+        return np.array(kept, np.int64)[self._prune([self._topic.files[place] for place in kept], self._file_guarantee)]
 
     def records(self, overview: Overview, places: np.ndarray | None) -> np.ndarray | None:
         """Return the places of those records that may hold what the filter wants; None stands for all of them."""
@@ -92,14 +93,19 @@ class Pruner:
 
     def may_hold_nan(self, records: Listed[RecordMeta], places: np.ndarray | None, name: str) -> bool:
         """Whether a column of some of the records may hold a NaN: those with one have no bounds."""
-        may_be = records.column((name, "nan"), functools.partial(_may_hold_nan, name=name))
+        having = {number for number, stored in self._topic.schemas.items() if name in stored.names}
+        may_be = records.column((name, "nan"), functools.partial(_may_hold_nan, name=name, having=having))
         return bool(may_be.any() if places is None else may_be[places].any())
 
     def _prune_records(self, overview: Overview, places: np.ndarray | None) -> np.ndarray:
         """Prune runs of neighbours by what holds for all of them, then the records of those that are left."""
         if places is None:
             places = np.arange(len(overview.records.items))
-        records = [overview.records.items[place] for place in places.tolist()]
+        if len(places) > ALONE_MAX:
+            places = self._prune_runs(overview, places)
+        if len(places) > ALONE_MAX and overview.entries[places].sum() < SMALL_ENTRIES * len(places):
+            return places  # asking of each would take longer than reading them
+        records = overview.records.items.taken(places.tolist())
         if len(records) >= _RUNS_FROM:
             size = 1 << len(records).bit_length() // 2  # about as many runs as records in one
             runs = [_Run(tuple(records[start : start + size])) for start in range(0, len(records), size)]
@@ -107,21 +113,43 @@ class Pruner:
             left = (kept[:, None] * size + np.arange(size)).ravel()
             left = left[left < len(records)]
             places, records = places[left], [records[place] for place in left.tolist()]
-        if len(records) > ALONE_MAX and overview.entries[places].sum() < SMALL_ENTRIES * len(records):
-            return places  # asking of each would take longer than reading them
         return places[self._prune(records, self._record_guarantee)]
 
+    def _prune_runs(self, overview: Overview, places: np.ndarray) -> np.ndarray:
+        """Prune the same runs of records at each question, so that what holds for them is found out once."""
+        names, records = self._filter.keys, overview.records.items
+
+        def of(numbers: Sequence[int]) -> np.ndarray:
+            found = np.empty(len(numbers), object)
+            for place, number in enumerate(numbers):
+                run = _Run(tuple(records[number * RUN_RECORDS : (number + 1) * RUN_RECORDS]))
+                found[place] = fragment(str(number), self._run_guarantee(run, names))
+            return found
+
+        fragments = overview.runs.column(("runs", *self._shape), of)
+        runs = places // RUN_RECORDS
+        full = np.unique(runs[runs < len(fragments)])
+        kept = [int(each.path) for each in self._passing(fragments[full].tolist())]
+        return places[np.isin(runs, kept) | (runs >= len(fragments))]
+
     def _prune(self, items: Sequence[Any], guarantee: Callable[..., Any]) -> list[int]:
-        """Return the places of the items whose guarantee does not rule out `filter`, by Arrow's own simplification of expressions.
+        """Return the places of the items whose guarantee does not rule out the filter."""
+        by_key = {item.key: place for place, item in enumerate(items)}
+        made = functools.partial(functools.partial, guarantee, names=self._filter.keys)
+        return [by_key[each.path] for each in self._passing([self._cache.fragment(self._shape, item.key, made(item)) for item in items])]
+
+    def _passing(self, fragments: Sequence[ds.Fragment]) -> Iterator[ds.Fragment]:
+        """Yield those fragments whose guarantee does not rule out the filter, by Arrow's own simplification of expressions.
 
         Arrow offers it only through the fragments of a file system dataset; these fragments name no real files.
         """
-        names = self._filter.keys
-        shape = (*names, *(str(self._schema.field(name).type) for name in names))
-        by_key = {item.key: place for place, item in enumerate(items)}
-        fragments = [self._cache.fragment(shape, item.key, functools.partial(guarantee, item, names)) for item in items]
         dataset = ds.FileSystemDataset(fragments, self._schema, _FORMAT, _FILESYSTEM)
-        return [by_key[fragment.path] for fragment in dataset.get_fragments(self._filter.expression)]
+        return dataset.get_fragments(self._filter.expression)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def _shape(self) -> tuple[str, ...]:
+        """The columns and types that a guarantee speaks of."""
+        return (*self._filter.keys, *(str(self._schema.field(name).type) for name in self._filter.keys))
 
     @property
     def _event_time(self) -> str | None:
@@ -208,7 +236,8 @@ class Pruner:
             parts.append(_between(name, low, high) if nulls else (pc.field(name) >= low) & (pc.field(name) <= high))
         if "_offset" in names and "_offset" not in stored.names:
             offset = pc.field("_offset")
-            parts.append((offset >= records[0].first_offset) & (offset < records[-1].first_offset + records[-1].entries))
+            end = max(record.first_offset + record.entries for record in records)
+            parts.append((offset >= min(record.first_offset for record in records)) & (offset < end))
         return functools.reduce(operator.and_, parts) if parts else None
 
 
@@ -240,9 +269,11 @@ def _is_up_to(texts: pa.Array, text: str) -> np.ndarray:
     return pc.fill_null(pc.less_equal(texts, text), True).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
 
 
-def _may_hold_nan(records: Sequence[RecordMeta], name: str) -> np.ndarray:
-    limits = ((record.bounds.get(name), record.entries) for record in records)
-    return np.array([found is not None and "min" not in found and found["nulls"] < entries for found, entries in limits], bool)
+def _may_hold_nan(records: Sequence[RecordMeta], name: str, having: Container[str]) -> np.ndarray:
+    of_each = ((record, record.bounds.get(name, _NOTHING)) for record in records)
+    return np.array(
+        [record.schema_id in having and "min" not in found and found.get("nulls") != record.entries for record, found in of_each], bool
+    )
 
 
 def _earliest(files: Sequence[DataFile]) -> np.ndarray:

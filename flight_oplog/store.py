@@ -378,6 +378,8 @@ class Store:
         with self._lock:
             self._numbers.update(changes.numbers)
         self._storage.let_go(changes.removed)
+        for path in changes.removed:
+            self._metas.pop(path, None)
         self._remember(snapshot)
 
     def _load(self, table: DeltaTable) -> Snapshot:

@@ -58,7 +58,7 @@ def test_answers_are_the_same_while_a_topic_grows(folder: Path, small: None) -> 
 
 
 def together(records: Sequence[RecordMeta], first_offset: int) -> Sequence[RecordMeta]:
-    return Overview.of([records], first_offset).taken(None, lambda record: False)[0]
+    return Overview.of([records], first_offset).together(None)[0]
 
 
 def scan(engine: Engine, log: OpLog, sql: str) -> ScanCounts:
@@ -170,7 +170,7 @@ def test_a_member_that_another_program_wrote_anew_is_read_anew(folder: Path, sma
         remove = of_both | {"path": moved.path, "deletionTimestamp": 0}
         entry = folder / "_delta_log" / f"{version:020}.json"
         entry.write_text("".join(json.dumps(action) + "\n" for action in ({"remove": remove}, {"add": add})))
-        found = engine._planner.cache.overview(log.snapshot(), log.snapshot().topics["t"]).taken(None, lambda record: False)[0]
+        found = engine._planner.cache.overview(log.snapshot(), log.snapshot().topics["t"]).together(None)[0]
         assert [len(one.members) for one in found] == [16, 16, 0]
         assert found[0].members[7].file.path == "topic=t/anew.parquet"
         assert rows(Engine(Config(state_bytes_max=0)), log.snapshot(), sql) == [{"s": sum(range(33))}]
