@@ -44,7 +44,7 @@ _ROWS_PER_RECORDS_BATCH = 1024
 _ROWS_FROM = 64
 _MADE = frozenset(("filters", "content"))
 # How long one statement may spend on making indexes of texts that are looked for again and again.
-INDEXING_SECONDS = 0.03
+INDEXING_SECONDS = 0.1
 VIEW_BYTES = 12
 # Records of fewer entries on average are not dealt out over the cores; nor are texts of files with fewer shown as views.
 SHARED_ENTRIES = 4096
