@@ -13,11 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
-from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
 from flight_oplog.errors import CorruptLog
-from flight_oplog.filters import TextIndex
+from flight_oplog.filters import TextIndex, fragment
 from flight_oplog.kept import remember
 from flight_oplog.keys import is_filter
 from flight_oplog.numbers import Ends
@@ -30,9 +29,6 @@ FRAGMENTS_MAX = 100_000
 TOPICS_KEPT = 64
 READERS = 16
 _FILTERS = ""  # in the place of a column's name
-
-_FORMAT = ds.IpcFileFormat()
-_FILESYSTEM = LocalFileSystem()
 
 
 @dataclass
@@ -254,11 +250,6 @@ class ColumnCache:
             self._bytes += decoded.nbytes
             while self._bytes > self._bytes_max:
                 self._bytes -= (self._together or self._records).popitem(last=False)[1].nbytes
-
-
-def fragment(name: str, guarantee: pc.Expression | None) -> ds.Fragment:
-    """Return a fragment of no real file, of whose rows `guarantee` holds."""
-    return _FORMAT.make_fragment(name, _FILESYSTEM, pc.scalar(True) if guarantee is None else guarantee)
 
 
 @dataclass

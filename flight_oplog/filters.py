@@ -7,7 +7,7 @@ import itertools
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,6 +154,19 @@ class Filter:
         return np.flatnonzero(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
 
 
+def fragment(name: str, guarantee: pc.Expression | None) -> ds.Fragment:
+    """Return a fragment of no real file, of whose rows `guarantee` holds; its path is `name`."""
+    return _FORMAT.make_fragment(name, _FILESYSTEM, pc.scalar(True) if guarantee is None else guarantee)
+
+
+def passing(fragments: Sequence[ds.Fragment], schema: pa.Schema, expression: pc.Expression) -> Iterator[ds.Fragment]:
+    """Return those fragments whose guarantee does not rule out a filter, by Arrow's own simplification of expressions.
+
+    Arrow offers it only through the fragments of a file system dataset.
+    """
+    return ds.FileSystemDataset(fragments, schema, _FORMAT, _FILESYSTEM).get_fragments(expression)  # type: ignore[no-any-return]
+
+
 def _beside(value: Any, direction: int) -> Any:
     """Return the next number, or the one before."""
     if isinstance(value, float):
@@ -163,7 +176,7 @@ def _beside(value: Any, direction: int) -> Any:
 
 def _bind(filter: pc.Expression, schema: pa.Schema) -> None:
     """Raise when the filter does not bind to the schema; Arrow offers binding only as part of something else."""
-    next(ds.FileSystemDataset([], schema, _FORMAT, _FILESYSTEM).get_fragments(filter), None)
+    next(passing([], schema, filter), None)
 
 
 def _binds(filter: pc.Expression, schema: pa.Schema) -> bool:
@@ -216,8 +229,7 @@ def _range_of(expression: pc.Expression, text: str, schema: pa.Schema) -> tuple[
 
 def _may_pass(expression: pc.Expression, schema: pa.Schema, guarantee: pc.Expression) -> bool:
     """Whether a row may pass of which `guarantee` holds, as far as Arrow sees."""
-    fragment = _FORMAT.make_fragment("", _FILESYSTEM, guarantee)
-    return any(True for _ in ds.FileSystemDataset([fragment], schema, _FORMAT, _FILESYSTEM).get_fragments(expression))
+    return any(True for _ in passing([fragment("", guarantee)], schema, expression))
 
 
 # Texts by their beginning

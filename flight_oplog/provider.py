@@ -206,8 +206,6 @@ class EntriesTable(_Table):
         kept: Places = files if pruner is None or len(files) == 1 else pruner.files(files)
         overview, of_files = self._of_files(kept)
         places = of_files if pruner is None else pruner.records(overview, of_files)
-        if filter is not None and pruner is not None:
-            filter.check(self._plain, lambda name: pruner.may_hold_nan(overview.records, places, name))
         top = self._top(filter)
         if top is not None and offsets is None:
             found = overview.alone(self._best_first(top, overview, places))
@@ -224,8 +222,9 @@ class EntriesTable(_Table):
             found = overview.alone(places)
         self.counts.files += len(topic.files)
         self.counts.files_pruned += len(topic.files) - len(kept)
-        self.counts.records += overview.rows(of_files)
-        self.counts.records_pruned += overview.rows(of_files) - overview.rows(places)
+        considered = overview.rows(of_files)
+        self.counts.records += considered
+        self.counts.records_pruned += considered - overview.rows(places)
         return found
 
     def _best_first(self, top: Top, overview: Overview, places: np.ndarray | None) -> np.ndarray | None:

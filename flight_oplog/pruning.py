@@ -10,19 +10,17 @@ import functools
 import hashlib
 import math
 import operator
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
-from pyarrow.fs import LocalFileSystem
 
 from flight_oplog import codec
-from flight_oplog.cache import ColumnCache, ScanCounts, fragment
-from flight_oplog.filters import Filter
+from flight_oplog.cache import ColumnCache, ScanCounts
+from flight_oplog.filters import Filter, fragment, passing
 from flight_oplog.keys import hashes_of, is_key, may_hold
 from flight_oplog.neighbours import SMALL_ENTRIES
 from flight_oplog.overview import RUN_RECORDS, Listed, Overview, Places
@@ -37,9 +35,6 @@ _SPANS_FROM = 32
 # Of more than these, none is asked about alone: Arrow takes 20 µs for each.
 ALONE_MAX = 4096
 _NOTHING: dict[str, Any] = {}
-
-_FORMAT = ds.IpcFileFormat()
-_FILESYSTEM = LocalFileSystem()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +77,25 @@ class Pruner:
         return np.array(kept, np.int64)[self._prune([self._topic.files[place] for place in kept], self._file_guarantee)]
 
     def records(self, overview: Overview, places: np.ndarray | None) -> np.ndarray | None:
-        """Return the places of those records that may hold what the filter wants; None stands for all of them."""
+        """Return the places of those records that may hold what the filter wants; None stands for all of them.
+
+        Raises CannotFilter where Arrow would answer of them otherwise than SQL does.
+        """
         is_told = False
         if len(overview.records.items if places is None else places) >= _SPANS_FROM:
             places, is_told = self._within_bounds(overview.records, places), self._bounds_tell()
         if not is_told:
             places = self._prune_records(overview, places)
-        found = self._prune_keys(overview.records.items, places)
-        return None if found is not None and len(found) == len(overview.records.items) else found
+        places = self._prune_keys(overview.records.items, places)
+        if places is not None and len(places) == len(overview.records.items):
+            places = None
+        self._filter.check(self._schema, functools.partial(self._may_hold_nan, overview.records, places))
+        return places
 
-    def may_hold_nan(self, records: Listed[RecordMeta], places: np.ndarray | None, name: str) -> bool:
+    def _may_hold_nan(self, records: Listed[RecordMeta], places: np.ndarray | None, name: str) -> bool:
         """Whether a column of some of the records may hold a NaN: those with one have no bounds."""
         having = {number for number, stored in self._topic.schemas.items() if name in stored.names}
-        may_be = records.column((name, "nan"), functools.partial(_may_hold_nan, name=name, having=having))
+        may_be = records.column((name, "nan"), functools.partial(_nan_in, name=name, having=having))
         return bool(may_be.any() if places is None else may_be[places].any())
 
     def _prune_records(self, overview: Overview, places: np.ndarray | None) -> np.ndarray:
@@ -129,22 +130,14 @@ class Pruner:
         fragments = overview.runs.column(("runs", *self._shape), of)
         runs = places // RUN_RECORDS
         full = np.unique(runs[runs < len(fragments)])
-        kept = [int(each.path) for each in self._passing(fragments[full].tolist())]
+        kept = [int(each.path) for each in passing(fragments[full].tolist(), self._schema, self._filter.expression)]
         return places[np.isin(runs, kept) | (runs >= len(fragments))]
 
     def _prune(self, items: Sequence[Any], guarantee: Callable[..., Any]) -> list[int]:
         """Return the places of the items whose guarantee does not rule out the filter."""
-        by_key = {item.key: place for place, item in enumerate(items)}
-        made = functools.partial(functools.partial, guarantee, names=self._filter.keys)
-        return [by_key[each.path] for each in self._passing([self._cache.fragment(self._shape, item.key, made(item)) for item in items])]
-
-    def _passing(self, fragments: Sequence[ds.Fragment]) -> Iterator[ds.Fragment]:
-        """Yield those fragments whose guarantee does not rule out the filter, by Arrow's own simplification of expressions.
-
-        Arrow offers it only through the fragments of a file system dataset; these fragments name no real files.
-        """
-        dataset = ds.FileSystemDataset(fragments, self._schema, _FORMAT, _FILESYSTEM)
-        return dataset.get_fragments(self._filter.expression)  # type: ignore[no-any-return]
+        names, by_key = self._filter.keys, {item.key: place for place, item in enumerate(items)}
+        fragments = [self._cache.fragment(self._shape, item.key, functools.partial(guarantee, item, names)) for item in items]
+        return [by_key[each.path] for each in passing(fragments, self._schema, self._filter.expression)]
 
     @functools.cached_property
     def _shape(self) -> tuple[str, ...]:
@@ -174,8 +167,8 @@ class Pruner:
                 conditions.append((limits(records, self._topic, name, kind, "min"), operator.le, high))
         if self._filter.wanted is not None:
             name, text = self._filter.wanted
-            conditions.append((limits(records, self._topic, name, pa.string(), "max"), _is_from, text))
-            conditions.append((limits(records, self._topic, name, pa.string(), "min"), _is_up_to, text))
+            conditions.append((limits(records, self._topic, name, pa.string(), "max"), functools.partial(_may_be, pc.greater_equal), text))
+            conditions.append((limits(records, self._topic, name, pa.string(), "min"), functools.partial(_may_be, pc.less_equal), text))
         places = np.arange(len(records.items)) if places is None else places
         for known, meets, end in conditions:
             places = places[meets(known if len(places) == len(known) else known.take(places), end)]
@@ -261,15 +254,11 @@ def _limits_of(records: Sequence[RecordMeta], name: str, kind: pa.DataType, end:
     return pa.array(found, kind) if kind == pa.string() else np.array(found, np.float64 if pa.types.is_floating(kind) else np.int64)
 
 
-def _is_from(texts: pa.Array, text: str) -> np.ndarray:
-    return pc.fill_null(pc.greater_equal(texts, text), True).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
+def _may_be(compare: Callable[[pa.Array, str], pa.Array], texts: pa.Array, text: str) -> np.ndarray:
+    return pc.fill_null(compare(texts, text), True).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
 
 
-def _is_up_to(texts: pa.Array, text: str) -> np.ndarray:
-    return pc.fill_null(pc.less_equal(texts, text), True).to_numpy(zero_copy_only=False)  # type: ignore[no-any-return]
-
-
-def _may_hold_nan(records: Sequence[RecordMeta], name: str, having: Container[str]) -> np.ndarray:
+def _nan_in(records: Sequence[RecordMeta], name: str, having: Container[str]) -> np.ndarray:
     of_each = ((record, record.bounds.get(name, _NOTHING)) for record in records)
     return np.array(
         [record.schema_id in having and "min" not in found and found.get("nulls") != record.entries for record, found in of_each], bool

@@ -21,7 +21,7 @@ from issuer import PUBLIC, Issuer
 from pyarrow import flight
 from s3_server import ObjectStore, object_store
 
-from flight_oplog import Config, OpLog, Snapshot, provider
+from flight_oplog import Config, OpLog, Snapshot, neighbours, provider
 from flight_oplog.sql import repeated
 from flight_oplog.sql.engine import Engine
 
@@ -71,6 +71,13 @@ def eager() -> Iterator[None]:
         patch.setattr(provider, "SHARED_ENTRIES", 0)
         patch.setattr(provider, "ALONE_ENTRIES", 0)
         yield
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few records are already read as one."""
+    monkeypatch.setattr(neighbours, "RECORDS_LEAST", 3)
+    monkeypatch.setattr(neighbours, "RANGE_ENTRIES", 16)
 
 
 @pytest.fixture

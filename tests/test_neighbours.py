@@ -29,12 +29,6 @@ QUESTIONS = [
 ]
 
 
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "RECORDS_LEAST", 3)
-    monkeypatch.setattr(neighbours, "RANGE_ENTRIES", 16)
-
-
 def test_answers_are_the_same_while_a_topic_grows(folder: Path, small: None) -> None:
     chance, parts = random.Random(7), []
     engines = [Engine(Config(cache_bytes_max=size, state_bytes_max=0)) for size in (1 << 26, 3000, 0)]

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +22,10 @@ from flight_oplog import Config, OpLog, neighbours, overview, provider, pruning
 from flight_oplog.cache import ColumnCache
 from flight_oplog.growing import Growing
 from flight_oplog.overview import Listed, Overview
-from flight_oplog.records import RecordMeta
+from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.sql.engine import Engine
 from flight_oplog.store import Snapshot
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "RECORDS_LEAST", 3)
-    monkeypatch.setattr(neighbours, "RANGE_ENTRIES", 16)
+from flight_oplog.topics import Topic
 
 
 def squares(items: list[int]) -> np.ndarray:
@@ -160,14 +156,21 @@ def test_too_small_a_part_is_read_alone() -> None:
         assert (len(taken) == 1) == (wanted * overview.HELD_PART >= count)
 
 
-def test_planning_looks_at_what_was_added_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at: list[str] = []
+@pytest.fixture
+def looked_at(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files of which somebody asks for the records."""
+    found: list[str] = []
     records_of = Snapshot.records_of
-    monkeypatch.setattr(
-        Snapshot,
-        "records_of",
-        lambda snapshot, topic, file, **more: (looked_at.append(file.path), records_of(snapshot, topic, file, **more))[1],
-    )
+
+    def noted(snapshot: Snapshot, topic: Topic, file: DataFile) -> Sequence[RecordMeta]:
+        found.append(file.path)
+        return records_of(snapshot, topic, file)
+
+    monkeypatch.setattr(Snapshot, "records_of", noted)
+    return found
+
+
+def test_planning_looks_at_what_was_added_alone(folder: Path, looked_at: list[str]) -> None:
     engine, first = Engine(Config(state_bytes_max=0)), None
     with OpLog.open(str(folder)) as log:
         for n in range(100):
@@ -188,9 +191,7 @@ def test_planning_looks_at_what_was_added_alone(folder: Path, monkeypatch: pytes
             log.append("t", pa.record_batch({"n": [100 + more], "s": [f"{100 + more:03}"]}))
 
 
-def test_the_present_and_the_past_in_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looked_at: list[str] = []
-    records_of = Snapshot.records_of
+def test_the_present_and_the_past_in_turn(folder: Path, looked_at: list[str]) -> None:
     engine, sql = Engine(Config(state_bytes_max=0)), "SELECT count(*) AS c FROM t WHERE n >= 0"
     with OpLog.open(str(folder)) as log:
         for n in range(20):
@@ -200,9 +201,7 @@ def test_the_present_and_the_past_in_turn(folder: Path, monkeypatch: pytest.Monk
         assert not past.topics["t"].files.shares(present.topics["t"].files)
         expected = [[{"c": each.topics["t"].entries}] for each in (present, past)]
         assert [rows(engine, each, sql) for each in (present, past)] == expected
-        monkeypatch.setattr(
-            Snapshot, "records_of", lambda snapshot, topic, file: (looked_at.append(file.path), records_of(snapshot, topic, file))[1]
-        )
+        looked_at.clear()
         assert [rows(engine, each, sql) for each in (present, past)] == expected
         assert looked_at == []
         for version in range(5, 9):
