@@ -1,4 +1,10 @@
-"""Decoded columns of records, kept in memory: data files never change, so what is kept can never be stale."""
+"""Decoded columns of records, kept in memory: data files never change, so what is kept can never be stale.
+
+Something new takes the place of what was not used since the new was asked for before: how long one was not used is held
+against the time between two uses of the other, as in LIRS (https://dl.acm.org/doi/10.1145/511399.511340). A dashboard that reads
+twice as much as there is room for, again and again, finds half of it so. If the least recently used went, it would find
+nothing, as each goes just before it is wanted.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +32,10 @@ from flight_oplog.store import Snapshot
 from flight_oplog.topics import Topic
 
 FRAGMENTS_MAX = 100_000
+USES_KEPT = 1 << 16
 TOPICS_KEPT = 64
 READERS = 16
+ARRAY_BYTES = 1024  # what an array takes that shows pages of a file
 _FILTERS = ""  # in the place of a column's name
 
 
@@ -47,7 +55,7 @@ class ScanCounts:
 
 
 class ColumnCache:
-    """Decoded columns of records, least recently used out first, never more than `bytes_max`. Thread-safe."""
+    """Decoded columns of records, never more than `bytes_max`; pages of mapped files count next to nothing. Thread-safe."""
 
     def __init__(self, bytes_max: int) -> None:
         self.hits = self.misses = 0
@@ -60,7 +68,8 @@ class ColumnCache:
         self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex | Filters] = OrderedDict()
         self._together: OrderedDict[tuple[Any, ...], Together] = OrderedDict()
         self._topics: OrderedDict[tuple[str, int], _Known] = OrderedDict()
-        self._asked: OrderedDict[tuple[Any, ...], bool] = OrderedDict()  # what was wanted that is not made at once, and whether it has none
+        self._uses: OrderedDict[tuple[Any, ...], _Use] = OrderedDict()
+        self._clock = itertools.count(1)
 
     def columns(
         self,
@@ -79,12 +88,13 @@ class ColumnCache:
             return held
         key = (record.key,)
         with self._lock:
+            if held is None:  # a statement that asks more than once uses it once
+                self._used(key)
             known: Any = self._records.get(key, held)
             missing = [name for name in names if known is None or name not in known.columns]
             if not missing:
                 self.hits += 1
                 counts.cache_hits += 1
-                self._records.move_to_end(key)
                 return known  # type: ignore[no-any-return]
             self.misses += 1
             counts.cache_misses += 1
@@ -93,7 +103,7 @@ class ColumnCache:
             decoded = Decoded(known.lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes, known.ends)
         with self._lock:
             counts.content_bytes += read
-        self._keep(key, decoded)
+            self._keep(key, decoded, is_fresh=read == 0)
         return decoded
 
     def let_go(self, topic: str, table_version: int, files: Sequence[DataFile]) -> None:
@@ -129,16 +139,16 @@ class ColumnCache:
         """Return the index of a record's texts; it is made when it is wanted for the second time, and `may_make`."""
         key = (record.key, name)
         with self._lock:
+            use = self._used(key)
             found: Any = self._records.get(key)
-            if found is not None:
-                self._records.move_to_end(key)
-        if found is not None or not self._is_worth(key, may_make):
+        if found is not None or not (use.is_worth and may_make and self._bytes_max):
             return found  # type: ignore[no-any-return]
         made = TextIndex.of(texts)
-        if made is None:
-            self._asked[key] = True
-        else:
-            self._keep(key, made)
+        with self._lock:
+            if made is None:
+                use.has_none = True
+            else:
+                self._keep(key, made)
         return made
 
     def together(
@@ -150,15 +160,13 @@ class ColumnCache:
         """
         keys = [(record.key, f.name, str(f.type)) for f in columns]
         with self._lock:
+            uses = [self._used(key) for key in keys]
             found = [self._together.get(key) for key in keys]
-            for key, each in zip(keys, found, strict=True):
-                if each is not None:
-                    self._together.move_to_end(key)
             if None not in found:
                 self.hits += 1
                 counts.cache_hits += 1
         for place, (key, column) in enumerate(zip(keys, columns, strict=True)):
-            if found[place] is None and self._is_worth(key, self._bytes + record.entries * _width(column.type) <= self._bytes_max):
+            if found[place] is None and uses[place].is_worth and self._bytes + record.entries * _width(column.type) <= self._bytes_max:
                 found[place] = made = Together(make(column.name, column.type))
                 with self._lock:
                     if key not in self._together and self._bytes + made.nbytes <= self._bytes_max:
@@ -167,18 +175,25 @@ class ColumnCache:
         pieces = [each.pieces for each in found if each is not None]
         return pieces if len(pieces) == len(keys) else None
 
-    def _is_worth(self, key: tuple[Any, ...], may_make: bool) -> bool:
-        """Whether something is to be made that was wanted before; takes note that it is wanted."""
-        with self._lock:
-            was_asked, has_none = key in self._asked, self._asked.get(key, False)
-            if not was_asked:
-                remember(self._asked, key, False, FRAGMENTS_MAX)
-        return was_asked and not has_none and may_make and self._bytes_max > 0
+    def _used(self, key: tuple[Any, ...]) -> _Use:
+        """Take note that something is asked for, whether it is kept or not."""
+        use = self._uses.get(key)
+        if use is None:
+            use = self._uses[key] = _Use()
+            if len(self._uses) > USES_KEPT:
+                self._uses.popitem(last=False)
+        for kept in (self._uses, self._records, self._together):
+            if key in kept:
+                kept.move_to_end(key)
+        use.before, use.last = use.last, next(self._clock)
+        return use
 
     def filters(self, snapshot: Snapshot, records: Sequence[RecordMeta], name: str, counts: ScanCounts) -> Iterator[memoryview | None]:
         """Yield the filter of a key of each record; None where it has none, or where its column is in memory and its filter is not."""
         keys = [(record.key, _FILTERS) for record in records]
         with self._lock:
+            for key in keys:
+                self._used(key)
             known: dict[Any, Any] = {key: self._records.get(key) for key in keys}
         missing = [
             (key, record)
@@ -188,7 +203,8 @@ class ColumnCache:
         for (key, _), read in zip(missing, snapshot.store.filters([record for _, record in missing]), strict=True):
             counts.filter_bytes += len(read)
             known[key] = Filters(read)
-            self._keep(key, known[key])
+            with self._lock:
+                self._keep(key, known[key])
         for key, record in zip(keys, records, strict=True):
             place = record.bounds.get(name, {}).get("filter")
             if known[key] is None or place is None:
@@ -240,16 +256,43 @@ class ColumnCache:
             found = self._fragments[shape, key] = fragment(key, guarantee())
         return found
 
-    def _keep(self, key: tuple[Any, ...], decoded: Decoded | TextIndex | Filters) -> None:
-        with self._lock:
-            if (before := self._records.pop(key, None)) is not None:
-                self._bytes -= before.nbytes
-            if decoded.nbytes > self._bytes_max:
+    def _keep(self, key: tuple[Any, ...], decoded: Decoded | TextIndex | Filters, is_fresh: bool = False) -> None:
+        """Keep something if there is room, or as much that was used less; what was committed just now is kept in any case.
+
+        Columns in large pieces go first, as they can be made of what is kept; but not for what is asked for once.
+        """
+        if decoded.nbytes > self._bytes_max:
+            return
+        known = self._records.get(key)
+        added = decoded.nbytes - (known.nbytes if known is not None else 0)
+        wanted_since = next(self._clock) if is_fresh else self._uses.get(key, _NEVER).before
+        while self._bytes + added > self._bytes_max:
+            kept: OrderedDict[Any, Any] = self._together or self._records
+            oldest = next((each for each in kept if each != key), ())
+            used = 0 if kept is self._together else self._uses.get(oldest, _NEVER).last
+            if not oldest or used >= wanted_since:
                 return
-            self._records[key] = decoded
-            self._bytes += decoded.nbytes
-            while self._bytes > self._bytes_max:
-                self._bytes -= (self._together or self._records).popitem(last=False)[1].nbytes
+            self._bytes -= kept.pop(oldest).nbytes
+        self._records[key] = decoded
+        self._records.move_to_end(key)
+        self._bytes += added
+
+
+@dataclass(slots=True)
+class _Use:
+    """When something was asked for last, and before that; by a clock that counts."""
+
+    before: int = 0
+    last: int = 0
+    has_none: bool = False
+
+    @property
+    def is_worth(self) -> bool:
+        """Whether something that takes long is to be made: it was asked for before, and can be made."""
+        return self.before > 0 and not self.has_none
+
+
+_NEVER = _Use()
 
 
 @dataclass
@@ -298,24 +341,28 @@ class Filters:
 
 def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None) -> tuple[Decoded, int]:
     """Return columns of a record, and how many bytes of its content were read for them."""
-    content, read = snapshot.store.columns(record, names, stopped)
+    read = snapshot.store.columns(record, names, stopped)
+    content = read.buffer
     if record.rows > 1:  # all of their content was read: so all of their columns are kept
         batches = codec.decode(content, record.entries, record.where)
         if not {*itertools.accumulate(record.entries_of_each)} <= {*itertools.accumulate(batch.num_rows for batch in batches)}:
             raise CorruptLog(f"{record.where}: content has other entries than the records say; restore the file")
         batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
         columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names}
-        return Decoded([batch.num_rows for batch in batches], columns, sum(batch.nbytes for batch in batches)), read
+        return Decoded([batch.num_rows for batch in batches], columns, sum(batch.nbytes for batch in batches)), read.nbytes_read
     batches = codec.decode(content, record.entries, record.where, names)
-    is_whole = read in (0, content.size)  # 0: it was in memory
-    if is_whole and all(_inside(content, array) for batch in batches for array in batch.columns):
+    arrays = [array for batch in batches for array in batch.columns]
+    if read.is_mapped:
+        # The system keeps the pages of files, and takes them back when it is short: only what was decompressed takes memory here.
+        nbytes = sum(ARRAY_BYTES if _inside(content, array) else array.nbytes for array in arrays)
+    elif read.nbytes_read in (0, content.size) and all(_inside(content, array) for array in arrays):  # 0: it was in memory
         # Uncompressed content: every column is a view into the same bytes, so all of them cost no more than one.
         batches = codec.decode(content, record.entries, record.where)
         nbytes = content.size
     else:
-        nbytes = sum(batch.nbytes for batch in batches)
+        nbytes = sum(array.nbytes for array in arrays)
     columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names} if batches else {}
-    return Decoded([batch.num_rows for batch in batches], columns, nbytes), read
+    return Decoded([batch.num_rows for batch in batches], columns, nbytes), read.nbytes_read
 
 
 def _width(kind: pa.DataType) -> int:

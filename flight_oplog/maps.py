@@ -27,6 +27,8 @@ from flight_oplog.kept import remember
 
 # A map of a removed file keeps its bytes on the disk: no more than these are kept for the next record of the same file.
 MAPS_KEPT = 64
+# The system gives a process 65,530 maps as a rule, its threads' stacks among them.
+MAPS_MAX = 1 << 14
 MAPPED_BYTES_MAX = 384 << 20
 # So often at most it is looked how many pages of files there are; and pages are given back for no more than this part of the time:
 # where the page cache has them in pieces of 4 KiB instead of 2 MiB, giving them back and mapping them again takes a hundred times as long.
@@ -112,6 +114,8 @@ class Maps:
             with self._lock:
                 number, found = self._kept.pop(path, (None, None))
                 if found is None or number != status.st_ino:
+                    if len(self._all) >= MAPS_MAX:
+                        return None
                     with pa.memory_map(path) as file:  # what was read outlives it, without a handle of the system's
                         of_file = _Map(file.read_buffer())
                     self._all.add(of_file)

@@ -415,26 +415,35 @@ def _checked(record: RecordMeta, contents: list[pa.Buffer]) -> pa.Buffer:
     return contents[0] if record.each is None else codec.as_one(contents, entries, record.where)
 
 
-def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> tuple[pa.Buffer, int]:
-    """Return content of which only the frame and some columns are there, checked; and how many bytes of it were read.
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Content of which some columns can be decoded, checked: the bytes read for it, and whether it is pages of a mapped file."""
+
+    buffer: pa.Buffer
+    nbytes_read: int
+    is_mapped: bool = False
+
+
+def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> Content:
+    """Return content of which only the frame and some columns are there.
 
     The rest of it is memory that was never touched. Content without parts is read whole.
     """
     if record.parts is None or record.span is None:
         content = read_content(storage, record)
-        return content, content.size
+        return Content(content, content.size)
     parts = _parts(record)
     start = record.span[1] - parts.size
     if not 0 < start - record.span[0] <= _PAGE_HEAD_BYTES_MAX:
         raise _altered(record)
     spans = parts.spans(names, storage.gap_bytes)
     try:
-        content = storage.some(record.file.path, start, parts.size, spans)
+        found = storage.some(record.file.path, start, parts.size, spans)
     except OSError as error:
         raise _unreadable(record.file, error) from error
-    if content is None or not parts.check(content, names):
+    if found is None or not parts.check(found.content, names):
         raise _altered(record)
-    return content, sum(end - first for first, end in spans)
+    return Content(found.content, sum(end - first for first, end in spans), found.is_mapped)
 
 
 def read_filters(storage: Storage, file: DataFile, records: Sequence[RecordMeta]) -> dict[str, bytes]:

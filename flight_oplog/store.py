@@ -39,7 +39,17 @@ from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
 from flight_oplog.maps import MAPPED_BYTES_MAX
 from flight_oplog.parts import PARTS_FROM_BYTES
-from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records, read_rows
+from flight_oplog.records import (
+    Content,
+    DataFile,
+    RecordMeta,
+    read_columns,
+    read_content,
+    read_contents,
+    read_filters,
+    read_records,
+    read_rows,
+)
 from flight_oplog.schema import (
     FORMAT_VERSION,
     RECORD_SCHEMA,
@@ -496,23 +506,23 @@ class Store:
         """Whether reading a record takes less than asking another thread for it."""
         return self.is_local and record.span is not None and record.span[1] - record.span[0] < PARTS_FROM_BYTES
 
-    def columns(self, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None = None) -> tuple[pa.Buffer, int]:
-        """Return content of which some columns can be decoded, checked; and how many bytes were read for it.
+    def columns(self, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None = None) -> Content:
+        """Return content of which some columns can be decoded.
 
         Raises Cancelled when it was `stopped` while the content of many records was read.
         """
         if record.members:
 
-            def one(member: RecordMeta) -> tuple[pa.Buffer, int]:
+            def one(member: RecordMeta) -> Content:
                 if stopped is not None and stopped.is_set():
                     raise Cancelled("the read was stopped")
                 return self.columns(member, names)
 
             found = list(self._storage.each(one, record.members))
-            content = codec.as_one([each for each, _ in found], record.entries_of_each, record.where)
-            return content, sum(read for _, read in found)
+            content = codec.as_one([each.buffer for each in found], record.entries_of_each, record.where)
+            return Content(content, sum(each.nbytes_read for each in found))
         fresh = self._fresh.get(record.key)
-        return read_columns(self._storage, record, names) if fresh is None else (fresh, 0)
+        return read_columns(self._storage, record, names) if fresh is None else Content(fresh, 0)
 
     def filters(self, records: Sequence[RecordMeta]) -> list[bytes]:
         """Return the filters of records that have some."""

@@ -62,6 +62,18 @@ def test_maps_take_no_handles_and_few_are_kept(tmp_path: Path) -> None:
     assert len(mapped(tmp_path)) == MAPS_KEPT
 
 
+def test_there_are_no_more_maps_than_the_system_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "MAPS_MAX", 2)
+    some = Maps(str(tmp_path), MAPPED_BYTES_MAX)
+    paths = [written(tmp_path, name)[0] for name in ("one", "two", "three")]
+    views = [some.view(path, 0, PAGE_BYTES, []) for path in paths]
+    assert [view is None for view in views] == [False, False, True]
+    some.let_go([paths[0]])
+    assert some.view(paths[2], 0, PAGE_BYTES, []) is None, "somebody has a part of it still"
+    views.clear()
+    assert some.view(paths[2], 0, PAGE_BYTES, []) is not None
+
+
 @pytest.mark.parametrize("what", ["another file system", "an older kernel", "told not to"])
 def test_what_cannot_be_mapped_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     if what == "another file system":
@@ -121,9 +133,9 @@ def test_columns_are_views_of_the_file(tmp_path: Path) -> None:
     with OpLog.open(str(tmp_path / "log"), Config(compression="none")) as log:
         log.append("wide", wide(0))
         before = pa.total_allocated_bytes()
-        content, read = log._store.columns(next(iter(log.snapshot().records("wide"))), ["n"])
-        assert read < content.size
-        assert pa.total_allocated_bytes() - before < read, "nothing was copied"
+        found = log._store.columns(next(iter(log.snapshot().records("wide"))), ["n"])
+        assert found.nbytes_read < found.buffer.size
+        assert pa.total_allocated_bytes() - before < found.nbytes_read, "nothing was copied"
 
 
 def shown(buffer: pa.Buffer) -> int:

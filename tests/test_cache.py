@@ -1,0 +1,100 @@
+"""What keeps its place in memory where not all has room. That answers do not depend on it, test_engine.py and test_model.py show."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from test_parts import wide
+
+from flight_oplog import Config, OpLog, cache
+from flight_oplog.provider import ScanCounts
+from flight_oplog.sql.engine import Engine
+
+ENTRIES, RECORDS = 10_000, 8
+RECORD_BYTES = 8 * ENTRIES
+
+
+@pytest.fixture
+def log(folder: Path) -> Iterator[OpLog]:
+    """Two topics of eight records in files of their own, compressed, so that they take memory; none of them fresh."""
+    with OpLog.open(str(folder), Config(compression="lz4")) as log:
+        for topic in ("t", "u"):
+            for number in range(RECORDS):
+                log.append(topic, pa.record_batch({"n": range(number * ENTRIES, (number + 1) * ENTRIES)}))
+    with OpLog.open(str(folder), Config(compression="lz4")) as log:
+        yield log
+
+
+def engine_of(records: float) -> Engine:
+    """An engine with room for so many records."""
+    return Engine(Config(cache_bytes_max=int(records * RECORD_BYTES), state_bytes_max=0))
+
+
+def hits(engine: Engine, log: OpLog, topic: str = "t", where: str = "n % 2 = 0", column: str = "n") -> int:
+    """Ask for a topic's entries; return how many of its records were in memory."""
+    running = engine.run(f"SELECT {column} FROM {topic} WHERE {where}", log.snapshot())
+    list(running.batches)
+    [found] = running.counts.values()
+    assert isinstance(found, ScanCounts)
+    return found.cache_hits
+
+
+def test_half_of_what_is_read_again_and_again_is_found_in_half_the_room(log: OpLog) -> None:
+    engine = engine_of(RECORDS / 2 + 0.5)
+    assert [hits(engine, log) for _ in range(6)] == [0] + [RECORDS // 2] * 5
+    engine = engine_of(RECORDS + 0.5)
+    assert [hits(engine, log, topic) for topic in "tututu"] == [0, 0, *[RECORDS, 0] * 2], "one finds all that it reads, not both nothing"
+
+
+def test_who_reads_much_once_takes_the_place_of_nobody(log: OpLog) -> None:
+    engine = engine_of(RECORDS + 1.5)
+    assert [hits(engine, log) for _ in range(2)] == [0, RECORDS]
+    assert hits(engine, log, "u") == 0
+    assert hits(engine, log) == RECORDS
+
+
+def test_what_is_asked_for_no_more_gives_way(log: OpLog) -> None:
+    engine = engine_of(RECORDS + 0.5)
+    for _ in range(20):
+        hits(engine, log)
+    assert [hits(engine, log, "u") for _ in range(3)] == [0, 0, RECORDS], "however often it was asked for"
+
+
+def test_what_was_committed_just_now_has_a_place(log: OpLog) -> None:
+    engine = engine_of(RECORDS)
+    for _ in range(3):
+        assert hits(engine, log) in (0, RECORDS)
+    log.append("u", pa.record_batch({"n": range(RECORDS * ENTRIES, (RECORDS + 1) * ENTRIES)}))
+    newest = f"n >= {RECORDS * ENTRIES}"
+    assert [hits(engine, log, "u", newest) for _ in range(2)] == [0, 1]
+
+
+def test_a_statement_that_reads_a_record_twice_uses_it_once(folder: Path) -> None:
+    """The condition's column is read, then the others: that is no second use, for which something else would have to go."""
+    with OpLog.open(str(folder), Config(compression="lz4")) as log:
+        for number in range(RECORDS):
+            log.append("t", pa.record_batch({"n": range(number * ENTRIES, (number + 1) * ENTRIES), "m": range(ENTRIES)}))
+    with OpLog.open(str(folder), Config(compression="lz4")) as log:
+        engine, few = engine_of(RECORDS + 0.5), " OR ".join(f"n = {number * ENTRIES}" for number in range(RECORDS))
+        assert [hits(engine, log, where=few, column="m") for _ in range(4)] == [0] + [RECORDS // 2] * 3
+
+
+def test_uses_are_remembered_up_to_a_limit(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "USES_KEPT", 5)
+    engine = engine_of(3.5)
+    assert [hits(engine, log) for _ in range(4)] == [0, 3, 3, 3]
+    assert len(engine._planner.cache._uses) == 5
+
+
+def test_pages_of_mapped_files_need_no_room(folder: Path) -> None:
+    with OpLog.open(str(folder), Config(compression="none")) as log:
+        for number in range(3):
+            log.append("wide", wide(number * 60_000))
+    with OpLog.open(str(folder), Config(compression="none")) as log:
+        engine = Engine(Config(cache_bytes_max=1 << 20, state_bytes_max=0))
+        found = [engine.run("SELECT * FROM wide", log.snapshot()) for _ in range(2)]
+        read = [(sum(batch.nbytes for batch in each.batches), *(c.content_bytes for c in each.counts.values())) for each in found]
+        assert read[0][0] == read[1][0] > 10 << 20
+        assert read[0][1] > 10 << 20
+        assert read[1][1] == 0
