@@ -179,9 +179,8 @@ class ColumnCache:
         """Take note that something is asked for, whether it is kept or not."""
         use = self._uses.get(key)
         if use is None:
-            use = self._uses[key] = _Use()
-            if len(self._uses) > USES_KEPT:
-                self._uses.popitem(last=False)
+            use = _Use()
+            remember(self._uses, key, use, USES_KEPT)
         for kept in (self._uses, self._records, self._together):
             if key in kept:
                 kept.move_to_end(key)
@@ -342,27 +341,27 @@ class Filters:
 def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None) -> tuple[Decoded, int]:
     """Return columns of a record, and how many bytes of its content were read for them."""
     read = snapshot.store.columns(record, names, stopped)
-    content = read.buffer
+    content, nbytes_read = read.buffer, read.nbytes
     if record.rows > 1:  # all of their content was read: so all of their columns are kept
         batches = codec.decode(content, record.entries, record.where)
         if not {*itertools.accumulate(record.entries_of_each)} <= {*itertools.accumulate(batch.num_rows for batch in batches)}:
             raise CorruptLog(f"{record.where}: content has other entries than the records say; restore the file")
         batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
         columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names}
-        return Decoded([batch.num_rows for batch in batches], columns, sum(batch.nbytes for batch in batches)), read.nbytes_read
+        return Decoded([batch.num_rows for batch in batches], columns, sum(batch.nbytes for batch in batches)), nbytes_read
     batches = codec.decode(content, record.entries, record.where, names)
     arrays = [array for batch in batches for array in batch.columns]
     if read.is_mapped:
         # The system keeps the pages of files, and takes them back when it is short: only what was decompressed takes memory here.
         nbytes = sum(ARRAY_BYTES if _inside(content, array) else array.nbytes for array in arrays)
-    elif read.nbytes_read in (0, content.size) and all(_inside(content, array) for array in arrays):  # 0: it was in memory
+    elif nbytes_read in (0, content.size) and all(_inside(content, array) for array in arrays):  # 0: it was in memory
         # Uncompressed content: every column is a view into the same bytes, so all of them cost no more than one.
         batches = codec.decode(content, record.entries, record.where)
         nbytes = content.size
     else:
         nbytes = sum(array.nbytes for array in arrays)
     columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names} if batches else {}
-    return Decoded([batch.num_rows for batch in batches], columns, nbytes), read.nbytes_read
+    return Decoded([batch.num_rows for batch in batches], columns, nbytes), nbytes_read
 
 
 def _width(kind: pa.DataType) -> int:

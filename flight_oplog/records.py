@@ -27,7 +27,7 @@ from flight_oplog.files import allocate, is_refusal, reading_error
 from flight_oplog.parts import Parts, Span
 from flight_oplog.rows import CREATED_BY, only_row_of
 from flight_oplog.schema import RECORD_SCHEMA
-from flight_oplog.storage import ALIGNED_BYTES, Storage
+from flight_oplog.storage import ALIGNED_BYTES, Read, Storage
 
 # Records of a row group are read as one up to so many entries, and about so many bytes.
 TOGETHER_ENTRIES_MAX = 1 << 20
@@ -415,23 +415,14 @@ def _checked(record: RecordMeta, contents: list[pa.Buffer]) -> pa.Buffer:
     return contents[0] if record.each is None else codec.as_one(contents, entries, record.where)
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
-    """Content of which some columns can be decoded, checked: the bytes read for it, and whether it is pages of a mapped file."""
-
-    buffer: pa.Buffer
-    nbytes_read: int
-    is_mapped: bool = False
-
-
-def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> Content:
-    """Return content of which only the frame and some columns are there.
+def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> Read:
+    """Return content of which only the frame and some columns are there, checked.
 
     The rest of it is memory that was never touched. Content without parts is read whole.
     """
     if record.parts is None or record.span is None:
         content = read_content(storage, record)
-        return Content(content, content.size)
+        return Read(content, content.size)
     parts = _parts(record)
     start = record.span[1] - parts.size
     if not 0 < start - record.span[0] <= _PAGE_HEAD_BYTES_MAX:
@@ -441,9 +432,9 @@ def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> 
         found = storage.some(record.file.path, start, parts.size, spans)
     except OSError as error:
         raise _unreadable(record.file, error) from error
-    if found is None or not parts.check(found.content, names):
+    if found is None or not parts.check(found.buffer, names):
         raise _altered(record)
-    return Content(found.content, sum(end - first for first, end in spans), found.is_mapped)
+    return found
 
 
 def read_filters(storage: Storage, file: DataFile, records: Sequence[RecordMeta]) -> dict[str, bytes]:

@@ -51,10 +51,11 @@ WHOLE_BYTES = 256 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Some:
-    """Some bytes of a file: in memory of this process, or pages that the system keeps of the file, mapped."""
+class Read:
+    """A part of a file: the bytes that were read for it, and whether they are pages that the system keeps, mapped."""
 
-    content: pa.Buffer
+    buffer: pa.Buffer
+    nbytes: int
     is_mapped: bool = False
 
 
@@ -108,7 +109,7 @@ class Storage(abc.ABC):
         """
 
     @abc.abstractmethod
-    def some(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> Some | None:
+    def some(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> Read | None:
         """Return `size` bytes of a file from `start` on, of which only `spans`, counted from there, need to be there.
 
         None where they are not: the file ends before.
@@ -252,11 +253,11 @@ class Folder(Storage):
         finally:
             os.close(handle)
 
-    def some(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> Some | None:
-        full = self._full(path)
+    def some(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> Read | None:
+        full, nbytes = self._full(path), sum(high - low for low, high in spans)
         mapped = self._maps.view(full, start, size, spans) if self._maps and start % ALIGNED_BYTES == 0 else None
         if mapped is not None:
-            return Some(mapped, is_mapped=True)
+            return Read(mapped, nbytes, is_mapped=True)
         memory = mmap.mmap(-1, size)  # of which only the spans are ever touched
         view = memoryview(memory)
         handle = os.open(full, os.O_RDONLY | os.O_CLOEXEC)
@@ -264,7 +265,7 @@ class Folder(Storage):
             is_there = all(_fill(handle, view[low:high], start + low) == high - low for low, high in spans)
         finally:
             os.close(handle)
-        return Some(pa.py_buffer(memory)) if is_there else None
+        return Read(pa.py_buffer(memory), nbytes) if is_there else None
 
     def open(self, path: str, size: int) -> Any:
         return pa.OSFile(self._full(path), "rb")
@@ -468,7 +469,7 @@ class Bucket(Storage):
                 return pa.py_buffer(content).slice(start)
             return pa.py_buffer(obstore.get_range(self._store, path, start=start, end=end))
 
-    def some(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> Some | None:
+    def some(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> Read | None:
         starts, ends = [start + low for low, _ in spans], [start + high for _, high in spans]
         with _as_oserror():
             found = obstore.get_ranges(self._store, path, starts=starts, ends=ends)
@@ -478,7 +479,7 @@ class Bucket(Storage):
             if len(piece) != high - low:
                 return None
             view[low:high] = memoryview(piece).cast("B")
-        return Some(pa.py_buffer(memory))
+        return Read(pa.py_buffer(memory), sum(map(len, found)))
 
     def open(self, path: str, size: int) -> Any:
         if size <= WHOLE_BYTES:

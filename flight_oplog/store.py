@@ -39,17 +39,7 @@ from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
 from flight_oplog.maps import MAPPED_BYTES_MAX
 from flight_oplog.parts import PARTS_FROM_BYTES
-from flight_oplog.records import (
-    Content,
-    DataFile,
-    RecordMeta,
-    read_columns,
-    read_content,
-    read_contents,
-    read_filters,
-    read_records,
-    read_rows,
-)
+from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records, read_rows
 from flight_oplog.schema import (
     FORMAT_VERSION,
     RECORD_SCHEMA,
@@ -57,7 +47,7 @@ from flight_oplog.schema import (
     SCHEMAS_TOPIC,
     schema_id,
 )
-from flight_oplog.storage import Found, Storage, storage_at
+from flight_oplog.storage import Found, Read, Storage, storage_at
 from flight_oplog.topics import Topic, first_offset
 
 log = logging.getLogger("flight_oplog.store")
@@ -506,23 +496,23 @@ class Store:
         """Whether reading a record takes less than asking another thread for it."""
         return self.is_local and record.span is not None and record.span[1] - record.span[0] < PARTS_FROM_BYTES
 
-    def columns(self, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None = None) -> Content:
-        """Return content of which some columns can be decoded.
+    def columns(self, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None = None) -> Read:
+        """Return content of which some columns can be decoded, checked; no bytes are read for what was committed just now.
 
         Raises Cancelled when it was `stopped` while the content of many records was read.
         """
         if record.members:
 
-            def one(member: RecordMeta) -> Content:
+            def one(member: RecordMeta) -> Read:
                 if stopped is not None and stopped.is_set():
                     raise Cancelled("the read was stopped")
                 return self.columns(member, names)
 
             found = list(self._storage.each(one, record.members))
             content = codec.as_one([each.buffer for each in found], record.entries_of_each, record.where)
-            return Content(content, sum(each.nbytes_read for each in found))
+            return Read(content, sum(each.nbytes for each in found))
         fresh = self._fresh.get(record.key)
-        return read_columns(self._storage, record, names) if fresh is None else Content(fresh, 0)
+        return read_columns(self._storage, record, names) if fresh is None else Read(fresh, 0)
 
     def filters(self, records: Sequence[RecordMeta]) -> list[bytes]:
         """Return the filters of records that have some."""

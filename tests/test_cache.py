@@ -17,11 +17,13 @@ RECORD_BYTES = 8 * ENTRIES
 
 @pytest.fixture
 def log(folder: Path) -> Iterator[OpLog]:
-    """Two topics of eight records in files of their own, compressed, so that they take memory; none of them fresh."""
+    """Topics of eight records in files of their own, compressed, so that they take memory; none of them fresh."""
     with OpLog.open(str(folder), Config(compression="lz4")) as log:
-        for topic in ("t", "u"):
-            for number in range(RECORDS):
-                log.append(topic, pa.record_batch({"n": range(number * ENTRIES, (number + 1) * ENTRIES)}))
+        for number in range(RECORDS):
+            numbers = range(number * ENTRIES, (number + 1) * ENTRIES)
+            for topic in ("t", "u"):
+                log.append(topic, pa.record_batch({"n": numbers}))
+            log.append("both", pa.record_batch({"n": numbers, "m": range(ENTRIES)}))
     with OpLog.open(str(folder), Config(compression="lz4")) as log:
         yield log
 
@@ -70,14 +72,10 @@ def test_what_was_committed_just_now_has_a_place(log: OpLog) -> None:
     assert [hits(engine, log, "u", newest) for _ in range(2)] == [0, 1]
 
 
-def test_a_statement_that_reads_a_record_twice_uses_it_once(folder: Path) -> None:
+def test_a_statement_that_reads_a_record_twice_uses_it_once(log: OpLog) -> None:
     """The condition's column is read, then the others: that is no second use, for which something else would have to go."""
-    with OpLog.open(str(folder), Config(compression="lz4")) as log:
-        for number in range(RECORDS):
-            log.append("t", pa.record_batch({"n": range(number * ENTRIES, (number + 1) * ENTRIES), "m": range(ENTRIES)}))
-    with OpLog.open(str(folder), Config(compression="lz4")) as log:
-        engine, few = engine_of(RECORDS + 0.5), " OR ".join(f"n = {number * ENTRIES}" for number in range(RECORDS))
-        assert [hits(engine, log, where=few, column="m") for _ in range(4)] == [0] + [RECORDS // 2] * 3
+    engine, few = engine_of(RECORDS + 0.5), " OR ".join(f"n = {number * ENTRIES}" for number in range(RECORDS))
+    assert [hits(engine, log, "both", few, "m") for _ in range(4)] == [0] + [RECORDS // 2] * 3
 
 
 def test_uses_are_remembered_up_to_a_limit(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
