@@ -114,15 +114,25 @@ def test_content_with_another_number_of_entries_is_an_error() -> None:
     assert str(caught.value) == "topic 't', file f, offset 0: content holds 2 of 3 entries; restore the file"
 
 
-def test_batches_are_gathered_to_a_size_that_travels_well() -> None:
+def test_small_batches_are_joined_and_large_ones_cut() -> None:
     small = pa.record_batch({"a": pa.array(range(1000), pa.int64())})
     gathered = list(codec.gather([small] * 1000))
     assert sum(batch.num_rows for batch in gathered) == 1_000_000
     assert {batch.num_rows for batch in gathered[:-1]} == {65_000}
-    large = pa.record_batch({"a": pa.array(range(1_000_000), pa.int64())})
+    large = pa.record_batch({"a": ["x" * 100] * 200_000})
     cut = list(codec.gather([large]))
+    assert len(cut) > 1
     assert max(batch.nbytes for batch in cut) <= codec.BATCH_BYTES
     assert pa.Table.from_batches(cut)["a"].combine_chunks().equals(large["a"])
+
+
+def test_what_is_large_is_not_copied_to_be_joined() -> None:
+    at_most, more = (pa.record_batch({"a": pa.array(bytes(size), pa.uint8())}) for size in (5_000, codec.JOINED_BYTES_MAX + 1))
+    few = 2 * codec.JOINED_BYTES_MAX
+    gathered = list(codec.gather([at_most, at_most, more, at_most, more], codec.BATCH_BYTES, few))
+    assert [batch.num_rows for batch in gathered] == [10_000, more.num_rows, 5_000, more.num_rows]
+    address = more["a"].buffers()[1].address
+    assert [batch["a"].buffers()[1].address == address for batch in gathered] == [False, True, False, True]
 
 
 def test_bounds_hold_minimum_maximum_and_nulls_of_each_column() -> None:
