@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -53,6 +53,9 @@ ALONE_ENTRIES = 1 << 18
 RUN_PART = 8
 # An overview of all of a topic's files is made where it looks into no more than so many for each that is wanted.
 READ_TOO = 2
+
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -270,16 +273,10 @@ class EntriesTable(_Table):
             return
         top = self._top(filter)
         few = Few(projected, self._plain, filter if filter is not None and filter.wanted is not None else None)
-        names = projected.names if filter is None else filter.keys if filter.wanted is None else filter.wanted[:1]
-        coming = self._ahead(records, names) if top is None else top.in_order(records, self._plain, self._topic.stored, self._are_ordered)
-        for record, best in coming:
-            if self.context.stopped.is_set():
-                return
-            self._snapshot.store.trim()
-            self._held.setdefault(record.key, None)
-            rows = self._within(record, None if filter is None else self._matching(record, filter))
-            if top is not None and (rows is None or len(rows)):
-                rows = top.narrowed(self.columns(record, [top.column]).arrays(top.column), rows, may_be_nan=best is None)
+        coming = self._wanted(records, projected, filter, top)
+        if filter is not None or top is not None:  # what it takes to tell which are wanted was read ahead, the rest of them is not
+            coming = self._ahead(coming, lambda rows: projected.names if rows is None else few.names)
+        for record, rows in coming:
             if rows is None:
                 yield from few.taken()
                 for batch in self._together(record, projected) or self._apart(record, projected):
@@ -289,39 +286,64 @@ class EntriesTable(_Table):
             elif few.are_all and self._is_run(rows, record) and (found := self._together(record, projected)):
                 yield from few.taken()
                 yield from _run_of(found, int(rows[0]), len(rows))
-            elif len(rows):
+            else:
                 yield from few.add(self.columns(record, few.names), rows)
             self._held.pop(record.key, None)
         yield from few.taken()
 
-    def _ahead(self, records: Sequence[RecordMeta], names: Sequence[str]) -> Iterator[tuple[RecordMeta, None]]:
-        """Yield records; while one is looked at, columns of those after it are read.
+    def _wanted(
+        self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None, top: Top | None
+    ) -> Iterator[tuple[RecordMeta, np.ndarray | None]]:
+        """Yield the records of which something is wanted, and the places of what is, or None for all of it."""
+        names = projected.names if filter is None else filter.keys if filter.wanted is None else filter.wanted[:1]
+        coming: Iterator[tuple[RecordMeta, Any]] = self._ahead(((record, None) for record in records), lambda _: names)
+        if top is not None:
+            coming = top.in_order(records, self._plain, self._topic.stored, self._are_ordered)
+        for record, best in coming:
+            if self.context.stopped.is_set():
+                return
+            self._snapshot.store.trim()
+            self._held.setdefault(record.key, None)
+            rows = self._within(record, None if filter is None else self._matching(record, filter))
+            if top is not None and (rows is None or len(rows)):
+                rows = top.narrowed(self.columns(record, [top.column]).arrays(top.column), rows, may_be_nan=best is None)
+            if rows is None or len(rows):
+                yield record, rows
+            else:
+                self._held.pop(record.key, None)
 
-        Not before the second is asked for: a LIMIT may be content with the first.
+    def _ahead(self, coming: Iterator[tuple[RecordMeta, T]], names: Callable[[T], Sequence[str]]) -> Iterator[tuple[RecordMeta, T]]:
+        """Yield records, each with what is known of it; while one is looked at, columns of those after it are read: their `names`.
+
+        Not before the second is asked for: a LIMIT may be content with the first. If there is one, twice as many each time.
         """
-        coming, waiting = iter(records), deque[tuple[RecordMeta, Future[Decoded] | None]]()
-        yield from ((record, None) for record in itertools.islice(coming, 1))
+        waiting, most = deque[tuple[RecordMeta, T, Future[Decoded] | None]](), self._snapshot.store.reads_ahead + 1
+        depth = most if self.context.reads_all else 1
+        yield from itertools.islice(coming, 1)
         try:
             while True:
-                for record in itertools.islice(coming, self._snapshot.store.reads_ahead + 1 - len(waiting)):
-                    waiting.append((record, self._fetch(record, names)))
+                depth = min(2 * depth, most)
+                for record, known in itertools.islice(coming, depth - len(waiting)):
+                    waiting.append((record, known, self._fetch(record, names(known))))
                 if not waiting:
                     return
-                record, fetched = waiting.popleft()
+                record, known, fetched = waiting.popleft()
                 if fetched is not None:
                     self._held[record.key] = fetched.result()
-                yield record, None
+                yield record, known
         finally:
-            for _, fetched in waiting:
+            for *_, fetched in waiting:
                 if fetched is not None:
                     fetched.cancel()
 
     def _fetch(self, record: RecordMeta, names: Sequence[str]) -> Future[Decoded] | None:
         """Begin to read columns of a record, unless they are in memory."""
-        of_entries, cache = self._of_entries(record, names), self.context.cache
-        if not of_entries or cache.holds(record, of_entries) or self._snapshot.store.reads_at_once(record):
+        of_entries, cache, held = self._of_entries(record, names), self.context.cache, self._held.get(record.key)
+        if not of_entries or (held is not None and held.has(of_entries)) or cache.holds(record, of_entries):
             return None
-        return cache.readers.submit(cache.columns, self._snapshot, record, of_entries, self.counts, None, self.context.stopped)
+        if self._snapshot.store.reads_at_once(record):
+            return None
+        return cache.readers.submit(cache.columns, self._snapshot, record, of_entries, self.counts, held, self.context.stopped)
 
     def _matching(self, record: RecordMeta, filter: Filter) -> np.ndarray | None:
         """Return the places of the record's entries that pass, or None for all; decodes only the filter's columns.

@@ -167,10 +167,10 @@ def test_columns_that_are_summed_up_again_are_kept_in_large_pieces(folder: Any, 
         return found
 
     monkeypatch.setattr(EntriesTable, "_together", noted)
-    monkeypatch.setattr(gathering, "TOGETHER_ROWS", 25_000)
+    monkeypatch.setattr(gathering, "TOGETHER_ROWS", 125_000)
     with OpLog.open(str(folder)) as log:
-        numbers = list(range(30_000))
-        many = pa.record_batch({"a": numbers, "s": [f"s{i % 7}" for i in numbers], "pad": ["x" * 220] * len(numbers)})
+        numbers = list(range(150_000))
+        many = pa.record_batch({"a": numbers, "s": [f"s{i % 7}" for i in numbers], "pad": ["x" * 22] * len(numbers)})
         log.append("t", many)  # three messages
         log.append("t", pa.record_batch({"a": [1]}))  # columns less: it is read as it is
         plain = SessionContext()
@@ -182,11 +182,11 @@ def test_columns_that_are_summed_up_again_are_kept_in_large_pieces(folder: Any, 
                 sql = f"SELECT s, sum(a + {time}) AS total, count(*) AS n FROM t GROUP BY s ORDER BY s"
                 handed.clear()
                 assert rows(engine, log.snapshot(), sql) == plain.sql(sql).to_pylist()
-                assert sorted(handed, key=bool) == [None, [20_000, 10_000] if kept and time else None]
+                assert sorted(handed, key=bool) == [None, [100_000, 50_000] if kept and time else None]
             assert engine._planner.cache._bytes <= size
         handed.clear()
         for _ in range(3):  # entries themselves are handed on as they are
-            assert len(rows(engine, log.snapshot(), "SELECT a, s FROM t WHERE a >= 0")) == 30_001
+            assert len(rows(engine, log.snapshot(), "SELECT a, s FROM t WHERE a >= 0")) == 150_001
         assert handed == [None] * len(handed)
 
 
@@ -199,14 +199,14 @@ def test_a_run_of_a_record_is_cut_out_of_its_large_pieces(folder: Any, monkeypat
 
     monkeypatch.setattr(filters, "numbers", noted)
     with OpLog.open(str(folder)) as log:
-        for n in (np.arange(40_000), np.arange(40_000, 80_000)):
-            log.append("t", pa.record_batch({"n": n, "v": n * 3, "pad": ["x" * 220] * len(n)}))
+        for n in (np.arange(200_000), np.arange(200_000, 400_000)):
+            log.append("t", pa.record_batch({"n": n, "v": n * 3}))
         table = EntriesTable(log.snapshot(), log.snapshot().topic("t"), ScanContext(ColumnCache(0), 1), with_log_columns=False)
         assert {len(list(table.batches(record, ["n"]))) for record in log.snapshot().records("t")} == {4}
         engine, batches = Engine(Config(state_bytes_max=0)), []
         run_of = provider._run_of
         monkeypatch.setattr(provider, "_run_of", lambda *given: (batches.append(each) or each for each in run_of(*given)))
-        spans = [(32_000, 61_000), (30_000, 50_001), (7, 39_999), (34_000, 47_000), (0, 79_999)]
+        spans = [(160_000, 305_000), (150_000, 250_001), (7, 199_999), (170_000, 235_000), (0, 399_999)]
         for asked, (first, last) in enumerate(spans):
             compared.clear()
             found = rows(engine, log.snapshot(), f"SELECT count(*) AS c, sum(v) AS s, min(v) AS m FROM t WHERE n >= {first} AND n < {last}")

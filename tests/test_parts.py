@@ -269,10 +269,29 @@ def test_without_a_cache_each_record_is_read_once(wide_log: OpLog, monkeypatch: 
     assert (watched.total, found.cache_misses, found.records_read) == (6, 6, 6)
 
 
+@pytest.mark.parametrize("cache", [0, 1 << 30])
+def test_the_rest_of_what_a_filter_found_is_read_while_it_looks_further(
+    wide_log: OpLog, monkeypatch: pytest.MonkeyPatch, cache: int
+) -> None:
+    monkeypatch.setattr(Folder, "reads_ahead", 2)
+    watched = Watched(monkeypatch, 0.05)
+    seventh = "SELECT payload FROM wide WHERE n % 7 = 0 AND n >= 0"
+    found = one_partition(cache).run(seventh, wide_log.snapshot())
+    began = time.monotonic()
+    assert sum(batch.num_rows for batch in found.batches) == -(-6 * ENTRIES // 7)
+    assert time.monotonic() - began < 0.05 * 11, "as long as one read after the other"
+    assert watched.total == 12
+    assert watched.most > 3, "more than what the filter looks at"
+    [of_scan] = found.counts.values()
+    assert (of_scan.records_read, of_scan.cache_misses) == (6, 12)
+
+
 def test_a_limit_that_the_first_record_meets_reads_no_other(wide_log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch, 0)
     assert len(rows(one_partition(), wide_log.snapshot(), "SELECT n FROM wide LIMIT 10")) == 10
     assert watched.total == 1
+    assert len(rows(one_partition(), wide_log.snapshot(), "SELECT n FROM wide WHERE n % 2 = 0 LIMIT 10")) == 10
+    assert watched.total == 2
 
 
 def test_the_last_entries_are_found_from_the_tail(wide_log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
