@@ -53,6 +53,9 @@ from flight_oplog.topics import Topic, first_offset
 log = logging.getLogger("flight_oplog.store")
 
 SNAPSHOTS_KEPT = 64
+# Earlier snapshots that somebody asked for, of no more files together than this; and moments whose snapshot was found out.
+PAST_FILES_MAX = 100_000
+MOMENTS_KEPT = 1000
 # Principals for whom a snapshot remembers what they see of it.
 VIEWERS_KEPT = 64
 # The key that the servers of a log share. Delta passes over names that begin with _.
@@ -173,6 +176,8 @@ class Store:
         self._fresh_bytes = 0
         self._registry: dict[str, list[dict[str, Any]]] = {}
         self._recent: OrderedDict[int, Snapshot] = OrderedDict()
+        self._past: OrderedDict[int, Snapshot] = OrderedDict()
+        self._moments: OrderedDict[datetime.datetime, int] = OrderedDict()
         self._checkpointing: threading.Thread | None = None
         # When the newest snapshot was last known to be the newest. By the clock on the wall: others stand still in a
         # machine that is asleep, and after a long pause "there is no next entry" may mean that it is gone already.
@@ -184,6 +189,8 @@ class Store:
         numbers, snapshot = deltalog.numbers(self._storage, table.version()), self._load(table)
         with self._lock:
             self._numbers, self._protocol = numbers, table.protocol()
+            self._past.clear()
+            self._moments.clear()
         self._storage.let_go()
         self._remember(snapshot)
 
@@ -314,7 +321,9 @@ class Store:
     def snapshot_at(self, table_version: int) -> Snapshot:
         """Return the log as of an earlier commit. Raises NotFound when its log entries are gone or never were."""
         with self._lock:
-            found = self._recent.get(table_version)
+            found = self._recent.get(table_version) or self._past.get(table_version)
+            if table_version in self._past:
+                self._past.move_to_end(table_version)
         if found is not None:
             return found
         if table_version > self.snapshot().table_version:
@@ -322,28 +331,47 @@ class Store:
         if self._current.table_version == table_version:
             return self._current
         try:
-            return self._load(DeltaTable(self._storage.uri, version=table_version, storage_options=self._storage.options))
+            found = self._load(DeltaTable(self._storage.uri, version=table_version, storage_options=self._storage.options))
         except (OSError, DeltaError) as error:
             with _reading(f"table_version {table_version}"):
                 if self._storage.exists(deltalog.entry_path(table_version)) and not isinstance(error, TableNotFoundError):
                     raise error
             log.warning("table version %d: %s", table_version, error)
             raise NotFound(f"table_version {table_version} can no longer be read; query a newer one") from error
+        self._keep_past(found)
+        return found
+
+    def _keep_past(self, snapshot: Snapshot) -> None:
+        with self._lock:
+            self._past[snapshot.table_version] = snapshot
+            files = sum(len(topic.files) for each in self._past.values() for topic in each.topics.values())
+            while files > PAST_FILES_MAX:
+                _, oldest = self._past.popitem(last=False)
+                files -= sum(len(topic.files) for topic in oldest.topics.values())
 
     def snapshot_as_of(self, moment: datetime.datetime) -> Snapshot:
         """Return the log as of the newest commit made until `moment`, going by the times of the log's files."""
         with _reading("the table"):
-            try:
-                table = DeltaTable(self._storage.uri, storage_options=self._storage.options)
-                table.load_as_version(moment.astimezone(datetime.UTC))
-                # Where the entries of that time are gone, the oldest that can be read would be taken.
-                made = deltalog.made(self._storage, table.version())
-                if made is None or made > moment.timestamp() + 0.001:
-                    raise NotFound(f"the log as of {moment.isoformat()} can no longer be read, or was not yet; ask for a later time")
-            except (DeltaError, ValueError) as error:
-                log.warning("the log as of %s: %s", moment, error)
-                raise NotFound(f"the log as of {moment.isoformat()} can no longer be read; ask for a later time") from error
-        return self.snapshot_at(table.version())
+            version = self._moments.get(moment)
+            if version is None or deltalog.made(self._storage, version) is None:
+                version = self._version_as_of(moment)
+        return self.snapshot_at(version)
+
+    def _version_as_of(self, moment: datetime.datetime) -> int:
+        try:
+            table = DeltaTable(self._storage.uri, storage_options=self._storage.options)
+            table.load_as_version(moment.astimezone(datetime.UTC))
+            # Where the entries of that time are gone, the oldest that can be read would be taken.
+            made = deltalog.made(self._storage, table.version())
+            if made is None or made > moment.timestamp() + 0.001:
+                raise NotFound(f"the log as of {moment.isoformat()} can no longer be read, or was not yet; ask for a later time")
+        except (DeltaError, ValueError) as error:
+            log.warning("the log as of %s: %s", moment, error)
+            raise NotFound(f"the log as of {moment.isoformat()} can no longer be read; ask for a later time") from error
+        found = table.version()
+        if (deltalog.made(self._storage, found + 1) or 0) > moment.timestamp() + 0.001:  # else a commit yet to come may be of that time
+            remember(self._moments, moment, found, MOMENTS_KEPT)
+        return found
 
     def numbers(self, base: Snapshot, *names: str) -> list[int | None]:
         """Return the numbers of application ids, as `txn` actions carry them, as of the newest snapshot `base`.

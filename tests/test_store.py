@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,58 @@ def test_an_earlier_snapshot_stays_readable_and_a_future_one_is_not_found(log: O
     with pytest.raises(NotFound) as caught:
         log.snapshot_at(4)
     assert str(caught.value) == "table_version 4 is not committed yet"
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The versions of the table that delta-rs was asked for."""
+    asked: list[int] = []
+
+    class Watched(DeltaTable):
+        def __init__(self, *given: Any, version: int | None = None, **named: Any) -> None:
+            asked.append(-1 if version is None else version)
+            super().__init__(*given, version=version, **named)
+
+    monkeypatch.setattr(store, "DeltaTable", Watched)
+    return asked
+
+
+def test_an_earlier_snapshot_is_loaded_once_while_there_is_room(
+    log: OpLog, folder: Path, loads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "PAST_FILES_MAX", 7)
+    for _ in range(5):
+        log.append("events", SEED)
+    with OpLog.open(str(folder)) as reopened:
+        loads.clear()
+
+        def files(version: int) -> int:
+            return sum(len(topic.files) for topic in reopened.snapshot_at(version).topics.values())
+
+        assert [files(version) for version in (2, 3, 2, 3, 2)] == [3, 4, 3, 4, 3]
+        assert loads == [2, 3], "seven files"
+        assert [files(version) for version in (1, 2, 1, 3)] == [2, 3, 2, 4]
+        assert loads == [2, 3, 1, 3], "those of 1 take the place of 3, which was asked for before 2"
+        assert [files(version) for version in (4, 4, 1, 4)] == [5, 5, 2, 5]
+        assert loads == [2, 3, 1, 3, 4, 1], "4 takes the place of both"
+
+
+def test_the_snapshot_of_a_moment_is_found_out_once_and_one_yet_to_come_is_not_remembered(
+    log: OpLog, loads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.append("events", SEED)
+    time.sleep(0.01)
+    then = datetime.datetime.now(datetime.UTC)
+    time.sleep(0.01)
+    later = then + datetime.timedelta(hours=1)
+    entries = [log.snapshot_as_of(moment).topic("events").entries for moment in (then, later)]
+    for _ in range(2):
+        log.append("events", SEED)
+        entries += [log.snapshot_as_of(moment).topic("events").entries for moment in (then, later)]
+    assert entries == [2, 2, 2, 4, 2, 6]
+    loads.clear()
+    assert log.snapshot_as_of(then).topic("events").entries == 2
+    assert loads == []
 
 
 def flip_content(path: Path) -> None:
