@@ -393,11 +393,15 @@ class Engine:
         if kind == "CreateView" and schema is not None:
             if values:
                 raise RequestError("a view has no parameters; nothing was written")
-            name = in_public(found.name())
-            return Change("CREATE VIEW", name, wire_schema(schema), replaces=found.or_replace(), definition=found.definition()), None
+            name, definition = in_public(found.name()), found.definition()
+            if _TEMPORARY.match(definition):
+                raise Unsupported(f"view {name!r}: temporary views are not served, it would last; nothing was written; leave out TEMPORARY")
+            return Change("CREATE VIEW", name, wire_schema(schema), replaces=found.or_replace(), definition=definition), None
         if kind in ("DropTable", "DropView"):
             return Change("DROP TABLE" if kind == "DropTable" else "DROP VIEW", in_public(found.name()), tolerant=found.if_exists()), None
         raise Unsupported(f"{' '.join(sql.split()[:2]).upper()[:40]} is not served: {SERVED}")
 
 
+# As the parser writes a definition.
+_TEMPORARY = re.compile(r"CREATE (?:OR (?:ALTER|REPLACE) )?TEMPORARY ")
 _READS = re.compile(r"\b(?:FROM|SHOW|DESCRIBE|DESC|EXPLAIN)\b", re.IGNORECASE)
