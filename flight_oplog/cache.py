@@ -152,28 +152,32 @@ class ColumnCache:
         return made
 
     def together(
-        self, record: RecordMeta, columns: pa.Schema, counts: ScanCounts, make: Callable[[str, pa.DataType], list[pa.Array]]
-    ) -> list[list[pa.Array]] | None:
-        """Return columns of a record as `make` makes them, in large pieces; None where one of them is not kept so.
+        self, record: RecordMeta, columns: pa.Schema, rows: int, counts: ScanCounts, make: Callable[[str, pa.DataType], list[pa.Array]]
+    ) -> list[Sequence[pa.Array]] | None:
+        """Return columns of a record in as few pieces of up to `rows` as can be; None where one of them is not kept so.
 
-        They are made when they are wanted for the second time, while there is room: they go before anything else does.
+        What is stored so is shown as it is. The rest, as `make` makes it, is made when it is wanted for the second time, while there
+        is room: it goes before anything else does.
         """
-        keys = [(record.key, f.name, str(f.type)) for f in columns]
         with self._lock:
-            uses = [self._used(key) for key in keys]
-            found = [self._together.get(key) for key in keys]
-            if None not in found:
+            known: Any = self._records.get((record.key,))
+            found: dict[str, Sequence[pa.Array]] = {} if known is None else known.shown(columns, rows)
+            keys = {f.name: (record.key, f.name, str(f.type)) for f in columns if f.name not in found}
+            uses = {name: self._used(key) for name, key in keys.items()}
+            found |= {name: self._together[key].pieces for name, key in keys.items() if key in self._together}
+            if len(found) == len(columns):
                 self.hits += 1
                 counts.cache_hits += 1
-        for place, (key, column) in enumerate(zip(keys, columns, strict=True)):
-            if found[place] is None and uses[place].is_worth and self._bytes + record.entries * _width(column.type) <= self._bytes_max:
-                found[place] = made = Together(make(column.name, column.type))
+        for name, key in keys.items():
+            kind = columns.field(name).type
+            if name not in found and uses[name].is_worth and self._bytes + record.entries * _width(kind) <= self._bytes_max:
+                made = Together(make(name, kind))
+                found[name] = made.pieces
                 with self._lock:
                     if key not in self._together and self._bytes + made.nbytes <= self._bytes_max:
                         self._together[key] = made
                         self._bytes += made.nbytes
-        pieces = [each.pieces for each in found if each is not None]
-        return pieces if len(pieces) == len(keys) else None
+        return [found[name] for name in columns.names] if len(found) == len(columns) else None
 
     def _used(self, key: tuple[Any, ...]) -> _Use:
         """Take note that something is asked for, whether it is kept or not."""
@@ -314,6 +318,13 @@ class Decoded:
 
     def has(self, names: Sequence[str]) -> bool:
         return all(name in self.columns for name in names)
+
+    def shown(self, columns: pa.Schema, rows: int) -> dict[str, Sequence[pa.Array]]:
+        """Return those columns that are stored as they are to be shown, if no two of the pieces have up to `rows` together."""
+        if any(one + other <= rows for one, other in itertools.pairwise(self.lengths)):
+            return {}
+        stored = ((f.name, f.type, self.columns.get(f.name)) for f in columns)
+        return {name: arrays for name, kind, arrays in stored if arrays and arrays[0].type == kind}
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ LOG_NAMES = frozenset(f.name for f in LOG_FIELDS)
 JOINED_ROWS = 32_768
 _JOINED_BYTES = 1 << 18
 # Columns that are summed up again and again are kept in pieces of so many rows: the fewer, the less they cost to hand over.
-TOGETHER_ROWS = 1 << 17
+TOGETHER_ROWS = 1 << 16
 # So few rows of a record are cut out one by one; and few rows wait this long for company.
 _SINGLE_ROWS = 64
 _GATHERING_SECONDS = 0.005

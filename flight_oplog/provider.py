@@ -29,7 +29,7 @@ from flight_oplog import codec
 from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
 from flight_oplog.errors import Cancelled
 from flight_oplog.filters import Filter, candidates
-from flight_oplog.gathering import JOINED_ROWS, LOG_FIELDS, LOG_NAMES, Columns, Few, as_type, log_columns
+from flight_oplog.gathering import JOINED_ROWS, LOG_FIELDS, LOG_NAMES, TOGETHER_ROWS, Columns, Few, as_type, log_columns
 from flight_oplog.overview import Overview, Places
 from flight_oplog.pruning import ALONE_MAX, Pruner
 from flight_oplog.records import DataFile, RecordMeta, binary_array, outer_row
@@ -400,7 +400,7 @@ class EntriesTable(_Table):
         def make(name: str, kind: pa.DataType) -> list[pa.Array]:
             return self.columns(record, projected.names).together(name, kind)
 
-        pieces = self.context.cache.together(record, projected, self.counts, make)
+        pieces = self.context.cache.together(record, projected, TOGETHER_ROWS, self.counts, make)
         if pieces is None:
             return None
         self._count(record)

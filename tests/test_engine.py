@@ -19,7 +19,7 @@ from datafusion import SessionContext
 from test_states import define
 
 from flight_oplog import Config, OpLog, filters, gathering, provider
-from flight_oplog.cache import ColumnCache
+from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.filters import Filter
 from flight_oplog.numbers import ends, numbers
@@ -167,7 +167,8 @@ def test_columns_that_are_summed_up_again_are_kept_in_large_pieces(folder: Any, 
         return found
 
     monkeypatch.setattr(EntriesTable, "_together", noted)
-    monkeypatch.setattr(gathering, "TOGETHER_ROWS", 125_000)
+    for module in (gathering, provider):
+        monkeypatch.setattr(module, "TOGETHER_ROWS", 125_000)
     with OpLog.open(str(folder)) as log:
         numbers = list(range(150_000))
         many = pa.record_batch({"a": numbers, "s": [f"s{i % 7}" for i in numbers], "pad": ["x" * 22] * len(numbers)})
@@ -188,6 +189,24 @@ def test_columns_that_are_summed_up_again_are_kept_in_large_pieces(folder: Any, 
         for _ in range(3):  # entries themselves are handed on as they are
             assert len(rows(engine, log.snapshot(), "SELECT a, s FROM t WHERE a >= 0")) == 150_001
         assert handed == [None] * len(handed)
+
+
+def test_columns_that_are_stored_in_large_pieces_are_shown_as_they_are(folder: Any) -> None:
+    with OpLog.open(str(folder), Config(compression="none")) as log:
+        numbers = np.arange(150_000)
+        log.append("t", pa.record_batch({"a": numbers, "s": [f"s{n % 7}" for n in numbers]}))
+        engine = Engine(Config(cache_bytes_max=5_000_000, state_bytes_max=0))
+        for time in range(3):
+            found = rows(engine, log.snapshot(), f"SELECT s, sum(a + {time}) AS total FROM t GROUP BY s ORDER BY s")
+            assert sum(row["total"] for row in found) == int(numbers.sum()) + time * len(numbers)
+        cache = engine._planner.cache
+        [record] = log.snapshot().records("t")
+        assert [key[1:] for key in cache._together] == [("s", "string_view")], "texts are made into views, and numbers are not copied"
+        stored = cache._records[(record.key,)]
+        assert isinstance(stored, Decoded)
+        shown = cache.together(record, pa.schema([("a", pa.int64())]), gathering.TOGETHER_ROWS, ScanCounts(), pytest.fail)
+        assert shown is not None
+        assert [id(piece) for piece in shown[0]] == [id(piece) for piece in stored.columns["a"]]
 
 
 def test_a_run_of_a_record_is_cut_out_of_its_large_pieces(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,21 +290,22 @@ def test_columns_kept_for_a_wider_schema_are_not_taken_for_those_of_before(folde
 
 
 def test_columns_kept_together_go_before_any_other(folder: Any) -> None:
+    room = 5_000_000  # texts of 0.6 MB a column, and of 1.6 as views
     with OpLog.open(str(folder)) as log:
         for topic in ("t", "u"):
-            log.append(topic, pa.record_batch({"a": list(range(100_000)), "b": list(range(100_000))}))
-        engine = Engine(Config(cache_bytes_max=4_300_000, state_bytes_max=0))
+            log.append(topic, pa.record_batch({name: [f"{name}{n % 7}" for n in range(100_000)] for name in "ab"}))
+        engine = Engine(Config(cache_bytes_max=room, state_bytes_max=0))
         cache = engine._planner.cache
 
         def ask(topic: str, number: int) -> list[int]:
             before = cache.misses
-            rows(engine, log.snapshot(), f"SELECT sum(a + {number}) + sum(b) AS n FROM {topic}")
+            rows(engine, log.snapshot(), f"SELECT a, b, count(*) + {number} AS n FROM {topic} GROUP BY a, b")
             return [cache.misses - before, len(cache._together)]
 
         assert [ask("t", number) for number in range(3)] == [[1, 0], [0, 2], [0, 2]]
         assert ask("u", 3) == [1, 1]
         assert [ask(topic, 4) for topic in ("t", "u", "t", "u")] == [[0, 1]] * 4
-        assert cache._bytes <= 4_300_000
+        assert cache._bytes <= room
 
 
 def test_an_unqualified_name_that_does_not_exist_is_not_found(query: Query) -> None:
