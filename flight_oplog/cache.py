@@ -41,8 +41,9 @@ _FILTERS = ""  # in the place of a column's name
 
 @dataclass
 class ScanCounts:
-    """What one scan looked at. Filled while it runs; exact once it has ended."""
+    """What a statement's scans of a table looked at. Filled while they run; exact once they have ended."""
 
+    began = 0  # by the clock of uses; no count
     files: int = 0
     files_pruned: int = 0
     records: int = 0
@@ -89,7 +90,7 @@ class ColumnCache:
         key = (record.key,)
         with self._lock:
             if held is None:  # a statement that asks more than once uses it once
-                self._used(key)
+                self._used(key, counts)
             known: Any = self._records.get(key, held)
             missing = [name for name in names if known is None or name not in known.columns]
             if not missing:
@@ -139,7 +140,7 @@ class ColumnCache:
         """Return the index of a record's texts; it is made when it is wanted for the second time, and `may_make`."""
         key = (record.key, name)
         with self._lock:
-            use = self._used(key)
+            use = self._used(key, None)
             found: Any = self._records.get(key)
         if found is not None or not (use.is_worth and may_make and self._bytes_max):
             return found  # type: ignore[no-any-return]
@@ -163,7 +164,7 @@ class ColumnCache:
             known: Any = self._records.get((record.key,))
             found: dict[str, Sequence[pa.Array]] = {} if known is None else known.shown(columns, rows)
             keys = {f.name: (record.key, f.name, str(f.type)) for f in columns if f.name not in found}
-            uses = {name: self._used(key) for name, key in keys.items()}
+            uses = {name: self._used(key, counts) for name, key in keys.items()}
             found |= {name: self._together[key].pieces for name, key in keys.items() if key in self._together}
             if len(found) == len(columns):
                 self.hits += 1
@@ -179,24 +180,28 @@ class ColumnCache:
                         self._bytes += made.nbytes
         return [found[name] for name in columns.names] if len(found) == len(columns) else None
 
-    def _used(self, key: tuple[Any, ...]) -> _Use:
-        """Take note that something is asked for, whether it is kept or not."""
+    def _used(self, key: tuple[Any, ...], counts: ScanCounts | None) -> _Use:
+        """Take note that something is asked for, whether it is kept or not; whoever asks again within a statement uses it once."""
         use = self._uses.get(key)
         if use is None:
             use = _Use()
-            remember(self._uses, key, use, USES_KEPT)
+            remember(self._uses, key, use, USES_KEPT + len(self._records) + len(self._together))
         for kept in (self._uses, self._records, self._together):
             if key in kept:
                 kept.move_to_end(key)
-        use.before, use.last = use.last, next(self._clock)
+        if counts is not None:
+            counts.began = counts.began or next(self._clock)
+        if counts is None or use.last < counts.began:
+            use.before, use.last = use.last, next(self._clock)
         return use
 
     def filters(self, snapshot: Snapshot, records: Sequence[RecordMeta], name: str, counts: ScanCounts) -> Iterator[memoryview | None]:
         """Yield the filter of a key of each record; None where it has none, or where its column is in memory and its filter is not."""
         keys = [(record.key, _FILTERS) for record in records]
         with self._lock:
-            for key in keys:
-                self._used(key)
+            for key, record in zip(keys, records, strict=True):
+                if "filter" in record.bounds.get(name, ()):
+                    self._used(key, counts)
             known: dict[Any, Any] = {key: self._records.get(key) for key in keys}
         missing = [
             (key, record)
@@ -269,13 +274,23 @@ class ColumnCache:
         known = self._records.get(key)
         added = decoded.nbytes - (known.nbytes if known is not None else 0)
         wanted_since = next(self._clock) if is_fresh else self._uses.get(key, _NEVER).before
-        while self._bytes + added > self._bytes_max:
-            kept: OrderedDict[Any, Any] = self._together or self._records
-            oldest = next((each for each in kept if each != key), ())
-            used = 0 if kept is self._together else self._uses.get(oldest, _NEVER).last
-            if not oldest or used >= wanted_since:
-                return
-            self._bytes -= kept.pop(oldest).nbytes
+        goes: list[tuple[OrderedDict[Any, Any], Any]] = []
+        missing = self._bytes + added - self._bytes_max
+        for kept, is_to_stay in (
+            (self._together, lambda used: not wanted_since),
+            (self._records, lambda used: used >= max(1, wanted_since)),
+        ):
+            for each, item in kept.items():
+                if missing <= 0:
+                    break
+                if each == key:
+                    continue
+                if is_to_stay(self._uses.get(each, _NEVER).last):
+                    return  # and nothing else goes in vain
+                goes.append((kept, each))
+                missing -= item.nbytes
+        for kept, each in goes:
+            self._bytes -= kept.pop(each).nbytes
         self._records[key] = decoded
         self._records.move_to_end(key)
         self._bytes += added
@@ -364,7 +379,7 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], stoppe
     arrays = [array for batch in batches for array in batch.columns]
     if read.is_mapped:
         # The system keeps the pages of files, and takes them back when it is short: only what was decompressed takes memory here.
-        nbytes = sum(ARRAY_BYTES if _inside(content, array) else array.nbytes for array in arrays)
+        nbytes = sum(_array_bytes(array) if _inside(content, array) else array.nbytes for array in arrays)
     elif nbytes_read in (0, content.size) and all(_inside(content, array) for array in arrays):  # 0: it was in memory
         # Uncompressed content: every column is a view into the same bytes, so all of them cost no more than one.
         batches = codec.decode(content, record.entries, record.where)
@@ -373,6 +388,11 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], stoppe
         nbytes = sum(array.nbytes for array in arrays)
     columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names} if batches else {}
     return Decoded([batch.num_rows for batch in batches], columns, nbytes), nbytes_read
+
+
+def _array_bytes(array: pa.Array) -> int:
+    """About what an array takes beside its values, those within it counted."""
+    return ARRAY_BYTES * max(1, len(array.buffers()) // 2)
 
 
 def _width(kind: pa.DataType) -> int:

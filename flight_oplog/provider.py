@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -53,9 +53,6 @@ ALONE_ENTRIES = 1 << 18
 RUN_PART = 8
 # An overview of all of a topic's files is made where it looks into no more than so many for each that is wanted.
 READ_TOO = 2
-
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -273,10 +270,12 @@ class EntriesTable(_Table):
             return
         top = self._top(filter)
         few = Few(projected, self._plain, filter if filter is not None and filter.wanted is not None else None)
-        coming = self._wanted(records, projected, filter, top)
-        if filter is not None or top is not None:  # what it takes to tell which are wanted was read ahead, the rest of them is not
-            coming = self._ahead(coming, lambda rows: projected.names if rows is None else few.names)
+        coming = self._looked_at(records, projected, filter, top)
+        if filter is not None or top is not None:  # else all that is wanted is read ahead there
+            coming = self._with_columns(coming, projected.names, few.names)
         for record, rows in coming:
+            if self.context.stopped.is_set():
+                return
             if rows is None:
                 yield from few.taken()
                 for batch in self._together(record, projected) or self._apart(record, projected):
@@ -286,19 +285,17 @@ class EntriesTable(_Table):
             elif few.are_all and self._is_run(rows, record) and (found := self._together(record, projected)):
                 yield from few.taken()
                 yield from _run_of(found, int(rows[0]), len(rows))
-            else:
+            elif len(rows):
                 yield from few.add(self.columns(record, few.names), rows)
             self._held.pop(record.key, None)
         yield from few.taken()
 
-    def _wanted(
+    def _looked_at(
         self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None, top: Top | None
     ) -> Iterator[tuple[RecordMeta, np.ndarray | None]]:
-        """Yield the records of which something is wanted, and the places of what is, or None for all of it."""
+        """Yield each record with the places of what is wanted of it, None for all of it."""
         names = projected.names if filter is None else filter.keys if filter.wanted is None else filter.wanted[:1]
-        coming: Iterator[tuple[RecordMeta, Any]] = self._ahead(((record, None) for record in records), lambda _: names)
-        if top is not None:
-            coming = top.in_order(records, self._plain, self._topic.stored, self._are_ordered)
+        coming = self._ahead(records, names) if top is None else top.in_order(records, self._plain, self._topic.stored, self._are_ordered)
         for record, best in coming:
             if self.context.stopped.is_set():
                 return
@@ -307,32 +304,73 @@ class EntriesTable(_Table):
             rows = self._within(record, None if filter is None else self._matching(record, filter))
             if top is not None and (rows is None or len(rows)):
                 rows = top.narrowed(self.columns(record, [top.column]).arrays(top.column), rows, may_be_nan=best is None)
-            if rows is None or len(rows):
-                yield record, rows
-            else:
-                self._held.pop(record.key, None)
+            yield record, rows
 
-    def _ahead(self, coming: Iterator[tuple[RecordMeta, T]], names: Callable[[T], Sequence[str]]) -> Iterator[tuple[RecordMeta, T]]:
-        """Yield records, each with what is known of it; while one is looked at, columns of those after it are read: their `names`.
+    def _with_columns(
+        self, coming: Iterator[tuple[RecordMeta, np.ndarray | None]], of_all: Sequence[str], of_some: Sequence[str]
+    ) -> Iterator[tuple[RecordMeta, np.ndarray | None]]:
+        """Yield the records of which something is wanted; while columns of one are read, those after it are looked at.
+
+        A record whose columns are there does not wait: a LIMIT may be content with it. If there is one, no more are looked at
+        meanwhile than it took before.
+        """
+        waiting, most = deque[tuple[RecordMeta, np.ndarray | None, Future[Decoded] | None]](), self._snapshot.store.reads_ahead
+        room = most if self.context.reads_all else 0
+        failure: Exception | None = None
+        try:
+            while failure is None:
+                try:
+                    record, rows = next(coming)
+                except StopIteration:
+                    break
+                except Exception as error:  # what was found before comes first: it may be all that is wanted
+                    failure = error
+                    break
+                if rows is None or len(rows):
+                    waiting.append((record, rows, self._fetch(record, of_all if rows is None else of_some)))
+                else:
+                    self._held.pop(record.key, None)
+                while waiting and (len(waiting) > room or waiting[0][2] is None or waiting[0][2].done()):
+                    yield self._arrived(*waiting.popleft())
+                    room = min(room + 1, most)
+            while waiting:
+                yield self._arrived(*waiting.popleft())
+        finally:
+            for *_, fetched in waiting:
+                if fetched is not None:
+                    fetched.cancel()
+        if failure is not None:
+            raise failure
+
+    def _arrived(
+        self, record: RecordMeta, rows: np.ndarray | None, fetched: Future[Decoded] | None
+    ) -> tuple[RecordMeta, np.ndarray | None]:
+        if fetched is not None:
+            self._held[record.key] = fetched.result()
+        return record, rows
+
+    def _ahead(self, records: Sequence[RecordMeta], names: Sequence[str]) -> Iterator[tuple[RecordMeta, None]]:
+        """Yield records; while one is looked at, columns of those after it are read.
 
         Not before the second is asked for: a LIMIT may be content with the first. If there is one, twice as many each time.
         """
-        waiting, most = deque[tuple[RecordMeta, T, Future[Decoded] | None]](), self._snapshot.store.reads_ahead + 1
+        coming, waiting = iter(records), deque[tuple[RecordMeta, Future[Decoded] | None]]()
+        most = self._snapshot.store.reads_ahead + 1
         depth = most if self.context.reads_all else 1
-        yield from itertools.islice(coming, 1)
+        yield from ((record, None) for record in itertools.islice(coming, 1))
         try:
             while True:
                 depth = min(2 * depth, most)
-                for record, known in itertools.islice(coming, depth - len(waiting)):
-                    waiting.append((record, known, self._fetch(record, names(known))))
+                for record in itertools.islice(coming, depth - len(waiting)):
+                    waiting.append((record, self._fetch(record, names)))
                 if not waiting:
                     return
-                record, known, fetched = waiting.popleft()
+                record, fetched = waiting.popleft()
                 if fetched is not None:
                     self._held[record.key] = fetched.result()
-                yield record, known
+                yield record, None
         finally:
-            for *_, fetched in waiting:
+            for _, fetched in waiting:
                 if fetched is not None:
                     fetched.cancel()
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from test_parts import wide
@@ -85,10 +86,48 @@ def test_a_statement_that_reads_a_record_twice_uses_it_once(log: OpLog) -> None:
 
 
 def test_uses_are_remembered_up_to_a_limit(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache, "USES_KEPT", 5)
+    monkeypatch.setattr(cache, "USES_KEPT", RECORDS)
     engine = engine_of(3.5)
-    assert [hits(engine, log) for _ in range(4)] == [0, 3, 3, 3]
-    assert len(engine._planner.cache._uses) == 5
+    for _ in range(3):
+        assert [hits(engine, log, topic) for topic in ("t", "u")] in ([0, 0], [3, 0])
+    assert len(engine._planner.cache._uses) == RECORDS + 3, "of what is kept, and of others"
+
+
+def test_what_nobody_remembers_gives_way(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "USES_KEPT", 0)
+    engine = engine_of(RECORDS + 0.5)
+    assert hits(engine, log) == 0
+    engine._planner.cache._uses.clear()
+    assert [hits(engine, log, "u") for _ in range(2)] == [0, RECORDS]
+
+
+def test_a_statement_that_scans_a_topic_twice_uses_it_once(log: OpLog) -> None:
+    engine = engine_of(RECORDS + 0.5)
+    assert [hits(engine, log) for _ in range(2)] == [0, RECORDS]
+    list(engine.run("SELECT count(*) AS c FROM u a JOIN u b ON a.n = b.n WHERE a.n % 2 = 0 AND b.n % 3 = 0", log.snapshot()).batches)
+    assert hits(engine, log) == RECORDS
+
+
+def test_nothing_goes_in_vain(folder: Path) -> None:
+    """What would have to take the place of something in use takes the place of nothing else either."""
+    with OpLog.open(str(folder), Config(compression="lz4")) as log:
+        for topic, entries in [("small", 1_000), ("used", 8_000), ("large", 9_000)]:
+            log.append(topic, pa.record_batch({"n": range(entries)}))
+    with OpLog.open(str(folder)) as log:
+        engine = Engine(Config(cache_bytes_max=8 * 9_500, state_bytes_max=0))
+        for topic in ("small", "large", "used", "used", "large"):
+            hits(engine, log, topic)
+        assert [hits(engine, log, topic) for topic in ("small", "used", "large")] == [1, 1, 0]
+
+
+def test_what_lies_within_an_array_is_counted(folder: Path) -> None:
+    wide = pa.StructArray.from_arrays([pa.array(np.random.default_rng(n).random(1_000)) for n in range(200)], [f"c{n}" for n in range(200)])
+    with OpLog.open(str(folder), Config(compression="none")) as log:
+        log.append("t", pa.record_batch({"s": wide}))
+    with OpLog.open(str(folder)) as log:
+        engine = Engine(Config(state_bytes_max=0))
+        asked(engine, log, "SELECT s FROM t")
+        assert engine._planner.cache._bytes >= 200 * cache.ARRAY_BYTES
 
 
 def test_pages_of_mapped_files_need_no_room(folder: Path) -> None:

@@ -286,6 +286,33 @@ def test_the_rest_of_what_a_filter_found_is_read_while_it_looks_further(
     assert (of_scan.records_read, of_scan.cache_misses) == (6, 12)
 
 
+@pytest.mark.parametrize("cache", [0, 1 << 30])
+def test_a_limit_that_what_was_found_meets_looks_no_further(wide_log: OpLog, monkeypatch: pytest.MonkeyPatch, cache: int) -> None:
+    monkeypatch.setattr(Folder, "reads_ahead", 1)
+    watched = Watched(monkeypatch, 0.02)
+    engine = one_partition(cache)
+    few = f"SELECT payload FROM wide WHERE n % {ENTRIES} = 7"
+    assert len(rows(engine, wide_log.snapshot(), f"{few} LIMIT 1")) == 1
+    assert watched.total <= 3, "one is looked at, and perhaps the next one begun"
+    watched.total = 0
+    assert len(rows(one_partition(cache), wide_log.snapshot(), f"{few} AND n < {2 * ENTRIES} LIMIT 2")) == 2
+    assert watched.total <= 4
+
+
+def test_what_is_found_before_a_damaged_record_is_handed_out(wide_log: OpLog, folder: Path) -> None:
+    damaged = wide_log.snapshot().topics["wide"].files[2]
+    path = folder / damaged.path
+    flip(path, path.stat().st_size // 2)
+    [record] = wide_log._store.records(damaged)
+    assert record.first_offset == 2 * ENTRIES
+    with OpLog.open(str(folder)) as log:
+        every = "SELECT n, half, payload FROM wide WHERE n % 2 = 0"
+        assert len(rows(one_partition(), log.snapshot(), f"{every} LIMIT {ENTRIES}")) == ENTRIES
+        with pytest.raises(CorruptLog, match=f"offset {2 * ENTRIES}: content does not match its digest"):
+            rows(one_partition(), log.snapshot(), f"{every} LIMIT {ENTRIES + 1}")
+    flip(path, path.stat().st_size // 2)
+
+
 def test_a_limit_that_the_first_record_meets_reads_no_other(wide_log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch, 0)
     assert len(rows(one_partition(), wide_log.snapshot(), "SELECT n FROM wide LIMIT 10")) == 10
