@@ -26,8 +26,8 @@ from flight_oplog.schema import plain_field
 
 BATCH_BYTES = 8_000_000
 BATCH_ENTRIES = 65_536
-# What is larger is not copied to be joined with others.
-JOINED_BYTES_MAX = 1_000_000
+# What is larger is not copied to be joined with others, unless something smaller came before it.
+JOINED_BYTES_MAX = 1_250_000
 SAMPLE_ENTRIES = 2048
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 BOUND_STRING_CHARACTERS = 64
@@ -262,11 +262,10 @@ def gather(batches: Iterable[pa.RecordBatch], bytes_max: int = BATCH_BYTES, entr
     size = rows = 0
     for batch in batches:
         more, more_rows = batch.nbytes, batch.num_rows
-        is_large = more > min(bytes_max, JOINED_BYTES_MAX) or more_rows > entries_max
-        if waiting and (is_large or size + more > bytes_max or rows + more_rows > entries_max):
+        if waiting and (size + more > bytes_max or rows + more_rows > entries_max):
             yield joined(waiting)
             waiting, size, rows = [], 0, 0
-        if is_large:
+        if not waiting and (more > min(bytes_max, JOINED_BYTES_MAX) or more_rows > entries_max):
             yield from cut(batch, bytes_max, entries_max)
         elif more_rows:
             waiting.append(batch)

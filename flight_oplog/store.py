@@ -53,8 +53,9 @@ from flight_oplog.topics import Topic, first_offset
 log = logging.getLogger("flight_oplog.store")
 
 SNAPSHOTS_KEPT = 64
-# Earlier snapshots that somebody asked for, of no more files together than this; and moments whose snapshot was found out.
-PAST_FILES_MAX = 100_000
+# Earlier snapshots that somebody asked for, so many and of no more files and columns together; and moments whose snapshot was found out.
+PAST_KEPT = 64
+PAST_WEIGHT_MAX = 100_000
 MOMENTS_KEPT = 1000
 # Principals for whom a snapshot remembers what they see of it.
 VIEWERS_KEPT = 64
@@ -176,7 +177,7 @@ class Store:
         self._fresh_bytes = 0
         self._registry: dict[str, list[dict[str, Any]]] = {}
         self._recent: OrderedDict[int, Snapshot] = OrderedDict()
-        self._past: OrderedDict[int, Snapshot] = OrderedDict()
+        self._past: OrderedDict[int, tuple[Snapshot, int]] = OrderedDict()
         self._moments: OrderedDict[datetime.datetime, int] = OrderedDict()
         self._checkpointing: threading.Thread | None = None
         # When the newest snapshot was last known to be the newest. By the clock on the wall: others stand still in a
@@ -321,9 +322,10 @@ class Store:
     def snapshot_at(self, table_version: int) -> Snapshot:
         """Return the log as of an earlier commit. Raises NotFound when its log entries are gone or never were."""
         with self._lock:
-            found = self._recent.get(table_version) or self._past.get(table_version)
-            if table_version in self._past:
+            found = self._recent.get(table_version)
+            if found is None and table_version in self._past:
                 self._past.move_to_end(table_version)
+                found, _ = self._past[table_version]
         if found is not None:
             return found
         if table_version > self.snapshot().table_version:
@@ -342,12 +344,15 @@ class Store:
         return found
 
     def _keep_past(self, snapshot: Snapshot) -> None:
+        topics = snapshot.topics.values()
+        weight = len(snapshot.ended) + sum(len(topic.files) + sum(map(len, topic.schemas.values())) for topic in topics)
+        if weight > PAST_WEIGHT_MAX:
+            return
         with self._lock:
-            self._past[snapshot.table_version] = snapshot
-            files = sum(len(topic.files) for each in self._past.values() for topic in each.topics.values())
-            while files > PAST_FILES_MAX:
-                _, oldest = self._past.popitem(last=False)
-                files -= sum(len(topic.files) for topic in oldest.topics.values())
+            self._past[snapshot.table_version] = snapshot, weight
+            total = sum(weight for _, weight in self._past.values())
+            while len(self._past) > PAST_KEPT or total > PAST_WEIGHT_MAX:
+                total -= self._past.popitem(last=False)[1][1]
 
     def snapshot_as_of(self, moment: datetime.datetime) -> Snapshot:
         """Return the log as of the newest commit made until `moment`, going by the times of the log's files."""
@@ -361,14 +366,16 @@ class Store:
         try:
             table = DeltaTable(self._storage.uri, storage_options=self._storage.options)
             table.load_as_version(moment.astimezone(datetime.UTC))
-            # Where the entries of that time are gone, the oldest that can be read would be taken.
-            made = deltalog.made(self._storage, table.version())
+            found = table.version()
+            # A file's time may be a little less than that of its commit. And where the entries of that time are gone, the oldest
+            # that can be read would be taken.
+            while (made := deltalog.made(self._storage, found)) is not None and made > moment.timestamp() + 0.001 and found > 0:
+                found -= 1
             if made is None or made > moment.timestamp() + 0.001:
                 raise NotFound(f"the log as of {moment.isoformat()} can no longer be read, or was not yet; ask for a later time")
         except (DeltaError, ValueError) as error:
             log.warning("the log as of %s: %s", moment, error)
             raise NotFound(f"the log as of {moment.isoformat()} can no longer be read; ask for a later time") from error
-        found = table.version()
         if (deltalog.made(self._storage, found + 1) or 0) > moment.timestamp() + 0.001:  # else a commit yet to come may be of that time
             remember(self._moments, moment, found, MOMENTS_KEPT)
         return found

@@ -126,13 +126,12 @@ def test_small_batches_are_joined_and_large_ones_cut() -> None:
     assert pa.Table.from_batches(cut)["a"].combine_chunks().equals(large["a"])
 
 
-def test_what_is_large_is_not_copied_to_be_joined() -> None:
-    at_most, more = (pa.record_batch({"a": pa.array(bytes(size), pa.uint8())}) for size in (5_000, codec.JOINED_BYTES_MAX + 1))
-    few = 2 * codec.JOINED_BYTES_MAX
-    gathered = list(codec.gather([at_most, at_most, more, at_most, more], codec.BATCH_BYTES, few))
-    assert [batch.num_rows for batch in gathered] == [10_000, more.num_rows, 5_000, more.num_rows]
-    address = more["a"].buffers()[1].address
-    assert [batch["a"].buffers()[1].address == address for batch in gathered] == [False, True, False, True]
+def test_what_is_large_is_not_copied_to_be_joined_but_with_what_came_before() -> None:
+    small, large = (pa.record_batch({"a": pa.array(bytes(size), pa.uint8())}) for size in (5_000, codec.JOINED_BYTES_MAX + 1))
+    gathered = list(codec.gather([large, large, small, large, small, large], codec.BATCH_BYTES, 2 * large.num_rows))
+    assert [batch.num_rows for batch in gathered] == [large.num_rows, large.num_rows, large.num_rows + 10_000, large.num_rows]
+    address = large["a"].buffers()[1].address
+    assert [batch["a"].buffers()[1].address == address for batch in gathered] == [True, True, False, True]
 
 
 def test_bounds_hold_minimum_maximum_and_nulls_of_each_column() -> None:

@@ -153,6 +153,7 @@ REFUSED = {
     "CREATE TEMPORARY TABLE x (a INT)": (Unsupported, "Temporary tables not supported"),
     "create temp view v as select 1 as a": (Unsupported, "view 'v': temporary views are not served"),
     "CREATE OR REPLACE /* of ours */ TEMPORARY VIEW v AS SELECT 1 AS a": (Unsupported, "leave out TEMPORARY"),
+    "CREATE OR REPLACE TEMP SECURE VIEW seen AS SELECT 1 AS a": (Unsupported, "leave out TEMPORARY"),
     "CREATE TABLE seen (a INT)": (RequestError, "'seen' is a view"),
     "CREATE EXTERNAL TABLE x STORED AS CSV LOCATION '/etc/passwd'": (Unsupported, "CREATE EXTERNAL is not served"),
     "CREATE SCHEMA x": (Unsupported, "CREATE SCHEMA is not served"),

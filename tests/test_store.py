@@ -204,7 +204,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_an_earlier_snapshot_is_loaded_once_while_there_is_room(
     log: OpLog, folder: Path, loads: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "PAST_FILES_MAX", 7)
+    monkeypatch.setattr(store, "PAST_WEIGHT_MAX", 21)  # seven columns each, and files
     for _ in range(5):
         log.append("events", SEED)
     with OpLog.open(str(folder)) as reopened:
@@ -214,11 +214,19 @@ def test_an_earlier_snapshot_is_loaded_once_while_there_is_room(
             return sum(len(topic.files) for topic in reopened.snapshot_at(version).topics.values())
 
         assert [files(version) for version in (2, 3, 2, 3, 2)] == [3, 4, 3, 4, 3]
-        assert loads == [2, 3], "seven files"
+        assert loads == [2, 3], "seven files and fourteen columns"
         assert [files(version) for version in (1, 2, 1, 3)] == [2, 3, 2, 4]
         assert loads == [2, 3, 1, 3], "those of 1 take the place of 3, which was asked for before 2"
         assert [files(version) for version in (4, 4, 1, 4)] == [5, 5, 2, 5]
         assert loads == [2, 3, 1, 3, 4, 1], "4 takes the place of both"
+        monkeypatch.setattr(store, "PAST_KEPT", 1)
+        loads.clear()
+        assert [files(version) for version in (1, 1, 2, 2, 1)] == [2, 2, 3, 3, 2]
+        assert loads == [2, 1]
+        monkeypatch.setattr(store, "PAST_WEIGHT_MAX", 10)
+        loads.clear()
+        assert [files(version) for version in (1, 3, 3, 1)] == [2, 4, 4, 2]
+        assert loads == [3, 3], "what is too heavy takes nobody's place"
 
 
 def test_the_snapshot_of_a_moment_is_found_out_once_and_one_yet_to_come_is_not_remembered(
@@ -237,6 +245,16 @@ def test_the_snapshot_of_a_moment_is_found_out_once_and_one_yet_to_come_is_not_r
     loads.clear()
     assert log.snapshot_as_of(then).topic("events").entries == 2
     assert loads == []
+
+
+def test_a_moment_just_before_a_commit_is_found(log: OpLog) -> None:
+    """The system writes down a file's time by a clock that ticks every few milliseconds: it may be before the commit was begun."""
+    moments = []
+    for _ in range(20):
+        log.append("events", SEED)
+        moments.append(datetime.datetime.now(datetime.UTC))
+        time.sleep(0.003)
+    assert [log.snapshot_as_of(moment).topic("events").entries for moment in moments] == [2 * n for n in range(1, 21)]
 
 
 def flip_content(path: Path) -> None:

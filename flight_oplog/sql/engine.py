@@ -6,6 +6,7 @@ nothing, and what they would change is returned as a `Change` for the log to car
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import time
@@ -394,7 +395,8 @@ class Engine:
             if values:
                 raise RequestError("a view has no parameters; nothing was written")
             name, definition = in_public(found.name()), found.definition()
-            if _TEMPORARY.match(definition):
+            before = itertools.takewhile("VIEW".__ne__, (token.text.upper() for token in lexer.tokens(sql)))
+            if not {"TEMP", "TEMPORARY"}.isdisjoint(before):
                 raise Unsupported(f"view {name!r}: temporary views are not served, it would last; nothing was written; leave out TEMPORARY")
             return Change("CREATE VIEW", name, wire_schema(schema), replaces=found.or_replace(), definition=definition), None
         if kind in ("DropTable", "DropView"):
@@ -402,6 +404,4 @@ class Engine:
         raise Unsupported(f"{' '.join(sql.split()[:2]).upper()[:40]} is not served: {SERVED}")
 
 
-# As the parser writes a definition.
-_TEMPORARY = re.compile(r"CREATE (?:OR (?:ALTER|REPLACE) )?TEMPORARY ")
 _READS = re.compile(r"\b(?:FROM|SHOW|DESCRIBE|DESC|EXPLAIN)\b", re.IGNORECASE)
