@@ -83,7 +83,7 @@ class Config:
     keep_alive_seconds: int = setting(20, "a follower with nothing to send says so this often", least=1)
     message_bytes_max: int = setting(3 * MIB, "one result batch on the wire; clients refuse more than 4 MiB", least=1)
     cache_bytes_max: int = setting(
-        128 * MIB, "decoded columns and indexes kept in memory; columns of mapped files take next to none", least=0
+        256 * MIB, "decoded columns and indexes kept in memory; columns of mapped files take next to none", least=0
     )
     state_bytes_max: int = setting(64 * MIB, "what is kept of aggregates that were asked before", least=0)
     mapped_bytes_max: int = setting(

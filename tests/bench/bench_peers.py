@@ -36,7 +36,6 @@ COLD_ROUNDS = 3
 CHART = Path(__file__).parent / "peers.svg"
 CLIENTS = 8
 MIXED_SECONDS = 10.0
-CACHE = 4 << 30
 SLICE = ENTRIES // 100
 
 
@@ -266,9 +265,8 @@ def main() -> None:
         with ours(data, folder / "ours") as server:
             put(server.uri, "events", batches)
         del batches
-        flags = ("--cache-bytes-max", str(CACHE))
         with contextlib.ExitStack() as stack:
-            servers = [stack.enter_context(ours(data, folder / "ours", *flags))]
+            servers = [stack.enter_context(ours(data, folder / "ours"))]
             servers += [stack.enter_context(start()) for start in all_peers(plain, folder)]
             names = [server.name for server in servers[1:]]
             if "warm" in only:
@@ -290,7 +288,7 @@ def main() -> None:
                 print(f"peak memory: {server.name} {peak:,.0f} MiB, {files:,.0f} of them pages of files")
         if "cold" in only:
             starts = dict(
-                zip(["flight_oplog", *names], [lambda: ours(data, folder / "ours", *flags), *all_peers(plain, folder)], strict=True)
+                zip(["flight_oplog", *names], [lambda: ours(data, folder / "ours"), *all_peers(plain, folder)], strict=True)
             )
             starts.pop("ROAPI in memory", None)  # it has read everything before it answers
             show("cold: the first question after a start, files not in memory", cold(starts, [plain, data], nodes), [*starts][1:])
