@@ -287,9 +287,7 @@ def main() -> None:
                 peak, files = server.peak_mib()
                 print(f"peak memory: {server.name} {peak:,.0f} MiB, {files:,.0f} of them pages of files")
         if "cold" in only:
-            starts = dict(
-                zip(["flight_oplog", *names], [lambda: ours(data, folder / "ours"), *all_peers(plain, folder)], strict=True)
-            )
+            starts = dict(zip(["flight_oplog", *names], [lambda: ours(data, folder / "ours"), *all_peers(plain, folder)], strict=True))
             starts.pop("ROAPI in memory", None)  # it has read everything before it answers
             show("cold: the first question after a start, files not in memory", cold(starts, [plain, data], nodes), [*starts][1:])
     finally:
