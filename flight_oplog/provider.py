@@ -311,14 +311,13 @@ class EntriesTable(_Table):
     ) -> Iterator[tuple[RecordMeta, np.ndarray | None]]:
         """Yield the records of which something is wanted; while columns of one are read, those after it are looked at.
 
-        A record whose columns are there does not wait: a LIMIT may be content with it. If there is one, no more are looked at
-        meanwhile than it took before.
+        A record whose columns are there does not wait: a LIMIT may be content with it. If there is one, no more wait than it took before.
         """
         waiting, most = deque[tuple[RecordMeta, np.ndarray | None, Future[Decoded] | None]](), self._snapshot.store.reads_ahead
         room = most if self.context.reads_all else 0
         failure: Exception | None = None
         try:
-            while failure is None:
+            while True:
                 try:
                     record, rows = next(coming)
                 except StopIteration:

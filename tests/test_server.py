@@ -363,7 +363,7 @@ def test_a_result_of_gigabytes_neither_waits_nor_grows_the_server(start: Start) 
 
 def test_a_scan_of_stored_gigabytes_does_not_grow_the_server(start: Start) -> None:
     """1.2 GB of entries through the log's own scan: memory stays with the cache's and the stream's limits."""
-    server = start()
+    server = start("--cache-bytes-max", str(1 << 27))
     client = flight.connect(server.uri)
     payload = pa.record_batch({"payload": pa.array([os.urandom(100).hex() * 5 for _ in range(2000)])})
     for _ in range(6):
