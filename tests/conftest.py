@@ -137,8 +137,9 @@ class ServerProcess:
         with self.errors.open("ab") as stream:
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True, env=os.environ | (environment or {}))
         assert self.process.stdout is not None
-        ready, _, _ = select.select([self.process.stdout], [], [], 60)
-        self.uri = self.process.stdout.readline().strip() if ready else ""
+        ready = select.poll()  # select() takes no number of a file from 1024 on, and there are many by the end of all tests
+        ready.register(self.process.stdout, select.POLLIN)
+        self.uri = self.process.stdout.readline().strip() if ready.poll(60_000) else ""
         assert self.uri.startswith(("grpc://127.0.0.1:", "grpc+tls://127.0.0.1:")), self.errors.read_text()
 
     def memory(self) -> int:
