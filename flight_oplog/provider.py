@@ -351,12 +351,13 @@ class EntriesTable(_Table):
     def _ahead(self, records: Sequence[RecordMeta], names: Sequence[str]) -> Iterator[tuple[RecordMeta, None]]:
         """Yield records; while one is looked at, columns of those after it are read.
 
-        Not before the second is asked for: a LIMIT may be content with the first. If there is one, twice as many each time.
+        Where a LIMIT may be content with the first, not before the second is asked for, and then twice as many each time.
         """
         coming, waiting = iter(records), deque[tuple[RecordMeta, Future[Decoded] | None]]()
         most = self._snapshot.store.reads_ahead + 1
         depth = most if self.context.reads_all else 1
-        yield from ((record, None) for record in itertools.islice(coming, 1))
+        if not self.context.reads_all or len(records) == 1:
+            yield from ((record, None) for record in itertools.islice(coming, 1))
         try:
             while True:
                 depth = min(2 * depth, most)

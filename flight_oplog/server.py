@@ -139,6 +139,7 @@ class Server(fl.FlightServerBase):
             log.debug("listening on %s: %s", config.listen, error)
             raise RequestError(f"cannot listen on {config.listen}: the address is in use or is not one of this machine's") from None
         self.uri = f"{scheme}://{host}:{self.port}"
+        threading.Thread(target=self._engine.warm, args=(oplog.snapshot(),), name="warm", daemon=True).start()
 
     def reload(self) -> None:
         """Read grants and users again; when one of them cannot be used it stays as it was, and the log says so."""

@@ -20,9 +20,11 @@ from test_neighbours import record
 
 from flight_oplog import Config, OpLog, neighbours, overview, provider, pruning
 from flight_oplog.cache import ColumnCache
+from flight_oplog.errors import CorruptLog
 from flight_oplog.growing import Growing
 from flight_oplog.overview import Listed, Overview
 from flight_oplog.records import DataFile, RecordMeta
+from flight_oplog.sql import engine as engine_module
 from flight_oplog.sql.engine import Engine
 from flight_oplog.store import Snapshot
 from flight_oplog.topics import Topic
@@ -393,3 +395,34 @@ def test_the_first_rows_are_looked_for_where_they_may_be(folder: Path, small: No
         # By a text nothing tells where they are: all are read, small neighbours as one.
         found = counts(Engine(Config()), log, "SELECT s FROM t ORDER BY s LIMIT 1")
         assert (found.records_read, found.cache_misses) == (100, 6 + 4)
+
+
+# Before anybody asks
+
+
+def test_files_are_looked_into_before_anybody_asks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "WARMED_FILES", 5)
+    with OpLog.open(str(folder)) as log:
+        for topic, files in {"few": 2, "many": 4}.items():
+            for number in range(files):
+                log.append(topic, pa.record_batch({"n": [number]}))
+    with OpLog.open(str(folder)) as log:
+        engine, snapshot = Engine(Config()), log.snapshot()
+        engine.warm(snapshot)
+        assert {name: engine._planner.cache.lacks(snapshot.topics[name]) for name in ("few", "many")} == {"few": 0, "many": 4}
+        assert rows(engine, snapshot, "SELECT count(*) AS queries FROM system.queries") == [{"queries": 1}], "it is no query of anybody's"
+
+
+def test_what_is_damaged_is_told_to_whoever_asks(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    with OpLog.open(str(folder)) as log:
+        for topic in "tu":
+            log.append(topic, pa.record_batch({"n": [1]}))
+        [file] = log.snapshot().topics["t"].files
+    (folder / file.path).write_bytes(bytes(file.size))
+    with OpLog.open(str(folder)) as log:
+        engine, snapshot = Engine(Config()), log.snapshot()
+        engine.warm(snapshot)
+        assert engine._planner.cache.lacks(snapshot.topics["u"]) == 0, "another topic is none the worse"
+        with pytest.raises(CorruptLog, match="topic 't'"):
+            rows(engine, snapshot, "SELECT n FROM t")

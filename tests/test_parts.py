@@ -263,6 +263,13 @@ def test_the_next_records_are_read_while_one_is_looked_at(wide_log: OpLog, monke
     assert (watched.most, watched.total) == (4, 6)
 
 
+def test_a_question_that_reads_all_does_not_wait_for_the_first_record(wide_log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch, 0.05)
+    expected = ENTRIES * (2 * ENTRIES - 1)
+    assert rows(one_partition(), wide_log.snapshot(), f"SELECT sum(n) AS s FROM wide WHERE n < {2 * ENTRIES}") == [{"s": expected}]
+    assert (watched.most, watched.total) == (2, 2)
+
+
 def test_without_a_cache_each_record_is_read_once(wide_log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch, 0)
     found = counts(one_partition(0), wide_log, "SELECT n FROM wide WHERE n % 2 = 0 AND n >= 0")
