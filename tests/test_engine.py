@@ -3,8 +3,10 @@
 import functools
 import math
 import operator
+import os
 import random
 import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -96,6 +98,21 @@ def test_a_query_is_pinned_to_its_snapshot(log: OpLog, engine: Engine) -> None:
     assert rows(engine, log.snapshot(), "SELECT count(*) AS n FROM events AS a, events AS b") == [{"n": 16}]
     with pytest.raises(NotFound):
         rows(engine, snapshot, "SELECT * FROM more")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/fd to see what is open")
+def test_engines_leave_nothing_open(log: OpLog) -> None:
+    """Whoever embeds the log may make an engine for each of many logs."""
+
+    def used() -> None:
+        engine = Engine(Config())
+        assert rows(engine, log.snapshot(), "SELECT count(*) AS n FROM system.settings GROUP BY true")[0]["n"] > 1
+
+    used()
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        used()
+    assert len(set(os.listdir("/proc/self/fd")) - before) < 10
 
 
 def test_count_reads_no_content(log: OpLog, engine: Engine) -> None:

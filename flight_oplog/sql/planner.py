@@ -5,7 +5,6 @@ Each statement gets a session of its own: 0.2 ms, and nothing a client says can 
 
 from __future__ import annotations
 
-import asyncio
 import math
 import os
 import re
@@ -101,8 +100,6 @@ class Planner:
         self._partitions = os.cpu_count() or 1
         self._lock = threading.Lock()
         self._planned: OrderedDict[tuple[str, str], tuple[float, Snapshot, Plan]] = OrderedDict()
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
 
     def start(
         self, asked: Asked, shaped: Callable[[SessionContext, Any], Any] = lambda session, frame: frame
@@ -184,7 +181,7 @@ class Planner:
 
     def pulled(self, stream: Any, context: ScanContext, schema: pa.Schema, asked: Asked) -> Pulled:
         """Return the batches of a stream, as they come. Let go of the stream and of its frame: they hold running tasks."""
-        puller = Puller(self._loop, stream, context, self._watch.begin())
+        puller = Puller(stream, context, self._watch.begin())
         seconds_max = self._config.statement_seconds_max
         return Pulled(pulled(puller, context, schema, asked.deadline, seconds_max, asked.stopped), puller)
 

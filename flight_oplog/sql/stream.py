@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -100,6 +102,14 @@ def at_once(stream: Any, context: ScanContext, schema: pa.Schema) -> Iterator[pa
         raise translated(error, context) from error
 
 
+@functools.cache
+def _engine_loop() -> asyncio.AbstractEventLoop:
+    """Return the event loop that all streams of this process are pulled in, in a thread of its own, which ends with the process."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="engine", daemon=True).start()
+    return loop
+
+
 class Pulled:
     """Batches of a query. Closing them, or losing them before the first was asked for, ends the query as well."""
 
@@ -123,15 +133,15 @@ class Puller:
     It runs a little ahead of whoever takes the batches, so computing overlaps sending.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, stream: Any, context: ScanContext, watched: Watched) -> None:
+    def __init__(self, stream: Any, context: ScanContext, watched: Watched) -> None:
         self.is_over = False  # it took too much memory
-        self._loop = loop
+        self._loop = _engine_loop()
         self._watched = watched
         self._stream = [stream]
         self._context = context
         self._ready: queue.SimpleQueue[pa.RecordBatch | Exception | None] = queue.SimpleQueue()
         self._room = asyncio.Semaphore(BATCHES_AHEAD)
-        self._pulling = [asyncio.run_coroutine_threadsafe(self._pull(), loop)]
+        self._pulling = [asyncio.run_coroutine_threadsafe(self._pull(), self._loop)]
 
     async def _pull(self) -> None:
         try:
