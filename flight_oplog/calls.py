@@ -162,7 +162,7 @@ class Calls(fl.ServerMiddlewareFactory):
         call = Call(self, info.method, first)
         with logs.during(call.words):
             try:
-                if not self.gate.takes_certificates:
+                if self.gate.takes_bearers:
                     self._admit(call, info.method, headers)
                 self._begin(call)
             except BaseException as error:
@@ -285,19 +285,16 @@ class Call(fl.ServerMiddleware):
         self.counted: str | None = None  # the principal whose calls it is counted among; a certificate's is known too late
         self._calls = calls
         self._began = time.monotonic()
-        asked = headers.get(REQUEST_HEADER, "")
-        self.words = logs.Call(asked if _REQUEST.fullmatch(asked) else secrets.token_hex(8), method.name)
+        self._leaves_out = headers.get("user-agent", "").startswith(LEAVES_OUT_TRANSACTION)
+        asked, chance = headers.get(REQUEST_HEADER), secrets.token_hex(24)  # asking the system for some takes longer than a few more
+        self.words = logs.Call(asked if asked and _REQUEST.fullmatch(asked) else chance[:16], method.name)
         cookies = headers.get("cookie")
         cookie = SESSION_COOKIE.search(cookies) if cookies else None
         self._session = cookie[1] if cookie else None
         options = SESSION_OPTIONS.search(cookies) if cookies else None
         self._options = options[1] if options else None
         is_offered = cookie is None and self._leaves_out and method in _OFFERED_WITH
-        self._offered = secrets.token_hex(16) if is_offered else None
-
-    @property
-    def _leaves_out(self) -> bool:
-        return self.headers.get("user-agent", "").startswith(LEAVES_OUT_TRANSACTION)
+        self._offered = chance[16:] if is_offered else None
 
     @property
     def principal(self) -> Principal:

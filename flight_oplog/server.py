@@ -314,13 +314,15 @@ class Server(fl.FlightServerBase):
         return fl.SchemaResult(self._service.schema(_command_of(descriptor), self._caller(context)))
 
     @rpc
-    def do_get(self, context: Any, ticket: fl.Ticket) -> fl.GeneratorStream:
+    def do_get(self, context: Any, ticket: fl.Ticket) -> fl.FlightDataStream:
         self._catch_up(context)
         caller = self._caller(context)
         if ticket.ticket[:1] == b"{":
             result = self._service.read(TopicRead.parse(ticket.ticket), caller)
         else:
             result = self._service.get(ticket.ticket, caller)
+        if result.whole is not None:
+            return fl.RecordBatchStream(result.whole)
         return fl.GeneratorStream(result.schema, streamed(result.batches, self._stopping, context.get_middleware("call")))
 
     @rpc

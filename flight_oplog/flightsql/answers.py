@@ -37,10 +37,14 @@ class Planned:
 
 @dataclass(frozen=True)
 class Result:
-    """A result on its way: batches of exactly `schema`, none over `message_bytes_max`, some with app_metadata."""
+    """A result on its way: batches of exactly `schema`, none over `message_bytes_max`, some with app_metadata.
+
+    `whole` is all of one that is in hand; then `batches` are none.
+    """
 
     schema: pa.Schema
     batches: Iterator[tuple[pa.RecordBatch, bytes | None]]
+    whole: pa.Table | None = None
 
 
 class Answers:
@@ -73,7 +77,7 @@ class Answers:
         until, planned = self._tickets.get(ticket, (0.0, None))
         if planned is None or planned.at_once is None or time.monotonic() > until or planned.viewer != caller.principal:
             return None
-        return Result(planned.schema, ((batch, None) for batch in planned.at_once().batches))
+        return Result(planned.schema, iter(()), pa.Table.from_batches(planned.at_once().batches, planned.schema))
 
     def has(self, ticket: bytes) -> bool:
         """Whether a ticket's result is in hand."""

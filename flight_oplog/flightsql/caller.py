@@ -11,7 +11,7 @@ from flight_oplog.grants import ANYBODY, Principal, check_may
 from flight_oplog.sql.stream import Stopped
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Caller:
     """Who calls, and for whom: the names of their session, whether their ingests leave out which transaction they belong to,
     where what they append comes from, and as of when they ask, a table_version or a time. `again` gives the principal with
