@@ -30,10 +30,12 @@ from flight_oplog.overview import Listed, Overview
 from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.store import Snapshot
 from flight_oplog.topics import Topic
+from flight_oplog.vocabulary import NUMBER_BYTES, Vocabulary
 
 FRAGMENTS_MAX = 100_000
 USES_KEPT = 1 << 16
 TOPICS_KEPT = 64
+VOCABULARIES_KEPT = 64
 READERS = 16
 ARRAY_BYTES = 1024  # what an array takes that shows pages of a file
 _FILTERS = ""  # in the place of a column's name
@@ -68,6 +70,7 @@ class ColumnCache:
         self._files: dict[str, tuple[int, Sequence[DataFile]]] = {}
         self._records: OrderedDict[tuple[Any, ...], Decoded | TextIndex | Filters] = OrderedDict()
         self._together: OrderedDict[tuple[Any, ...], Together] = OrderedDict()
+        self._vocabularies: OrderedDict[tuple[str, str], Vocabulary] = OrderedDict()
         self._topics: OrderedDict[tuple[str, int], _Known] = OrderedDict()
         self._uses: OrderedDict[tuple[Any, ...], _Use] = OrderedDict()
         self._clock = itertools.count(1)
@@ -119,7 +122,7 @@ class ColumnCache:
         with self._lock:
             for kept in (self._records, self._together):
                 for key in [key for key in kept if key[0].rpartition("#")[0] in gone]:
-                    self._bytes -= kept.pop(key).nbytes
+                    self._forget(kept, key)
 
     def metrics(self) -> dict[str, int]:
         """Return how often it was asked and how full it is, by the names that `system.metrics` explains."""
@@ -179,6 +182,48 @@ class ColumnCache:
                         self._together[key] = made
                         self._bytes += made.nbytes
         return [found[name] for name in columns.names] if len(found) == len(columns) else None
+
+    def vocabulary(self, topic: Topic, column: str, may_make: bool) -> Vocabulary | None:
+        """Return the numbers of a column's texts; None where most are not in memory and this `may_make` none, where they are too many, or
+        there is no room for the numbers of them all."""
+        key = (topic.name, column)
+        with self._lock:
+            found = self._vocabularies.get(key)
+            if found is None:
+                found = Vocabulary()
+            remember(self._vocabularies, key, found, VOCABULARIES_KEPT)
+            missing = topic.entries - found.rows_kept
+            may_make = may_make or missing < topic.entries // 8
+            return found if may_make and not found.is_full and missing * NUMBER_BYTES <= self._bytes_max - self._bytes else None
+
+    def has_numbers(self, record: RecordMeta, column: str, vocabulary: Vocabulary) -> bool:
+        """Whether the numbers of a record's texts are in memory."""
+        with self._lock:
+            return (record.key, column, id(vocabulary)) in self._together
+
+    def numbers(
+        self, record: RecordMeta, column: str, vocabulary: Vocabulary, counts: ScanCounts, texts: Callable[[], list[pa.Array]]
+    ) -> pa.Array:
+        """Return the numbers of a record's texts, from memory or made now. Raises TooLarge where they are too many."""
+        key = (record.key, column, id(vocabulary))
+        with self._lock:
+            self._used(key, counts)
+            known = self._together.get(key)
+        if known is not None:
+            return known.pieces[0]
+        made = Together([pa.concat_arrays([vocabulary.numbers(piece) for piece in texts()])], vocabulary)
+        with self._lock:
+            if key not in self._together and self._bytes + made.nbytes <= self._bytes_max:
+                self._together[key] = made
+                self._bytes += made.nbytes
+                vocabulary.rows_kept += record.entries
+        return made.pieces[0]
+
+    def _forget(self, kept: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...]) -> None:
+        item = kept.pop(key)
+        self._bytes -= item.nbytes
+        if isinstance(item, Together) and item.of is not None:
+            item.of.rows_kept -= sum(map(len, item.pieces))
 
     def _used(self, key: tuple[Any, ...], counts: ScanCounts | None) -> _Use:
         """Take note that something is asked for, whether it is kept or not; whoever asks again within a statement uses it once."""
@@ -290,7 +335,7 @@ class ColumnCache:
                 goes.append((kept, each))
                 missing -= item.nbytes
         for kept, each in goes:
-            self._bytes -= kept.pop(each).nbytes
+            self._forget(kept, each)
         self._records[key] = decoded
         self._records.move_to_end(key)
         self._bytes += added
@@ -344,9 +389,10 @@ class Decoded:
 
 @dataclass(frozen=True, slots=True)
 class Together:
-    """A column of a record in few pieces."""
+    """A column of a record in few pieces, or the numbers of its texts."""
 
     pieces: list[pa.Array]
+    of: Vocabulary | None = None
 
     @property
     def nbytes(self) -> int:

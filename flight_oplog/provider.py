@@ -38,6 +38,7 @@ from flight_oplog.store import Snapshot
 from flight_oplog.threads import stay
 from flight_oplog.top import Top
 from flight_oplog.topics import Topic
+from flight_oplog.vocabulary import NUMBER, Vocabulary
 
 _ROWS_PER_RECORDS_BATCH = 1024
 # The rows of a file of so many are read column by column, but for those columns that take looking into each.
@@ -69,6 +70,7 @@ class ScanContext:
     indexing_seconds: float = 0.0
     looks_into: bool = True  # its optimized plan may be asked for: it is small
     tables: int = 1  # that it reads
+    numbered: dict[str, tuple[str, Vocabulary]] = field(default_factory=dict)  # columns that show the numbers of another's texts
     entries: int = 0  # of the records that its scans have to look at
     stopped: threading.Event = field(default_factory=threading.Event)
     failures: list[Exception] = field(default_factory=list)
@@ -166,7 +168,8 @@ class EntriesTable(_Table):
     """A topic's entries: exactly the clients' columns, or with the log's own beside them."""
 
     def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext, with_log_columns: bool) -> None:
-        schema = pa.schema([*topic.schema, *LOG_FIELDS]) if with_log_columns else topic.schema
+        own = [*(LOG_FIELDS if with_log_columns else ()), *(pa.field(name, NUMBER) for name in context.numbered)]
+        schema = pa.schema([*topic.schema, *own]) if own else topic.schema
         super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
         self._read: set[str] = set()
         self._are_ordered = False  # the records that partitions look at: those first that may have the statement's first rows
@@ -376,7 +379,9 @@ class EntriesTable(_Table):
 
     def _fetch(self, record: RecordMeta, names: Sequence[str]) -> Future[Decoded] | None:
         """Begin to read columns of a record, unless they are in memory."""
-        of_entries, cache, held = self._of_entries(record, names), self.context.cache, self._held.get(record.key)
+        cache, held = self.context.cache, self._held.get(record.key)
+        numbered = (self.context.numbered[name] for name in names if name in self.context.numbered)
+        of_entries = self._of_entries(record, [*names, *(of[0] for of in numbered if not cache.has_numbers(record, *of))])
         if not of_entries or (held is not None and held.has(of_entries)) or cache.holds(record, of_entries):
             return None
         if self._snapshot.store.reads_at_once(record):
@@ -432,17 +437,22 @@ class EntriesTable(_Table):
         """Return a record's entries in few large pieces, where their columns are kept so."""
         if not self.context.sums_up or record.entries < SHARED_ENTRIES:
             return None
-        if len(self._of_entries(record, projected.names)) < max(1, len(projected)):
+        stored = pa.schema([f for f in projected if f.name not in self.context.numbered])
+        if len(self._of_entries(record, stored.names)) < max(1, len(stored)):
             return None
 
         def make(name: str, kind: pa.DataType) -> list[pa.Array]:
             return self.columns(record, projected.names).together(name, kind)
 
-        pieces = self.context.cache.together(record, projected, TOGETHER_ROWS, self.counts, make)
+        pieces = self.context.cache.together(record, stored, TOGETHER_ROWS, self.counts, make)
         if pieces is None:
             return None
         self._count(record)
-        return [pa.RecordBatch.from_arrays(list(each), schema=projected) for each in zip(*pieces, strict=True)]
+        found = dict(zip(stored.names, pieces, strict=True))
+        ends = list(itertools.accumulate(map(len, pieces[0]), initial=0))
+        for name, numbers in self._numbers(record, projected.names).items():
+            found[name] = [numbers.slice(start, end - start) for start, end in itertools.pairwise(ends)]
+        return [pa.RecordBatch.from_arrays(list(each), schema=projected) for each in zip(*map(found.get, projected.names), strict=True)]
 
     def _count(self, record: RecordMeta) -> None:
         """Count a record as read, once."""
@@ -458,15 +468,30 @@ class EntriesTable(_Table):
     def columns(self, record: RecordMeta, names: Sequence[str]) -> Columns:
         """Return columns of a record, from memory or decoded now."""
         of_entries = self._of_entries(record, names)
+        own = log_columns(record, names) | self._numbers(record, names)
         if not of_entries:
-            return Columns(self._plain, [record.entries], {}, log_columns(record, names))
+            return Columns(self._plain, [record.entries], {}, own)
         self._count(record)
         decoded = self.context.cache.columns(
             self._snapshot, record, of_entries, self.counts, self._held.get(record.key), self.context.stopped
         )
         if record.key in self._held:
             self._held[record.key] = decoded
-        return Columns(self._plain, decoded.lengths, decoded.columns, log_columns(record, names), decoded.ends)
+        return Columns(self._plain, decoded.lengths, decoded.columns, own, decoded.ends)
+
+    def _numbers(self, record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array]:
+        """Return those of some columns that show the numbers of another's texts."""
+        found = {}
+        for name in names:
+            if name in self.context.numbered:
+                column, vocabulary = self.context.numbered[name]
+
+                def texts(column: str = column) -> list[pa.Array]:
+                    return self.columns(record, [column]).arrays(column)
+
+                self._count(record)
+                found[name] = self.context.cache.numbers(record, column, vocabulary, self.counts, texts)
+        return found
 
 
 class RecordsTable(_Table):

@@ -63,9 +63,10 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="module")
 def eager() -> Iterator[None]:
-    """Every aggregate is worth a state, every text an index, and records are as if they were large."""
+    """Every aggregate is worth a state and numbers, every text an index, and records are as if they were large."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(repeated, "STATE_SECONDS", -1.0)
+        patch.setattr(repeated, "NUMBERED_SECONDS", -1.0)
         patch.setattr(provider, "INDEXING_SECONDS", 1e9)
         patch.setattr(repeated, "LARGE_ENTRIES", 0)
         patch.setattr(provider, "SHARED_ENTRIES", 0)

@@ -41,6 +41,7 @@ ORDER = [
     "oplog",
     "numbers",
     "filters",
+    "vocabulary",
     "neighbours",
     "overview",
     "cache",

@@ -64,6 +64,7 @@ class Aggregation:
     measures: tuple[Measure, ...]
     above: tuple[Any, ...]  # the nodes above, lowest first
     is_whole: bool  # all entries are aggregated, none is filtered out
+    columns: tuple[str, ...]  # that it groups what a scan shows by; empty where it is not by columns alone, or there is more below
     shape: tuple[Any, ...] | None  # what a state of it depends on; None where that cannot be written down
 
     def state(self, session: Any) -> Any:
@@ -71,6 +72,15 @@ class Aggregation:
         kept = [part for measure in self.measures for part in measure.kept]
         frame = session.create_dataframe_from_logical_plan(self.scan)
         return frame.aggregate(_numbered("g", self.groups), _numbered("k", kept))
+
+    def by_numbers(self, session: Any, numbers: Sequence[str]) -> Any:
+        """Return the frame that makes a state with numbers in the place of the groups' texts, of a session that shows both."""
+        scan = self.scan.to_variant()
+        frame = session.table(".".join(f'"{part}"' for part in scan.fqn() if part))
+        for each in scan.filters():
+            frame = frame.filter(Expr(each))
+        kept = [part for measure in self.measures for part in measure.kept]
+        return frame.aggregate(_numbered("g", [col(name) for name in numbers]), _numbered("k", kept))
 
     def merged(self, states: Any) -> Any:
         """Return the frame that makes one state of a frame of several."""
@@ -220,9 +230,16 @@ def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema]
         names=tuple(schema.names[: len(groups)]),
         measures=taken,
         above=tuple(node.to_variant() for node in reversed(nodes[:depth])),
+        columns=_columns(groups) if kinds[depth + 1 :] == ["TableScan"] else (),
         is_whole=not scan.filters() and {*kinds[depth + 1 : -1]} <= {"SubqueryAlias"},
         shape=_shape(nodes[depth + 1 :], [*groups, *(part for measure in taken for part in measure.kept)]),
     )
+
+
+def _columns(groups: Sequence[Expr]) -> tuple[str, ...]:
+    """Return the columns that groups are, under whatever names; none where one is something else."""
+    found = [Expr(group.to_variant().expr()) if group.variant_name() == "Alias" else group for group in groups]
+    return tuple(each.to_variant().name() for each in found) if all(each.variant_name() == "Column" for each in found) else ()
 
 
 def _shape(nodes: Sequence[Any], made: Sequence[Expr]) -> tuple[Any, ...] | None:

@@ -32,6 +32,7 @@ from flight_oplog.sql.refusals import APPEND_ONLY, CATALOG, CHANGES, CHANGING, P
 from flight_oplog.sql.stream import Pulled, Puller, Stopped, pulled, scanned, schema_of
 from flight_oplog.sql.views import Views
 from flight_oplog.store import Snapshot
+from flight_oplog.vocabulary import Vocabulary
 
 # Plans of statements that were prepared, until they are run.
 PLANS_KEPT = 32
@@ -122,6 +123,20 @@ class Planner:
                 if not cannot_filter(error, context):
                     raise translated(error, context) from error
         raise AssertionError("a statement whose filters stay in DataFusion cannot fail for them")
+
+    def start_by_numbers(
+        self, asked: Asked, numbered: dict[str, tuple[str, Vocabulary]], shaped: Callable[[SessionContext], Any]
+    ) -> tuple[Any, Any, ScanContext] | None:
+        """Start what `shaped` makes of a session whose topics show the numbers of texts too; None where its filters do not allow it."""
+        session, context = self.session(asked.sql, asked.snapshot, asked.db_schema)
+        context.numbered = numbered
+        try:
+            frame = shaped(session)
+            return frame, frame.execute_stream(), context
+        except Exception as error:
+            if cannot_filter(error, context):
+                return None
+            raise translated(error, context) from error
 
     def whole(self, asked: Asked) -> tuple[pa.Schema, Iterator[pa.RecordBatch], ScanContext] | None:
         """Return what `SELECT * FROM topic` asks for, read without DataFusion, which only would hand each batch on; None for any other.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from datafusion import SessionContext
 from flight_oplog import codec
 from flight_oplog.cache import ScanCounts
 from flight_oplog.config import Config
-from flight_oplog.errors import OplogError
+from flight_oplog.errors import OplogError, TooLarge
 from flight_oplog.kept import remember
 from flight_oplog.provider import RowsTable, ScanContext
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
@@ -33,7 +35,7 @@ from flight_oplog.sql.aggregates import (
 )
 from flight_oplog.sql.catalog import TIME_TRAVEL, Shelf
 from flight_oplog.sql.parameters import Values
-from flight_oplog.sql.planner import Asked, Planner, sums_up
+from flight_oplog.sql.planner import Asked, Planner, groups, sums_up
 from flight_oplog.sql.plans import chain
 from flight_oplog.sql.refusals import PUBLIC
 from flight_oplog.sql.stream import Running, paced, schema_of, wire_schema
@@ -46,6 +48,8 @@ log = logging.getLogger("flight_oplog.sql")
 REMEMBERED_CHARACTERS = 4096
 # An aggregate that took so long is worth a state.
 STATE_SECONDS = 0.01
+# An aggregate that took so long is worth numbers of the texts that it groups by.
+NUMBERED_SECONDS = 0.03
 _DECIDING = (SCHEMAS_TOPIC, VIEWS_TOPIC)
 _OF_ALL = re.compile(r"\b(?:count|min|max)\s*\(", re.IGNORECASE)
 _OF_SOME = re.compile(r"\b(?:WHERE|GROUP|JOIN|DISTINCT)\b", re.IGNORECASE)
@@ -54,6 +58,7 @@ SLOW_KEPT = 1000
 _TELLING = frozenset(("Aggregate", "Distinct", "Filter", "Limit", "Projection", "Sort", "SubqueryAlias", "TableScan"))
 # A text that was never asked is looked at more closely where it reads all of a topic of so many entries: its shape may be known.
 LARGE_ENTRIES = 1 << 19
+_VALUES = re.compile(r"'[^']*'|\b\d[\w.]*")
 _PICKS = re.compile(r"\b(?:WHERE|JOIN)\b", re.IGNORECASE)
 _FROM = re.compile(r'\bFROM\s+([\w".]+)', re.IGNORECASE)
 
@@ -67,6 +72,7 @@ class Key:
 
     text: Any
     sums_up: bool
+    kind: str = ""  # the text without its values, of one that groups
     shape: Any = None  # once it was looked at
 
 
@@ -78,6 +84,7 @@ class Repeated:
         self._config = config
         self._states = States(config.state_bytes_max)
         self._slow: OrderedDict[Any, bool] = OrderedDict()  # texts without an aggregate that took long
+        self._slow_kinds: OrderedDict[str, bool] = OrderedDict()  # texts that group, without their values: whether numbers may help
 
     def key(self, asked: Asked) -> Key | None:
         """Return what everything that is kept of a query is kept under, None for one of which nothing is."""
@@ -85,18 +92,26 @@ class Repeated:
             return None
         if TIME_TRAVEL.search(asked.sql):
             return None
-        return Key((asked.sql, asked.db_schema, _packed(asked.values), *registry(asked.snapshot)), sums_up(asked.sql))
+        kind = _VALUES.sub("?", asked.sql) if groups(asked.sql) else ""
+        return Key((asked.sql, asked.db_schema, _packed(asked.values), *registry(asked.snapshot)), sums_up(asked.sql), kind)
 
     def note(self, key: Key | None, seconds: float) -> None:
         """Remember that a query took so long until its first batch."""
         if key is None or seconds <= STATE_SECONDS:
             return
+        if key.kind and seconds > NUMBERED_SECONDS:
+            remember(self._slow_kinds, key.kind, self._slow_kinds.get(key.kind, True), SLOW_KEPT)
         if not key.sums_up:
             remember(self._slow, key.text, True, SLOW_KEPT)
         else:
             self._states.note(key.text)
             if key.shape is not None:
                 self._states.note(key.shape)
+
+    def _may_help(self, key: Key, does: bool) -> None:
+        """Remember whether numbers of texts helped a statement of a slow kind."""
+        if key.kind in self._slow_kinds:
+            self._slow_kinds[key.kind] = does
 
     def answer(self, key: Key, asked: Asked) -> tuple[pa.Schema, Sequence[pa.RecordBatch]] | None:
         """Return what a query's answer is known to be; None where it has to be made."""
@@ -114,20 +129,29 @@ class Repeated:
         if (answer := self.answer(key, asked)) is not None:
             return Running(answer[0], iter(answer[1]))
         known = self._states.asked(key.text)
-        if not key.sums_up or known.is_unfit or not (known.was_slow or _tells_of_all(asked.sql) or _reads_all_of_much(asked)):
+        is_slow_kind = self._slow_kinds.get(key.kind, False)
+        is_slow = known.was_slow or is_slow_kind
+        if not key.sums_up or known.is_unfit or not (is_slow or _tells_of_all(asked.sql) or _reads_all_of_much(asked)):
             return None
+        began = time.monotonic()
         session, frame, context = self._planner.plan(asked)
         try:
             apart = _taken_apart(session, frame) if context.looks_into else None
             topic = None if apart is None else asked.snapshot.topics.get(apart.topic)
             if apart is None or topic is None:
                 self._states.dismiss(key.text)
+                self._may_help(key, False)
                 return None
             key.shape = key.text if apart.shape is None else (*apart.shape, asked.db_schema, *registry(asked.snapshot))
             of_shape = self._states.asked(key.shape)
             rows = _whole(apart, asked.snapshot, topic, context)
             if rows is None and (known.was_slow or of_shape.was_slow) and not of_shape.is_unfit and self._config.state_bytes_max:
                 rows = self._brought_up(key.shape, apart, of_shape.state, topic, asked, context)
+            elif rows is None:
+                rows = self._by_numbers(apart, topic, asked, context, may_make=is_slow_kind)
+                self._may_help(key, rows is not None)
+                if rows is not None:
+                    self.note(key, time.monotonic() - began)
             if rows is None:
                 if self._states.asked(key.shape).is_unfit:
                     self._states.dismiss(key.text)
@@ -179,10 +203,12 @@ class Repeated:
             state = None  # some have been removed; or the snapshot is an older one
         if state is not None and state.last == last:
             return state.rows
-        since = asked if state is None else replace(asked, offsets=(state.last, last))
-        frame, stream, scanned = self._planner.start(since, _state_of)
-        context.counts.update(scanned.counts)
-        rows = self._gathered(frame, stream, scanned, asked)
+        rows = self._by_numbers(apart, topic, asked, context, may_make=True) if state is None else None
+        if rows is None:
+            since = asked if state is None else replace(asked, offsets=(state.last, last))
+            frame, stream, scanned = self._planner.start(since, _state_of)
+            context.counts.update(scanned.counts)
+            rows = self._gathered(frame, stream, scanned, asked)
         if rows is not None and state is not None:
             once, _ = self._small_session(pa.concat_tables([state.rows, rows]))
             merged = apart.merged(once.table("rows"))
@@ -192,6 +218,41 @@ class Repeated:
         else:
             self._states.keep_state(key, State(first, last, rows))
         return rows
+
+    def _by_numbers(self, apart: Aggregation, topic: Topic, asked: Asked, context: ScanContext, may_make: bool) -> pa.Table | None:
+        """Return the state of an aggregate that groups a large topic by texts, made by grouping by their numbers.
+
+        None where the numbers are not in memory and this `may_make` none, or it is not worth it, or there are too many.
+        """
+        if not apart.columns or topic.entries < LARGE_ENTRIES:
+            return None
+        kinds = {f.name: f.type for f in topic.schema}
+        if any(kinds.get(name) != pa.string() for name in apart.columns):
+            return None
+        known = [self._planner.cache.vocabulary(topic, name, may_make) for name in apart.columns]
+        vocabularies = [each for each in known if each is not None]
+        names = [f"_number{n}" for n in range(len(known))]
+        if len(vocabularies) < len(known) or math.prod(map(len, vocabularies)) > STATE_ROWS_MAX or not kinds.keys().isdisjoint(names):
+            return None
+        numbered = dict(zip(names, zip(apart.columns, vocabularies, strict=True), strict=True))
+        started = self._planner.start_by_numbers(asked, numbered, lambda session: apart.by_numbers(session, names))
+        if started is None:
+            return None
+        frame, stream, scanned = started
+        del started
+        try:
+            rows = self._gathered(frame, stream, scanned, asked)
+        except TooLarge:
+            if any(each.is_full for each in vocabularies):
+                return None
+            raise
+        context.counts.update(scanned.counts)
+        if rows is None:
+            return None
+        columns, fields = list(rows.columns), list(rows.schema)
+        for place, vocabulary in enumerate(vocabularies):
+            columns[place], fields[place] = vocabulary.texts(columns[place]), fields[place].with_type(pa.string())
+        return pa.table(columns, pa.schema(fields))
 
     def _gathered(self, frame: Any, stream: Any, context: ScanContext, asked: Asked) -> pa.Table | None:
         """Return the rows of a state; None when they are too many to be one."""

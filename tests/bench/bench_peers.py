@@ -144,7 +144,7 @@ def ask_all(servers: Sequence[Asked], nodes: Sequence[str]) -> dict[str, Found]:
         for question in QUESTIONS:
             here = found[question.name] = Found()
             for turn in range(-1 if question.is_ordered is False else -WARMING, question.rounds):
-                chance = random.Random(turn)
+                chance = random.Random(WARMING + turn)  # not of a number below 0: -1 gives what 1 does
                 sql = question.sql(chance.choice(nodes), chance.randrange(ENTRIES - SLICE))
                 wanted = None
                 for server, ask in asks:

@@ -91,7 +91,7 @@ def warm(folders: Sequence[tuple[int, Path]], question: Question) -> list[float]
             ask(ALL)
         for turn in range(-WARMING, ROUNDS):
             for (entries, _), ask, found in zip(folders, asks, seconds, strict=True):
-                sql = question.sql(random.Random(turn), entries)
+                sql = question.sql(random.Random(WARMING + turn), entries)  # of no number below 0: -1 gives what 1 does
                 if turn == -1:
                     assert ask(sql).num_rows == question.rows, question.name
                 found.append(timed(ask, sql))
