@@ -253,7 +253,7 @@ class ColumnCache:
             for key, record in zip(keys, records, strict=True)
             if known[key] is None and "filter" in record.bounds.get(name, ()) and not self.holds(record, [name])
         ]
-        for (key, _), read in zip(missing, snapshot.store.filters([record for _, record in missing]), strict=True):
+        for (key, _), read in zip(missing, snapshot.store.reader.filters([record for _, record in missing]), strict=True):
             counts.filter_bytes += len(read)
             known[key] = Filters(read)
             with self._lock:
@@ -281,7 +281,7 @@ class ColumnCache:
         known = self._known(topic)
         while len(base := known.overview) < len(topic.files):
             added = topic.files[len(base) :]
-            snapshot.store.prefetch(added)
+            snapshot.store.reader.prefetch(added)
             records = [snapshot.records_of(topic, file) for file in added]
             with known.growing:
                 if known.overview is base:  # else another thread was faster
@@ -412,7 +412,7 @@ class Filters:
 
 def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None) -> tuple[Decoded, int]:
     """Return columns of a record, and how many bytes of its content were read for them."""
-    read = snapshot.store.columns(record, names, stopped)
+    read = snapshot.store.reader.columns(record, names, stopped)
     content, nbytes_read = read.buffer, read.nbytes
     if record.rows > 1:  # all of their content was read: so all of their columns are kept
         batches = codec.decode(content, record.entries, record.where)

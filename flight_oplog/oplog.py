@@ -474,10 +474,10 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
     whole = True
     for file in topic.files:
         try:
-            records = [record for record in snapshot.store.rows(file, afresh=True) if record.first_offset >= topic.start]
+            records = [record for record in snapshot.store.reader.rows(file, afresh=True) if record.first_offset >= topic.start]
             with_filters = [record for record in records if any("filter" in limits for limits in record.bounds.values())]
-            filters = dict(zip(with_filters, snapshot.store.filters(with_filters), strict=True))
-            for record, content in zip(records, snapshot.store.contents(records), strict=True):
+            filters = dict(zip(with_filters, snapshot.store.reader.filters(with_filters), strict=True))
+            for record, content in zip(records, snapshot.store.reader.contents(records), strict=True):
                 runs.append(record)
                 if record.schema_id not in topic.schemas:
                     yield Problem("error", record.where, f"schema_id {record.schema_id} is not registered")

@@ -65,7 +65,7 @@ def _find_run(key: tuple[str, str, int, int], snapshot: Snapshot) -> tuple[int, 
     found: tuple[int, int, str | None] | None = None
     left = RECORDS_SEARCHED_MAX
     for file in reversed(snapshot.topics[topic].files if topic in snapshot.topics else ()):
-        for record in reversed(snapshot.store.records(file)):
+        for record in reversed(snapshot.store.reader.records(file)):
             end = record.first_offset + record.entries
             for owner in reversed(record.appends):
                 start = end - owner["entries"]

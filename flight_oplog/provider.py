@@ -249,7 +249,7 @@ class EntriesTable(_Table):
             overview = cache.overview(self._snapshot, topic)
             return overview, None if len(places) == len(topic.files) else overview.places_of(places)
         files = [topic.files[place] for place in places]
-        self._snapshot.store.prefetch(files)
+        self._snapshot.store.reader.prefetch(files)
         found = [self._snapshot.records_of(topic, file) for file in files]
         if offsets is not None:
             first, last = offsets
@@ -264,7 +264,7 @@ class EntriesTable(_Table):
         """
         if column.type != pa.string() or not self._topic.files:
             return False
-        limits = self._snapshot.store.records(self._topic.files[-1])[-1].bounds.get(column.name, {})
+        limits = self._snapshot.store.reader.records(self._topic.files[-1])[-1].bounds.get(column.name, {})
         return "min" in limits and max(len(limits["min"].encode()), len(limits["max"].encode())) <= VIEW_BYTES
 
     def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
@@ -302,7 +302,7 @@ class EntriesTable(_Table):
         for record, best in coming:
             if self.context.stopped.is_set():
                 return
-            self._snapshot.store.trim()
+            self._snapshot.store.reader.trim()
             self._held.setdefault(record.key, None)
             rows = self._within(record, None if filter is None else self._matching(record, filter))
             if top is not None and (rows is None or len(rows)):
@@ -316,7 +316,7 @@ class EntriesTable(_Table):
 
         A record whose columns are there does not wait: a LIMIT may be content with it. If there is one, no more wait than it took before.
         """
-        waiting, most = deque[tuple[RecordMeta, np.ndarray | None, Future[Decoded] | None]](), self._snapshot.store.reads_ahead
+        waiting, most = deque[tuple[RecordMeta, np.ndarray | None, Future[Decoded] | None]](), self._snapshot.store.reader.reads_ahead
         room = most if self.context.reads_all else 0
         failure: Exception | None = None
         try:
@@ -357,7 +357,7 @@ class EntriesTable(_Table):
         Where a LIMIT may be content with the first, not before the second is asked for, and then twice as many each time.
         """
         coming, waiting = iter(records), deque[tuple[RecordMeta, Future[Decoded] | None]]()
-        most = self._snapshot.store.reads_ahead + 1
+        most = self._snapshot.store.reader.reads_ahead + 1
         depth = most if self.context.reads_all else 1
         if not self.context.reads_all or len(records) == 1:
             yield from ((record, None) for record in itertools.islice(coming, 1))
@@ -384,7 +384,7 @@ class EntriesTable(_Table):
         of_entries = self._of_entries(record, [*names, *(of[0] for of in numbered if not cache.has_numbers(record, *of))])
         if not of_entries or (held is not None and held.has(of_entries)) or cache.holds(record, of_entries):
             return None
-        if self._snapshot.store.reads_at_once(record):
+        if self._snapshot.store.reader.reads_at_once(record):
             return None
         return cache.readers.submit(cache.columns, self._snapshot, record, of_entries, self.counts, held, self.context.stopped)
 
@@ -537,21 +537,21 @@ class RecordsTable(_Table):
 
     def _together(self, file: DataFile, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         names = {"first_offset", *schema.names} - {"topic"}
-        for found in self._snapshot.store.columns_of_rows(file, sorted(names)):
+        for found in self._snapshot.store.reader.columns_of_rows(file, sorted(names)):
             ours = found if file.first_offset >= self._topic.start else found.filter(pc.field("first_offset") >= self._topic.start)
             for batch in ours.to_batches():
                 topics = pa.repeat(pa.scalar(self._topic.name), batch.num_rows)
                 yield codec.with_rows([topics if f.name == "topic" else batch.column(f.name) for f in schema], schema, batch.num_rows)
 
     def _one_by_one(self, files: Sequence[DataFile], schema: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
-        self._snapshot.store.prefetch(files)
+        self._snapshot.store.reader.prefetch(files)
         records = [record for file in files for record in self._snapshot.records_of(self._topic, file, each=True)]
         for start in range(0, len(records), _ROWS_PER_RECORDS_BATCH):
             some = records[start : start + _ROWS_PER_RECORDS_BATCH]
             if filter is not None and _MADE.isdisjoint(filter.keys):  # content is fetched of those that pass
                 looked_at = self._rows(some, pa.schema([self._schema.field(name) for name in filter.keys]), iter(()))
                 some = [some[place] for place in filter.passing([looked_at]).tolist()]
-            contents, step = self._snapshot.store.contents(some), 1 if "content" in schema.names else _ROWS_PER_RECORDS_BATCH
+            contents, step = self._snapshot.store.reader.contents(some), 1 if "content" in schema.names else _ROWS_PER_RECORDS_BATCH
             for first in range(0, len(some), step):
                 yield self._rows(some[first : first + step], schema, contents)
 
@@ -567,7 +567,7 @@ class RecordsTable(_Table):
         row = {"topic": self._topic.name} | outer_row(record, wanted)
         if "filters" in wanted:
             has_some = any("filter" in limits for limits in record.bounds.values())
-            row["filters"] = self._snapshot.store.filters([record])[0] if has_some else None
+            row["filters"] = self._snapshot.store.reader.filters([record])[0] if has_some else None
         if "content" in wanted:
             self.counts.records_read += 1
             content = next(contents)

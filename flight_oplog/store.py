@@ -32,14 +32,14 @@ from deltalake.exceptions import DeltaError, TableNotFoundError
 from flight_oplog import codec, deltalog
 from flight_oplog.datafile import StagedFile
 from flight_oplog.deltalog import Changes
-from flight_oplog.errors import Cancelled, CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
+from flight_oplog.errors import CorruptLog, NotALog, NotFound, OplogError, TryAgain, Unsupported
 from flight_oplog.files import reading_error, storage_error
 from flight_oplog.grants import ANYBODY, Principal
 from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
 from flight_oplog.maps import MAPPED_BYTES_MAX
-from flight_oplog.parts import PARTS_FROM_BYTES
-from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records, read_rows
+from flight_oplog.reader import Reader
+from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.schema import (
     FORMAT_VERSION,
     RECORD_SCHEMA,
@@ -47,7 +47,7 @@ from flight_oplog.schema import (
     SCHEMAS_TOPIC,
     schema_id,
 )
-from flight_oplog.storage import Found, Read, Storage, storage_at
+from flight_oplog.storage import Found, Storage, storage_at
 from flight_oplog.topics import Topic, first_offset
 
 log = logging.getLogger("flight_oplog.store")
@@ -69,12 +69,7 @@ RELOAD_SECONDS = 3600
 OPENS_MAX = 20
 # Entries followed one by one, before the table is read afresh instead.
 FOLLOWED_MAX = 200
-# Content that was committed here just now, small records only: the next query need not read it.
-FRESH_BYTES = 32 << 20
 REFRESH_SECONDS = 0.5
-# The records of more files than a few are read by so many threads: Arrow does more than half of it without Python's lock.
-READERS = 3
-FEW_FILES = 8
 # The Delta protocol of the tables made here, for readers and for writers.
 PROTOCOL = (1, 2)
 FORMAT_KEY = "oplog.formatVersion"
@@ -158,8 +153,8 @@ class Snapshot:
         Another program may have put dropped ones beside them: then all are looked at one by one.
         """
         if file.first_offset >= topic.start:
-            return self.store.rows(file) if each else self.store.records(file)
-        return [record for record in self.store.rows(file) if record.first_offset >= topic.start]
+            return self.store.reader.rows(file) if each else self.store.reader.records(file)
+        return [record for record in self.store.reader.rows(file) if record.first_offset >= topic.start]
 
 
 class Store:
@@ -167,14 +162,12 @@ class Store:
 
     def __init__(self, storage: Storage, table: DeltaTable, refresh_seconds: float = REFRESH_SECONDS) -> None:
         self.number = next(_NUMBERS)
+        self.reader = Reader(storage)
         self._storage = storage
         self._refresh_seconds = 0.0 if storage.is_local else refresh_seconds
         self._moving = threading.RLock()  # held by who moves to a newer snapshot, for as long as that takes
         self._lock = threading.Lock()  # of what can be read at any time
         self._news = threading.Condition()
-        self._metas: dict[str, tuple[RecordMeta, ...]] = {}
-        self._fresh: OrderedDict[str, pa.Buffer] = OrderedDict()  # by the records' keys
-        self._fresh_bytes = 0
         self._registry: dict[str, list[dict[str, Any]]] = {}
         self._recent: OrderedDict[int, Snapshot] = OrderedDict()
         self._past: OrderedDict[int, tuple[Snapshot, int]] = OrderedDict()
@@ -412,9 +405,7 @@ class Store:
         snapshot = self._after(base, base.table_version + 1, changes)
         with self._lock:
             self._numbers.update(changes.numbers)
-        self._storage.let_go(changes.removed)
-        for path in changes.removed:
-            self._metas.pop(path, None)
+        self.reader.let_go(changes.removed)
         self._remember(snapshot)
 
     def _load(self, table: DeltaTable) -> Snapshot:
@@ -465,99 +456,15 @@ class Store:
         """Return the entries of one `_schemas` file; decoded once, since files never change."""
         if file.path not in self._registry:
             rows = []
-            for record in self.records(file):
-                for batch in codec.decode(self.content(record), record.entries, record.where):
+            for record in self.reader.records(file):
+                for batch in codec.decode(self.reader.content(record), record.entries, record.where):
                     rows.extend(batch.to_pylist())
             self._registry[file.path] = rows
         return self._registry[file.path]
 
-    # Reading
-
-    def records(self, file: DataFile) -> tuple[RecordMeta, ...]:
-        """Return the records of a data file without their content, from memory or read now; small neighbours are one."""
-        found = self._metas.get(file.path)
-        if found is None:
-            found = self._metas[file.path] = read_records(self._storage, file)
-        return found
-
-    def prefetch(self, files: Sequence[DataFile]) -> None:
-        """Read the records of files that are not in memory, as many at once as the storage takes."""
-        missing = [file for file in files if file.path not in self._metas]
-        if len(missing) > 1:
-            found = self._storage.each(lambda file: read_records(self._storage, file), missing, READERS if len(missing) > FEW_FILES else 1)
-            for file, records in zip(missing, found, strict=True):
-                self._metas[file.path] = records
-
-    def rows(self, file: DataFile, afresh: bool = False) -> tuple[RecordMeta, ...]:
-        """Return the rows of a data file without their content, each as it is; from memory, if they are, unless `afresh`."""
-        known = self._metas.get(file.path, ())
-        is_known = known and not afresh and all(record.rows == 1 for record in known)
-        return known if is_known else read_records(self._storage, file, each=True)
-
-    def columns_of_rows(self, file: DataFile, names: Sequence[str]) -> Iterator[pa.Table]:
-        """Yield some columns of a data file's rows, as they are on the disk. Raises CorruptLog where they are damaged."""
-        return read_rows(self._storage, file, names)
-
-    def content(self, record: RecordMeta) -> pa.Buffer:
-        """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
-        found = self._fresh.get(record.key)
-        return read_content(self._storage, record) if found is None else found
-
-    def contents(self, records: Sequence[RecordMeta]) -> Iterator[pa.Buffer]:
-        """Yield the content of records as it is on disk, checked. Raises CorruptLog as `content`."""
-        return read_contents(self._storage, records)
-
-    def _keep_fresh(self, file: StagedFile, metas: Sequence[RecordMeta]) -> None:
-        for row, content in file.fresh.items():
-            self._fresh[metas[row].key] = content
-            self._fresh_bytes += content.size
-        while self._fresh_bytes > FRESH_BYTES:
-            self._fresh_bytes -= self._fresh.popitem(last=False)[1].size
-
     @property
     def is_local(self) -> bool:
         return self._storage.is_local
-
-    @property
-    def reads_ahead(self) -> int:
-        """How many records are best read while another is looked at."""
-        return self._storage.reads_ahead
-
-    def trim(self) -> None:
-        """Keep no more of the log's files in memory than was said; a reader says so now and then."""
-        self._storage.trim()
-
-    def reads_at_once(self, record: RecordMeta) -> bool:
-        """Whether reading a record takes less than asking another thread for it."""
-        return self.is_local and record.span is not None and record.span[1] - record.span[0] < PARTS_FROM_BYTES
-
-    def columns(self, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None = None) -> Read:
-        """Return content of which some columns can be decoded, checked; no bytes are read for what was committed just now.
-
-        Raises Cancelled when it was `stopped` while the content of many records was read.
-        """
-        if record.members:
-
-            def one(member: RecordMeta) -> Read:
-                if stopped is not None and stopped.is_set():
-                    raise Cancelled("the read was stopped")
-                return self.columns(member, names)
-
-            found = list(self._storage.each(one, record.members))
-            content = codec.as_one([each.buffer for each in found], record.entries_of_each, record.where)
-            return Read(content, sum(each.nbytes for each in found))
-        fresh = self._fresh.get(record.key)
-        return read_columns(self._storage, record, names) if fresh is None else Read(fresh, 0)
-
-    def filters(self, records: Sequence[RecordMeta]) -> list[bytes]:
-        """Return the filters of records that have some."""
-        of_files: dict[str, list[RecordMeta]] = {}
-        for record in records:
-            of_files.setdefault(record.file.path, []).append(record)
-        by_key: dict[str, bytes] = {}
-        for found in self._storage.each(lambda some: read_filters(self._storage, some[0].file, some), of_files.values()):
-            by_key |= found
-        return [by_key[record.key] for record in records]
 
     # Writing
 
@@ -595,10 +502,7 @@ class Store:
             self._looked = time.time()
             try:
                 for file in staged:
-                    metas = file.metas()
-                    if metas is not None:
-                        self._metas[file.done.path] = metas
-                        self._keep_fresh(file, metas)
+                    self.reader.take(file)
                 self._follow(base, Changes([file.done for file in staged], numbers=numbers))
                 if table_version % CHECKPOINT_INTERVAL == 0 and (self._checkpointing is None or not self._checkpointing.is_alive()):
                     self._checkpointing = None

@@ -193,7 +193,7 @@ def test_columns_that_are_summed_up_again_are_kept_in_large_pieces(folder: Any, 
         log.append("t", pa.record_batch({"a": [1]}))  # columns less: it is read as it is
         plain = SessionContext()
         plain.register_record_batches("t", [[many.select(["a", "s"]), pa.record_batch({"a": [1], "s": pa.nulls(1, pa.string())})]])
-        [content] = log._store.contents([next(iter(log.snapshot().records("t")))])
+        [content] = log._store.reader.contents([next(iter(log.snapshot().records("t")))])
         for size, kept in ((1 << 27, True), (content.size + 1000, False), (0, False)):
             engine = Engine(Config(cache_bytes_max=size, state_bytes_max=0))
             for time in range(3):

@@ -21,8 +21,8 @@ from flight_oplog import Config, OpLog
 from flight_oplog.errors import NotFound, RequestError
 from flight_oplog.flightsql import wire
 from flight_oplog.follow import Follower, TopicRead, _check_there
+from flight_oplog.reader import Reader
 from flight_oplog.sql.engine import Engine
-from flight_oplog.store import Store
 from flight_oplog.topics import Topic
 
 
@@ -278,8 +278,8 @@ def test_a_run_at_the_end_looks_at_the_last_files_only(folder: Path, monkeypatch
         for mark in range(30):
             log.append("t", batch(mark))
         looked: list[int] = []
-        real = Store.records
-        monkeypatch.setattr(Store, "records", lambda store, file, *more: looked.append(file.first_offset) or real(store, file, *more))
+        real = Reader.records
+        monkeypatch.setattr(Reader, "records", lambda store, file, *more: looked.append(file.first_offset) or real(store, file, *more))
         follower = Follower(log, engine, Config())
         for where in ({}, {"where": "mark >= 0"}):
             request = TopicRead.parse(json.dumps({"topic": "t", "from": 28, **where}).encode())

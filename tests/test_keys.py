@@ -243,7 +243,7 @@ def test_a_damaged_filter_is_an_error_and_never_a_missing_entry(tmp_path: Path) 
     with OpLog.open(str(tmp_path / "log")) as log:
         execute(log, "CREATE TABLE t (k VARCHAR) WITH (keys = 'k')")
         log.append("t", pa.table({"k": ["hello"]}))
-        bits = log._store.filters(list(log.snapshot().records("t")))[0]
+        bits = log._store.reader.filters(list(log.snapshot().records("t")))[0]
         [path] = [path for path in (tmp_path / "log" / "topic=t").glob("*.parquet") if bits in path.read_bytes()]
         flip(path, path.read_bytes().index(bits) + next(place for place, byte in enumerate(bits) if byte))
         with pytest.raises(CorruptLog, match=r"topic 't': file .* is not readable Parquet; restore it"):

@@ -31,6 +31,7 @@ ORDER = [
     "rows",
     "records",
     "datafile",
+    "reader",
     "deltalog",
     "topics",
     "store",

@@ -133,7 +133,7 @@ def test_columns_are_views_of_the_file(tmp_path: Path) -> None:
     with OpLog.open(str(tmp_path / "log"), Config(compression="none")) as log:
         log.append("wide", wide(0))
         before = pa.total_allocated_bytes()
-        found = log._store.columns(next(iter(log.snapshot().records("wide"))), ["n"])
+        found = log._store.reader.columns(next(iter(log.snapshot().records("wide"))), ["n"])
         assert found.nbytes < found.buffer.size
         assert pa.total_allocated_bytes() - before < found.nbytes, "nothing was copied"
 

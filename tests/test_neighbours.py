@@ -112,7 +112,7 @@ def test_offsets_tell_which_files_are_looked_at(folder: Path) -> None:
             running = Engine(Config()).run(sql, log.snapshot())
             found = [tuple(row.values()) for batch in running.batches for row in batch.to_pylist()]
             [counts] = running.counts.values()
-            looked_at = [path for path in log._store._metas if path.startswith("topic=t")]
+            looked_at = [path for path in log._store.reader._known if path.startswith("topic=t")]
             assert (found, len(looked_at)) == (expected, files), sql
             assert (counts.files, counts.files - counts.files_pruned) == (40, files), sql
 
@@ -178,15 +178,15 @@ def test_reading_many_records_ends_when_it_is_stopped(folder: Path, small: None,
     with OpLog.open(str(folder)) as log:
         store, stopped, read = log._store, threading.Event(), []
         [one, *_] = together(list(log.snapshot().records("t")), 0)
-        whole = store.columns(one, ["n"])
+        whole = store.reader.columns(one, ["n"])
         monkeypatch.setattr(
-            "flight_oplog.store.read_columns", lambda *given: (read.append(1), len(read) == 3 and stopped.set(), read_columns(*given))[2]
+            "flight_oplog.reader.read_columns", lambda *given: (read.append(1), len(read) == 3 and stopped.set(), read_columns(*given))[2]
         )
         with pytest.raises(Cancelled):
-            store.columns(one, ["n"], stopped)
+            store.reader.columns(one, ["n"], stopped)
         assert len(read) == 3
         stopped.clear()
-        assert store.columns(one, ["n"], stopped).buffer.equals(whole.buffer)
+        assert store.reader.columns(one, ["n"], stopped).buffer.equals(whole.buffer)
 
 
 def test_bytes_that_were_read_are_told(folder: Path, small: None, monkeypatch: pytest.MonkeyPatch) -> None:

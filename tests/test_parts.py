@@ -179,7 +179,7 @@ def altered(log: OpLog, change: Callable[[dict[str, Any]], Any], resealed: bool)
     object.__setattr__(record, "parts", json.dumps(row))
     if resealed:
         object.__setattr__(record, "digest", codec.digest(pa.py_buffer(json.dumps(row).encode())))
-    assert record in store.records(record.file)
+    assert record in store.reader.records(record.file)
     return log
 
 
@@ -310,7 +310,7 @@ def test_what_is_found_before_a_damaged_record_is_handed_out(wide_log: OpLog, fo
     damaged = wide_log.snapshot().topics["wide"].files[2]
     path = folder / damaged.path
     flip(path, path.stat().st_size // 2)
-    [record] = wide_log._store.records(damaged)
+    [record] = wide_log._store.reader.records(damaged)
     assert record.first_offset == 2 * ENTRIES
     with OpLog.open(str(folder)) as log:
         every = "SELECT n, half, payload FROM wide WHERE n % 2 = 0"

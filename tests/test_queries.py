@@ -36,7 +36,7 @@ def log(folder: Path) -> OpLog:
 
 
 def test_a_statement_tells_what_it_looked_at(log: OpLog, ask: Callable[[str], Rows]) -> None:
-    log._store._fresh.clear()  # as after a restart
+    log._store.reader._fresh.clear()  # as after a restart
     ask("SELECT b FROM t WHERE a BETWEEN 250 AND 349")
     [row] = ask("SELECT * FROM system.queries WHERE status = 'done'")
     assert row["sql"] == "SELECT b FROM t WHERE a BETWEEN 250 AND 349"

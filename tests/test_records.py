@@ -17,10 +17,10 @@ from flight_oplog import Config, OpLog, codec, provider, records, summary
 from flight_oplog.appends import Origin
 from flight_oplog.cache import ColumnCache
 from flight_oplog.errors import CorruptLog
+from flight_oplog.reader import FEW_FILES
 from flight_oplog.records import DataFile, RecordMeta, _Bounds, _Rows, read_records
 from flight_oplog.sql.engine import Engine
 from flight_oplog.storage import Storage
-from flight_oplog.store import FEW_FILES
 
 SMALL = Config(record_entries_max=10, compression="none")
 
@@ -88,7 +88,7 @@ def test_the_rows_of_a_file_of_many_are_not_looked_at_one_by_one(
 ) -> None:
     read = []
     real = records.read_rows
-    monkeypatch.setattr("flight_oplog.store.read_rows", lambda *given: read.append(given[2]) or real(*given))
+    monkeypatch.setattr("flight_oplog.reader.read_rows", lambda *given: read.append(given[2]) or real(*given))
     with OpLog.open(str(folder), SMALL) as log:
         log.append("t", numbered(0, 10 * records_of_it))
         assert rows(engine, log.snapshot(), "SELECT sum(entries) AS e FROM records.t") == [{"e": 10 * records_of_it}]

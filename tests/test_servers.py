@@ -172,7 +172,7 @@ def test_orphans_on_an_object_store_are_known_and_removable(bucket: str) -> None
         log.append("t", batch(1))
         staged = log._store.stage("t")
         record = next(log.snapshot().records("t"))
-        copied = record.digest, record.parts, None, log._store.content(record)
+        copied = record.digest, record.parts, None, log._store.reader.content(record)
         staged.add(Record(1, record.schema_id, record.appends, {}, None, None, *copied))
         orphan = staged.finish(0).path
         staged.close()

@@ -16,7 +16,7 @@ import xxhash
 from conftest import SEED, flip, rows
 from deltalake import DeltaTable, write_deltalake
 
-from flight_oplog import Config, OpLog, store
+from flight_oplog import Config, OpLog, reader, store
 from flight_oplog.errors import CorruptLog, NotALog, NotFound, TryAgain
 from flight_oplog.schema import RECORD_SCHEMA
 from flight_oplog.sql.engine import Engine
@@ -103,7 +103,7 @@ def test_a_long_append_written_meanwhile_gets_its_offsets_at_commit(folder: Path
         log.append("events", SEED)
         log.append("events", SEED)
         assert long.commit().first_offset == 4
-        records = [row for file in log.snapshot().topics["events"].files for row in log._store.rows(file)]
+        records = [row for file in log.snapshot().topics["events"].files for row in log._store.reader.rows(file)]
         assert [(record.first_offset, record.entries) for record in records] == [(0, 2), (2, 2), *((4 + 10 * i, 10) for i in range(5))]
         assert DeltaTable(str(folder)).transaction_version("topic/events") == 54
 
@@ -352,11 +352,11 @@ def test_what_was_committed_just_now_is_not_read_again(log: OpLog, folder: Path,
 def test_fresh_content_is_kept_within_its_limit(log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
     log.append("events", SEED)
     [record] = log.snapshot().records("events")
-    size = log._store.content(record).size
-    monkeypatch.setattr(store, "FRESH_BYTES", log._store._fresh_bytes + size)
+    size = log._store.reader.content(record).size
+    monkeypatch.setattr(reader, "FRESH_BYTES", log._store.reader._fresh_bytes + size)
     log.append("events", SEED)
-    assert record.key in log._store._fresh
+    assert record.key in log._store.reader._fresh
     log.append("events", SEED)
     log.append("events", SEED)
-    assert record.key not in log._store._fresh
-    assert log._store._fresh_bytes == sum(content.size for content in log._store._fresh.values()) <= store.FRESH_BYTES
+    assert record.key not in log._store.reader._fresh
+    assert log._store.reader._fresh_bytes == sum(content.size for content in log._store.reader._fresh.values()) <= reader.FRESH_BYTES
