@@ -84,7 +84,7 @@ class Repeated:
         self._config = config
         self._states = States(config.state_bytes_max)
         self._slow: OrderedDict[Any, bool] = OrderedDict()  # texts without an aggregate that took long
-        self._slow_kinds: OrderedDict[str, bool] = OrderedDict()  # texts that group, without their values: whether numbers may help
+        self._slow_kinds: OrderedDict[str, bool] = OrderedDict()  # slow texts that group, without their values: whether numbers may help
 
     def key(self, asked: Asked) -> Key | None:
         """Return what everything that is kept of a query is kept under, None for one of which nothing is."""
@@ -108,10 +108,10 @@ class Repeated:
             if key.shape is not None:
                 self._states.note(key.shape)
 
-    def _may_help(self, key: Key, does: bool) -> None:
-        """Remember whether numbers of texts helped a statement of a slow kind."""
-        if key.kind in self._slow_kinds:
-            self._slow_kinds[key.kind] = does
+    def _do_not_help(self, key: Key) -> None:
+        """Remember that statements of a kind are not made by numbers of texts."""
+        if key.kind:
+            remember(self._slow_kinds, key.kind, False, SLOW_KEPT)
 
     def answer(self, key: Key, asked: Asked) -> tuple[pa.Schema, Sequence[pa.RecordBatch]] | None:
         """Return what a query's answer is known to be; None where it has to be made."""
@@ -129,29 +129,21 @@ class Repeated:
         if (answer := self.answer(key, asked)) is not None:
             return Running(answer[0], iter(answer[1]))
         known = self._states.asked(key.text)
-        is_slow_kind = self._slow_kinds.get(key.kind, False)
-        is_slow = known.was_slow or is_slow_kind
+        is_slow = known.was_slow or self._slow_kinds.get(key.kind, False)
         if not key.sums_up or known.is_unfit or not (is_slow or _tells_of_all(asked.sql) or _reads_all_of_much(asked)):
             return None
-        began = time.monotonic()
         session, frame, context = self._planner.plan(asked)
         try:
             apart = _taken_apart(session, frame) if context.looks_into else None
             topic = None if apart is None else asked.snapshot.topics.get(apart.topic)
             if apart is None or topic is None:
                 self._states.dismiss(key.text)
-                self._may_help(key, False)
+                self._do_not_help(key)
                 return None
             key.shape = key.text if apart.shape is None else (*apart.shape, asked.db_schema, *registry(asked.snapshot))
-            of_shape = self._states.asked(key.shape)
             rows = _whole(apart, asked.snapshot, topic, context)
-            if rows is None and (known.was_slow or of_shape.was_slow) and not of_shape.is_unfit and self._config.state_bytes_max:
-                rows = self._brought_up(key.shape, apart, of_shape.state, topic, asked, context)
-            elif rows is None:
-                rows = self._by_numbers(apart, topic, asked, context, may_make=is_slow_kind)
-                self._may_help(key, rows is not None)
-                if rows is not None:
-                    self.note(key, time.monotonic() - began)
+            if rows is None:
+                rows = self._state_of(key, apart, topic, asked, context)
             if rows is None:
                 if self._states.asked(key.shape).is_unfit:
                     self._states.dismiss(key.text)
@@ -168,10 +160,29 @@ class Repeated:
         except Exception as error:
             log.info("a statement's aggregate is not kept: %s", error)
             self._states.dismiss(key.text)
+            self._do_not_help(key)
             return None
         schema = schema_of(frame, context)
         batches = paced(self._planner.pulled(stream, context, schema, asked), self._config.message_bytes_max)
         return Running(schema, self.kept(key, topic, schema, batches), context.counts)
+
+    def _state_of(self, key: Key, apart: Aggregation, topic: Topic, asked: Asked, context: ScanContext) -> pa.Table | None:
+        """Return a statement's state: the one of its shape, brought up, or one made by numbers. None where there is to be none."""
+        of_shape = self._states.asked(key.shape)
+        if (self._states.asked(key.text).was_slow or of_shape.was_slow) and not of_shape.is_unfit and self._config.state_bytes_max:
+            return self._brought_up(key.shape, apart, of_shape.state, topic, asked, context)
+        is_slow_kind, began = self._slow_kinds.get(key.kind), time.monotonic()
+        if is_slow_kind is False:
+            return None
+        rows = self._by_numbers(apart, topic, asked, context, may_make=is_slow_kind is not None)
+        if rows is None:
+            if is_slow_kind:
+                self._do_not_help(key)
+        elif (seconds := time.monotonic() - began) > NUMBERED_SECONDS / 2:
+            self.note(key, seconds)
+        else:  # it was slow for another reason, or with other values: without numbers it is planned once, not twice
+            self._slow_kinds.pop(key.kind, None)
+        return rows
 
     def lasting(self, key: Key | None, asked: Asked, frame: Any) -> Topic | None:
         """Return the topic of a query that is run as it is, and whose answer is worth keeping until that grows: it came before."""
@@ -206,7 +217,7 @@ class Repeated:
         rows = self._by_numbers(apart, topic, asked, context, may_make=True) if state is None else None
         if rows is None:
             since = asked if state is None else replace(asked, offsets=(state.last, last))
-            frame, stream, scanned = self._planner.start(since, _state_of)
+            frame, stream, scanned = self._planner.start(since, _state_frame)
             context.counts.update(scanned.counts)
             rows = self._gathered(frame, stream, scanned, asked)
         if rows is not None and state is not None:
@@ -331,7 +342,7 @@ def _taken_apart(session: SessionContext, frame: Any) -> Aggregation | None:
     )
 
 
-def _state_of(session: SessionContext, frame: Any) -> Any:
+def _state_frame(session: SessionContext, frame: Any) -> Any:
     apart = _taken_apart(session, frame)
     assert apart is not None
     return apart.state(session)
