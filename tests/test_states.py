@@ -197,6 +197,19 @@ def test_other_words_of_the_same_shape_are_answered_from_its_state(log: OpLog, f
             assert read == (1 if place == 0 or (place, number) == (1, 0) else 0), (place, number)
 
 
+def test_different_values_within_a_group_have_a_state(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DataFusion makes two aggregates of it, and makes names up for what is between them."""
+    brought = []
+    brought_up = repeated.Repeated._brought_up
+    monkeypatch.setattr(repeated.Repeated, "_brought_up", lambda *given: brought.append(brought_up(*given)) or brought[-1])
+    sql = "SELECT s, count(DISTINCT a) AS d, max(a) AS m FROM t GROUP BY s ORDER BY s"
+    for number in range(4):
+        log.append("t", data(a=[number // 2, 10], s=["x", "y"]))
+        assert ask(fresh, log.snapshot(), sql) == [("x", number // 2 + 1, number // 2), ("y", 1, 10)]
+    assert len(brought) >= 4
+    assert None not in brought
+
+
 def test_other_shapes_have_states_of_their_own(log: OpLog, fresh: Engine) -> None:
     nothing_kept = Engine(Config(state_bytes_max=0))
     for number in range(3):

@@ -14,6 +14,7 @@ from test_reads import bag, plain, reference
 from flight_oplog import Config, OpLog, vocabulary
 from flight_oplog.errors import TooLarge
 from flight_oplog.sql import repeated
+from flight_oplog.sql.aggregates import Aggregation
 from flight_oplog.sql.engine import Engine
 from flight_oplog.vocabulary import Vocabulary
 
@@ -115,6 +116,8 @@ def statement(chance: random.Random) -> str:
             f"SELECT count(DISTINCT s) AS different, {number} AS label FROM t {where}",
             f"SELECT count(*) AS c, max(n + {number}) AS most FROM t {where} GROUP BY {by} ORDER BY c, most",
             f"SELECT s AS renamed, count(u) AS c FROM t {where} GROUP BY s ORDER BY s DESC NULLS LAST LIMIT {number}",
+            f"SELECT s, count(DISTINCT u) + {number} AS different, max(n) AS most FROM t {where} GROUP BY s",
+            f"SELECT sum(DISTINCT n + {number}) AS total, count(*) AS c FROM t {where} GROUP BY {by}",
             f"SELECT upper(s) AS loud, count(*) + {number} AS c FROM t {where} GROUP BY s",
             f"SELECT count(*) AS groups FROM (SELECT s, u FROM t {where} GROUP BY s, u) AS inner_one",
         ]
@@ -219,12 +222,14 @@ def test_numbers_of_files_that_are_gone_are_let_go(log: OpLog, folder: Path, spi
     assert spied.gave == 5
 
 
-def test_what_cannot_be_put_together_is_not_tried_again(log: OpLog, spied: Spied) -> None:
-    """The names that DataFusion's optimizer makes up for this one are not found again."""
+def test_what_cannot_be_put_together_is_not_tried_again(log: OpLog, spied: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ValueError("DataFusion knows no such name")
+
+    monkeypatch.setattr(Aggregation, "rest", fail)
     engine = Engine(Config())
     log.append("t", pa.record_batch({"s": ["a", "b", "a"], "n": [1, 2, 2]}))
     for label in range(5):
-        sql = f"SELECT s, sum(DISTINCT n) + {label} AS total, max(n + {label}) AS most FROM t GROUP BY s ORDER BY s"
-        expected = [{"s": "a", "total": 3 + label, "most": 2 + label}, {"s": "b", "total": 2 + label, "most": 2 + label}]
-        assert rows(engine, log.snapshot(), sql) == expected
+        found = rows(engine, log.snapshot(), f"SELECT s, max(n + {label}) AS most FROM t GROUP BY s ORDER BY s")
+        assert found == [{"s": "a", "most": 2 + label}, {"s": "b", "most": 2 + label}]
     assert spied.tried <= 2

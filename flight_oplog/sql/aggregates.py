@@ -335,6 +335,14 @@ def _sorted(frame: Any, node: Any) -> Any:
     return frame if node.get_fetch_val() is None else frame.limit(node.get_fetch_val())
 
 
+def _aggregated(frame: Any, node: Any) -> Any:
+    groups, made = list(map(Expr, node.group_by_exprs())), list(map(Expr, node.aggregate_exprs()))
+    names = node.schema().field_names()[
+        len(groups) :
+    ]  # as the nodes above know them: now that all columns are of one table, they would have others
+    return frame.aggregate(groups, [each.alias(name) for each, name in zip(made, names, strict=True)])
+
+
 _BELOW = frozenset(("Projection", "Filter", "SubqueryAlias"))
 _BELOW_SHAPES: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "Projection": lambda node: ("Projection", _bytes(map(Expr, node.projections()))),
@@ -347,5 +355,5 @@ _AGAIN: dict[str, Callable[[Any, Any], Any]] = {
     "Filter": lambda frame, node: frame.filter(Expr(node.predicate())),
     "Sort": _sorted,
     "Limit": lambda frame, node: _limited(frame, *(None if each is None else Expr(each) for each in (node.fetch(), node.skip()))),
-    "Aggregate": lambda frame, node: frame.aggregate([*map(Expr, node.group_by_exprs())], [*map(Expr, node.aggregate_exprs())]),
+    "Aggregate": _aggregated,
 }
