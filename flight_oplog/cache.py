@@ -30,7 +30,7 @@ from flight_oplog.overview import Listed, Overview
 from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.store import Snapshot
 from flight_oplog.topics import Topic
-from flight_oplog.vocabulary import NUMBER_BYTES, Vocabulary
+from flight_oplog.vocabulary import Vocabulary
 
 FRAGMENTS_MAX = 100_000
 USES_KEPT = 1 << 16
@@ -122,7 +122,7 @@ class ColumnCache:
         with self._lock:
             for kept in (self._records, self._together):
                 for key in [key for key in kept if key[0].rpartition("#")[0] in gone]:
-                    self._forget(kept, key)
+                    self._bytes -= kept.pop(key).nbytes
 
     def metrics(self) -> dict[str, int]:
         """Return how often it was asked and how full it is, by the names that `system.metrics` explains."""
@@ -184,17 +184,29 @@ class ColumnCache:
         return [found[name] for name in columns.names] if len(found) == len(columns) else None
 
     def vocabulary(self, topic: Topic, column: str, may_make: bool) -> Vocabulary | None:
-        """Return the numbers of a column's texts; None where most are not in memory and this `may_make` none, where they are too many, or
-        there is no room for the numbers of them all."""
+        """Return the numbers of a column's texts; None where there are none yet and this `may_make` none."""
         key = (topic.name, column)
         with self._lock:
             found = self._vocabularies.get(key)
+            if found is None and not may_make:
+                return None
             if found is None:
-                found = Vocabulary()
-            remember(self._vocabularies, key, found, VOCABULARIES_KEPT)
-            missing = topic.entries - found.rows_kept
-            may_make = may_make or missing < topic.entries // 8
-            return found if may_make and not found.is_full and missing * NUMBER_BYTES <= self._bytes_max - self._bytes else None
+                found = self._vocabularies[key] = Vocabulary()
+            self._vocabularies.move_to_end(key)
+            if len(self._vocabularies) > VOCABULARIES_KEPT:
+                self._let_go_of(next(iter(self._vocabularies)))
+            return found
+
+    def _let_go_of(self, column: tuple[str, str]) -> None:
+        """Let go of a column's vocabulary, and of all numbers of it."""
+        vocabulary = self._vocabularies.pop(column)
+        self._bytes -= vocabulary.bytes_counted
+        for key in [key for key, item in self._together.items() if item.of is vocabulary]:
+            self._bytes -= self._together.pop(key).nbytes
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether so much more can be kept, and nothing goes for it."""
+        return nbytes <= self._bytes_max - self._bytes
 
     def has_numbers(self, record: RecordMeta, column: str, vocabulary: Vocabulary) -> bool:
         """Whether the numbers of a record's texts are in memory."""
@@ -213,17 +225,13 @@ class ColumnCache:
             return known.pieces[0]
         made = Together([pa.concat_arrays([vocabulary.numbers(piece) for piece in texts()])], vocabulary)
         with self._lock:
-            if key not in self._together and self._bytes + made.nbytes <= self._bytes_max:
+            is_known = vocabulary in self._vocabularies.values()  # else nobody asks for them again
+            added = made.nbytes + vocabulary.nbytes - vocabulary.bytes_counted
+            if is_known and key not in self._together and self._bytes + added <= self._bytes_max:
                 self._together[key] = made
-                self._bytes += made.nbytes
-                vocabulary.rows_kept += record.entries
+                self._bytes += added
+                vocabulary.bytes_counted = vocabulary.nbytes
         return made.pieces[0]
-
-    def _forget(self, kept: OrderedDict[tuple[Any, ...], Any], key: tuple[Any, ...]) -> None:
-        item = kept.pop(key)
-        self._bytes -= item.nbytes
-        if isinstance(item, Together) and item.of is not None:
-            item.of.rows_kept -= sum(map(len, item.pieces))
 
     def _used(self, key: tuple[Any, ...], counts: ScanCounts | None) -> _Use:
         """Take note that something is asked for, whether it is kept or not; whoever asks again within a statement uses it once."""
@@ -335,7 +343,11 @@ class ColumnCache:
                 goes.append((kept, each))
                 missing -= item.nbytes
         for kept, each in goes:
-            self._forget(kept, each)
+            self._bytes -= kept.pop(each).nbytes
+        while missing > 0 and self._vocabularies:  # all else has gone; of these, the numbers too
+            column = next(iter(self._vocabularies))
+            missing -= self._vocabularies[column].bytes_counted
+            self._let_go_of(column)
         self._records[key] = decoded
         self._records.move_to_end(key)
         self._bytes += added

@@ -38,7 +38,7 @@ from flight_oplog.store import Snapshot
 from flight_oplog.threads import stay
 from flight_oplog.top import Top
 from flight_oplog.topics import Topic
-from flight_oplog.vocabulary import NUMBER, Vocabulary
+from flight_oplog.vocabulary import NUMBER, NUMBER_BYTES, Vocabulary
 
 _ROWS_PER_RECORDS_BATCH = 1024
 # The rows of a file of so many are read column by column, but for those columns that take looking into each.
@@ -50,10 +50,16 @@ VIEW_BYTES = 12
 # Records of fewer entries on average are not dealt out over the cores; nor are texts of files with fewer shown as views.
 SHARED_ENTRIES = 4096
 ALONE_ENTRIES = 1 << 18
+# Texts of fewer entries are not shown by numbers: planning once more would take as long as they save.
+NUMBERED_ENTRIES = 1 << 19
 # A run of a record's entries is cut out of its large pieces where it is at least this part of them.
 RUN_PART = 8
 # An overview of all of a topic's files is made where it looks into no more than so many for each that is wanted.
 READ_TOO = 2
+
+
+class NotWorthIt(Exception):
+    """What a statement tried to be faster by would make it slower; plan it as it is."""
 
 
 @dataclass
@@ -67,10 +73,12 @@ class ScanContext:
     top: Top | None = None  # the statement wants no more than these, of its only table
     sums_up: bool = False  # makes little of many entries: large batches suit it
     reads_all: bool = True  # that may be among what is wanted: no LIMIT ends it before
+    begins_with_several: bool = True  # there is no LIMIT at all, in what it is made of neither
     indexing_seconds: float = 0.0
     looks_into: bool = True  # its optimized plan may be asked for: it is small
     tables: int = 1  # that it reads
     numbered: dict[str, tuple[str, Vocabulary]] = field(default_factory=dict)  # columns that show the numbers of another's texts
+    makes_numbers: bool = False  # where they are not in memory
     entries: int = 0  # of the records that its scans have to look at
     stopped: threading.Event = field(default_factory=threading.Event)
     failures: list[Exception] = field(default_factory=list)
@@ -188,6 +196,8 @@ class EntriesTable(_Table):
         before = np.cumsum(of_each)
         entries = int(before[-1]) if len(records) else 0
         self.context.entries += entries
+        if self.context.numbered and not self._are_worth_numbers(records, entries):
+            raise NotWorthIt("the numbers of texts")
         # Small records are a Python thread's work, not a core's: two would wait for each other. Few entries are not worth another.
         are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records)
         return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, before, self.context.partitions if are_shared else 1)])
@@ -359,7 +369,7 @@ class EntriesTable(_Table):
         coming, waiting = iter(records), deque[tuple[RecordMeta, Future[Decoded] | None]]()
         most = self._snapshot.store.reader.reads_ahead + 1
         depth = most if self.context.reads_all else 1
-        if not self.context.reads_all or len(records) == 1:
+        if not self.context.begins_with_several or len(records) == 1:
             yield from ((record, None) for record in itertools.islice(coming, 1))
         try:
             while True:
@@ -478,6 +488,14 @@ class EntriesTable(_Table):
         if record.key in self._held:
             self._held[record.key] = decoded
         return Columns(self._plain, decoded.lengths, decoded.columns, own, decoded.ends)
+
+    def _are_worth_numbers(self, records: Sequence[RecordMeta], entries: int) -> bool:
+        """Whether texts are to be shown by their numbers: those of many entries, and most are in memory or all that are missing can be."""
+        if entries < NUMBERED_ENTRIES:
+            return False
+        cache, numbered = self.context.cache, self.context.numbered.values()
+        missing = sum(record.entries for record in records for of in numbered if not cache.has_numbers(record, *of))
+        return (self.context.makes_numbers or 8 * missing <= entries) and cache.has_room(missing * NUMBER_BYTES * 9 // 8)
 
     def _numbers(self, record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array]:
         """Return those of some columns that show the numbers of another's texts."""

@@ -5,6 +5,7 @@ Who calls, and how errors leave, is seen to in `calls.py` before and after each 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import itertools
@@ -139,7 +140,11 @@ class Server(fl.FlightServerBase):
             log.debug("listening on %s: %s", config.listen, error)
             raise RequestError(f"cannot listen on {config.listen}: the address is in use or is not one of this machine's") from None
         self.uri = f"{scheme}://{host}:{self.port}"
-        threading.Thread(target=self._engine.warm, args=(oplog.snapshot(),), name="warm", daemon=True).start()
+        threading.Thread(target=self._warm, name="warm", daemon=True).start()
+
+    def _warm(self) -> None:
+        with contextlib.suppress(OplogError):
+            self._engine.warm(self._oplog.snapshot())
 
     def reload(self) -> None:
         """Read grants and users again; when one of them cannot be used it stays as it was, and the log says so."""

@@ -21,12 +21,16 @@ class Vocabulary:
 
     def __init__(self) -> None:
         self.is_full = False
-        self.rows_kept = 0  # of how many rows the numbers are in memory; its owner counts them
+        self.bytes_counted = 0  # of its texts, by its owner
         self._texts = pa.array([], pa.string())
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._texts)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._texts.nbytes)
 
     def numbers(self, texts: pa.Array) -> pa.Array:
         """Return the numbers of texts, null for null. Raises TooLarge for too many different ones."""

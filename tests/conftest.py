@@ -71,6 +71,7 @@ def eager() -> Iterator[None]:
         patch.setattr(repeated, "LARGE_ENTRIES", 0)
         patch.setattr(provider, "SHARED_ENTRIES", 0)
         patch.setattr(provider, "ALONE_ENTRIES", 0)
+        patch.setattr(provider, "NUMBERED_ENTRIES", 0)
         yield
 
 

@@ -270,6 +270,18 @@ def test_a_question_that_reads_all_does_not_wait_for_the_first_record(wide_log: 
     assert (watched.most, watched.total) == (2, 2)
 
 
+def test_a_limit_wherever_it_stands_begins_with_one(wide_log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch, 0)
+    for sql in (
+        "SELECT max(n) AS n FROM (SELECT n FROM wide LIMIT 5) AS few",
+        "SELECT n FROM (SELECT n FROM wide LIMIT 5) AS few ORDER BY n DESC LIMIT 1",
+        "WITH few AS (SELECT n FROM wide FETCH FIRST 5 ROWS ONLY) SELECT max(n) AS n FROM few",
+    ):
+        watched.total = 0
+        assert rows(one_partition(), wide_log.snapshot(), sql) == [{"n": 4}]
+        assert watched.total == 1, sql
+
+
 def test_without_a_cache_each_record_is_read_once(wide_log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
     watched = Watched(monkeypatch, 0)
     found = counts(one_partition(0), wide_log, "SELECT n FROM wide WHERE n % 2 = 0 AND n >= 0")

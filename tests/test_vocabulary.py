@@ -11,11 +11,12 @@ from conftest import SEED, rows
 from deltalake import DeltaTable
 from test_reads import bag, plain, reference
 
-from flight_oplog import Config, OpLog, vocabulary
+from flight_oplog import Config, OpLog, cache, provider, vocabulary
 from flight_oplog.errors import TooLarge
 from flight_oplog.sql import repeated
 from flight_oplog.sql.aggregates import Aggregation
 from flight_oplog.sql.engine import Engine
+from flight_oplog.sql.planner import Planner
 from flight_oplog.vocabulary import Vocabulary
 
 TEXTS = ["", "a", "a\0", "abcdefgh", "abcdefghi", "äöü", "日本語", "it's", "x" * 40]
@@ -74,14 +75,19 @@ class Spied:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.tried = self.gave = 0
-        by_numbers = repeated.Repeated._by_numbers
+        by_numbers, start = repeated.Repeated._by_numbers, Planner.start_by_numbers
 
         def spied(*arguments: Any, **how: Any) -> pa.Table | None:
             found = by_numbers(*arguments, **how)
-            self.tried, self.gave = self.tried + 1, self.gave + (found is not None)
+            self.gave += found is not None
             return found
 
+        def started(*arguments: Any) -> Any:
+            self.tried += 1
+            return start(*arguments)
+
         monkeypatch.setattr(repeated.Repeated, "_by_numbers", spied)
+        monkeypatch.setattr(Planner, "start_by_numbers", started)
 
 
 @pytest.fixture
@@ -174,7 +180,7 @@ def test_numbers_take_two_bytes_an_entry_and_only_what_room_there_is(folder: Pat
     with OpLog.open(str(folder)) as log:
         for room, does in ((3 * entries, True), (entries, False)):
             engine, gave = Engine(Config(cache_bytes_max=room)), spied.gave
-            for label in range(3):
+            for label in range(4):
                 assert len(rows(engine, log.snapshot(), f"SELECT s, sum(n + {label}) AS total FROM t GROUP BY s")) == 7
                 assert engine._planner.cache.metrics()["cache_bytes"] <= room
             assert (spied.gave > gave) == does
@@ -189,22 +195,87 @@ def test_a_column_that_is_called_as_numbers_are_is_no_matter(log: OpLog, spied: 
         assert found == [{"s": "x", "c": 2 + label}, {"s": "y", "c": 1 + label}]
 
 
-def test_what_is_asked_once_makes_no_numbers(log: OpLog, spied: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_are_made_for_what_is_slow_in_memory(log: OpLog, spied: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(Config())
     log.append("t", pa.record_batch({"s": ["a", "b", "a"]}))
-    sql = "SELECT s, count(*) + {} AS c FROM t WHERE s <> '{}' GROUP BY s"
-    rows(engine, log.snapshot(), sql.format(1, "c"))
-    assert spied.gave == 0
-    rows(engine, log.snapshot(), sql.format(2, "d"))
-    assert spied.gave == 1, "the same but for its values was slow"
+
+    def ask(number: int, sql: str = "SELECT s, count(*) + {0} AS c FROM t WHERE s <> '{0}' GROUP BY s") -> int:
+        rows(engine, log.snapshot(), sql.format(number))
+        return spied.gave
+
+    assert [ask(0), ask(1)] == [0, 0], "once from the disk, and once from memory"
+    assert ask(2) == 1, "the same but for its values was slow"
     monkeypatch.setattr(repeated, "NUMBERED_SECONDS", 1e9)
-    rows(engine, log.snapshot(), sql.format(3, "e"))
-    assert spied.gave == 2
-    rows(engine, log.snapshot(), sql.format(4, "f"))
-    assert spied.gave == 2, "it was quick"
-    rows(engine, log.snapshot(), "SELECT s, max(s) FROM t WHERE s < 'b' GROUP BY s")
-    rows(engine, log.snapshot(), "SELECT s, max(s) FROM t WHERE s < 'c' GROUP BY s")
-    assert spied.gave == 2
+    assert [ask(3), ask(4)] == [2, 2], "it was quick"
+    assert [ask(number, "SELECT s, max(s) FROM t WHERE s < '{}' GROUP BY s") for number in range(4)] == [2] * 4
+
+
+def test_few_entries_make_no_numbers_and_more_of_them_do_later(log: OpLog, spied: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider, "NUMBERED_ENTRIES", 10)
+    engine, sql = Engine(Config()), "SELECT s, count(*) + {0} AS c FROM t WHERE n >= {0} GROUP BY s ORDER BY s"
+    for size, gives in ((3, False), (30, True)):
+        log.append("t", pa.record_batch({"s": ["a"] * size, "n": [size] * size}))
+        for number in range(4):
+            total = size if size == 3 else 33
+            assert rows(engine, log.snapshot(), sql.format(number)) == [{"s": "a", "c": total + number}]
+        assert (spied.gave > 0) == gives
+    gave = spied.gave
+    assert rows(engine, log.snapshot(), sql.format(40)) == []
+    assert spied.gave == gave, "no record has any"
+
+
+def test_a_limit_that_may_end_it_early_does_without(log: OpLog, spied: Spied) -> None:
+    engine = Engine(Config())
+    log.append("t", pa.record_batch({"s": ["a", "b", "a"], "n": [1, 2, 3]}))
+    for number in range(4):
+        assert len(rows(engine, log.snapshot(), f"SELECT DISTINCT s FROM t WHERE n > -{number} LIMIT 1")) == 1
+    assert spied.tried == 0
+
+
+@pytest.mark.parametrize("db_schema", ["records", "system"])
+def test_names_of_other_schemas_are_not_taken_for_topics(log: OpLog, spied: Spied, db_schema: str) -> None:
+    engine = Engine(Config())
+    for number in range(4):
+        for topic in ("t", "topics"):
+            log.append(topic, pa.record_batch({"topic": ["a", "b", "c"], "entries": [1, 2, 3]}))
+        table = "t" if db_schema == "records" else "topics"
+        for sql in (
+            f"SELECT topic, count(*) AS c, sum(entries) AS e FROM {table} WHERE topic = 't' GROUP BY topic",
+            f"SELECT count(*) AS c, max(entries) AS e FROM {table} WHERE topic = 't'",
+            f"SELECT count(*) AS c FROM {table}",
+        ):
+            fresh = Engine(Config(state_bytes_max=0))
+            expected = rows(fresh, log.snapshot(), sql.replace(f"FROM {table}", f"FROM {db_schema}.{table}"))
+            for _ in range(3):
+                running = engine.run(sql, log.snapshot(), db_schema=db_schema)
+                assert [row for batch in running.batches for row in batch.to_pylist()] == expected, (number, sql)
+    assert spied.tried == 0
+
+
+def test_without_states_what_is_made_by_numbers_is_not_thrown_away(log: OpLog, spied: Spied) -> None:
+    engine = Engine(Config(state_bytes_max=0))
+    log.append("t", pa.record_batch({"s": ["a", "b", "a"], "n": [1, 2, 3]}))
+    for number in range(6):
+        assert len(rows(engine, log.snapshot(), f"SELECT s, sum(n + {number}) AS total FROM t GROUP BY s")) == 2
+    assert spied.tried == spied.gave > 2
+
+
+def test_vocabularies_come_and_go_with_their_numbers(log: OpLog, spied: Spied, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "VOCABULARIES_KEPT", 3)
+    engine = Engine(Config())
+    columns = [f"c{n}" for n in range(5)]
+    log.append("t", pa.record_batch({name: ["a", name] for name in columns}))
+    kept = engine._planner.cache
+    for number in range(4):
+        for name in columns:
+            sql = f"SELECT {name}, count(*) + {number} AS c, max(length({name}) + {number}) AS m FROM t GROUP BY {name}"
+            assert len(rows(engine, log.snapshot(), sql)) == 2
+        held = {id(item.of) for item in kept._together.values() if item.of is not None}
+        assert held == {id(each) for each in kept._vocabularies.values() if each.bytes_counted}
+        assert len(kept._vocabularies) <= 3
+    assert spied.gave > 5
+    parts = [*kept._together.values(), *kept._records.values()]
+    assert kept._bytes == sum(each.nbytes for each in parts) + sum(each.bytes_counted for each in kept._vocabularies.values())
 
 
 def test_numbers_of_files_that_are_gone_are_let_go(log: OpLog, folder: Path, spied: Spied) -> None:
@@ -216,9 +287,8 @@ def test_numbers_of_files_that_are_gone_are_let_go(log: OpLog, folder: Path, spi
             DeltaTable(str(folder)).optimize.compact()
         found = rows(engine, log.snapshot(), f"SELECT s, sum(length(s) + {label}) AS c FROM t GROUP BY s ORDER BY s")
         assert found == [{"s": "a", "c": 6 * (1 + label)}, {"s": "b", "c": 3 * (1 + label)}]
-        known = engine._planner.cache.vocabulary(log.snapshot().topics["t"], "s", may_make=True)
-        assert known is not None
-        assert known.rows_kept == (0 if label == 0 else 9)
+        kept = [key for key, item in engine._planner.cache._together.items() if item.of is not None]
+        assert len(kept) == (0 if label < 1 else 3 if label < 3 else 1), "of the files that are"
     assert spied.gave == 5
 
 

@@ -197,8 +197,9 @@ class States:
 # Taking a plan apart
 
 
-def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema]) -> Aggregation | None:
-    """Take a plan apart at its lowest aggregate; None for one that cannot be. `schema_of` tells a plan's schema."""
+def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema], default_schema: str) -> Aggregation | None:
+    """Take a plan apart at its lowest aggregate; None for one that cannot be. `schema_of` tells a plan's schema; names without a
+    schema of SQL's are in the default one."""
     nodes, kinds = chain(optimized)
     if "Aggregate" not in kinds or VOLATILE.search(plan.display_indent()):
         return None
@@ -206,8 +207,9 @@ def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema]
     if not {*kinds[:depth]} <= _AGAIN.keys() or not {*kinds[depth + 1 : -1]} <= _BELOW:
         return None
     scan, aggregate = nodes[-1].to_variant(), nodes[depth].to_variant()
-    _, db_schema, topic = scan.fqn()
-    if db_schema not in (None, "public", "log") or scan.fetch() is not None:
+    _, written, topic = scan.fqn()
+    db_schema = written or default_schema
+    if db_schema not in ("public", "log") or scan.fetch() is not None:
         return None
     groups = tuple(map(Expr, aggregate.group_by_exprs()))
     if any(group.variant_name() == "GroupingSet" for group in groups):
@@ -222,7 +224,7 @@ def taken_apart(plan: Any, optimized: Any, schema_of: Callable[[Any], pa.Schema]
         return None
     taken = tuple(measure for measure in measures if measure is not None)
     return Aggregation(
-        db_schema=db_schema or "public",
+        db_schema=db_schema,
         topic=topic,
         relation=next(iter(relations), None),
         scan=nodes[depth + 1],

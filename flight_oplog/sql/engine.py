@@ -291,7 +291,7 @@ class Engine:
 
         def noted() -> Iterator[pa.RecordBatch]:
             first = next(batches, None)
-            self._repeated.note(key, time.monotonic() - began)
+            self._repeated.note(key, time.monotonic() - began, context.counts.values())
             if first is not None:
                 yield first
                 yield from batches

@@ -5,6 +5,7 @@ Each statement gets a session of its own: 0.2 ms, and nothing a client says can 
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
@@ -33,6 +34,8 @@ from flight_oplog.sql.stream import Pulled, Puller, Stopped, pulled, scanned, sc
 from flight_oplog.sql.views import Views
 from flight_oplog.store import Snapshot
 from flight_oplog.vocabulary import Vocabulary
+
+log = logging.getLogger("flight_oplog.sql")
 
 # Plans of statements that were prepared, until they are run.
 PLANS_KEPT = 32
@@ -125,18 +128,18 @@ class Planner:
         raise AssertionError("a statement whose filters stay in DataFusion cannot fail for them")
 
     def start_by_numbers(
-        self, asked: Asked, numbered: dict[str, tuple[str, Vocabulary]], shaped: Callable[[SessionContext], Any]
+        self, asked: Asked, numbered: dict[str, tuple[str, Vocabulary]], may_make: bool, shaped: Callable[[SessionContext], Any]
     ) -> tuple[Any, Any, ScanContext] | None:
-        """Start what `shaped` makes of a session whose topics show the numbers of texts too; None where its filters do not allow it."""
+        """Start what `shaped` makes of a session whose topics show the numbers of texts too. None where the scan finds them not worth
+        it, or planning fails for whatever reason: then the statement as it is will tell."""
         session, context = self.session(asked.sql, asked.snapshot, asked.db_schema)
-        context.numbered = numbered
+        context.numbered, context.makes_numbers = numbered, may_make
         try:
             frame = shaped(session)
             return frame, frame.execute_stream(), context
         except Exception as error:
-            if cannot_filter(error, context):
-                return None
-            raise translated(error, context) from error
+            log.debug("not by numbers: %s", error)
+            return None
 
     def whole(self, asked: Asked) -> tuple[pa.Schema, Iterator[pa.RecordBatch], ScanContext] | None:
         """Return what `SELECT * FROM topic` asks for, read without DataFusion, which only would hand each batch on; None for any other.
@@ -245,6 +248,7 @@ class Planner:
         rows = self._config.statement_bytes_max // (BATCHES_AT_ONCE * UNIT_BYTES * measured.growth)
         does_sum_up = sums_up(sql)
         context.sums_up = does_sum_up and rows >= TOGETHER_ROWS
+        context.begins_with_several = not any(map(_LIMITS.search, (sql, *(defined[name] for name in catalog.views))))
         context.reads_all = does_sum_up or not _LIMITS.search(sql) or _SORTS.search(sql) is not None
         if rows < BATCH_ROWS:  # what a function makes of a batch is in memory as a whole
             session.sql(f"SET datafusion.execution.batch_size = {max(rows, 1)}")

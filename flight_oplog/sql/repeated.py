@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import logging
 import math
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,6 +51,7 @@ REMEMBERED_CHARACTERS = 4096
 STATE_SECONDS = 0.01
 # An aggregate that took so long is worth numbers of the texts that it groups by.
 NUMBERED_SECONDS = 0.03
+NUMBERED_BYTES_MAX = 32 << 20  # of what is made of its groups
 _DECIDING = (SCHEMAS_TOPIC, VIEWS_TOPIC)
 _OF_ALL = re.compile(r"\b(?:count|min|max)\s*\(", re.IGNORECASE)
 _OF_SOME = re.compile(r"\b(?:WHERE|GROUP|JOIN|DISTINCT)\b", re.IGNORECASE)
@@ -58,9 +60,18 @@ SLOW_KEPT = 1000
 _TELLING = frozenset(("Aggregate", "Distinct", "Filter", "Limit", "Projection", "Sort", "SubqueryAlias", "TableScan"))
 # A text that was never asked is looked at more closely where it reads all of a topic of so many entries: its shape may be known.
 LARGE_ENTRIES = 1 << 19
+_LIMITED = re.compile(r"\b(?:LIMIT|FETCH)\b", re.IGNORECASE)
 _VALUES = re.compile(r"'[^']*'|\b\d[\w.]*")
 _PICKS = re.compile(r"\b(?:WHERE|JOIN)\b", re.IGNORECASE)
 _FROM = re.compile(r'\bFROM\s+([\w".]+)', re.IGNORECASE)
+
+
+class _Kind(enum.Enum):
+    """What is known of statements that are alike but for their values: whether numbers of texts may help them."""
+
+    SLOW_ONCE = enum.auto()  # with its entries not in memory, which says little
+    SLOW = enum.auto()
+    UNFIT = enum.auto()
 
 
 @dataclass(slots=True)
@@ -72,7 +83,7 @@ class Key:
 
     text: Any
     sums_up: bool
-    kind: str = ""  # the text without its values, of one that groups
+    kind: Any = None  # the text without its values, of one that groups
     shape: Any = None  # once it was looked at
 
 
@@ -84,7 +95,7 @@ class Repeated:
         self._config = config
         self._states = States(config.state_bytes_max)
         self._slow: OrderedDict[Any, bool] = OrderedDict()  # texts without an aggregate that took long
-        self._slow_kinds: OrderedDict[str, bool] = OrderedDict()  # slow texts that group, without their values: whether numbers may help
+        self._kinds: OrderedDict[Any, _Kind] = OrderedDict()  # texts that group, without their values
 
     def key(self, asked: Asked) -> Key | None:
         """Return what everything that is kept of a query is kept under, None for one of which nothing is."""
@@ -92,15 +103,23 @@ class Repeated:
             return None
         if TIME_TRAVEL.search(asked.sql):
             return None
-        kind = _VALUES.sub("?", asked.sql) if groups(asked.sql) else ""
+        kind = (_VALUES.sub("?", asked.sql), asked.db_schema, asked.snapshot.store.number) if groups(asked.sql) else None
         return Key((asked.sql, asked.db_schema, _packed(asked.values), *registry(asked.snapshot)), sums_up(asked.sql), kind)
 
-    def note(self, key: Key | None, seconds: float) -> None:
+    def note(self, key: Key | None, seconds: float, counts: Iterable[ScanCounts] = ()) -> None:
         """Remember that a query took so long until its first batch."""
-        if key is None or seconds <= STATE_SECONDS:
+        if key is None:
             return
-        if key.kind and seconds > NUMBERED_SECONDS:
-            remember(self._slow_kinds, key.kind, self._slow_kinds.get(key.kind, True), SLOW_KEPT)
+        known = self._kinds.get(key.kind)
+        if key.kind is not None and known is not _Kind.UNFIT:
+            # Of one that picks entries, a slow start says little: a quarter of what it asked for was not in memory.
+            is_cold = _PICKS.search(key.kind[0]) and sum(3 * each.cache_misses - each.cache_hits for each in counts) > 0
+            if seconds > NUMBERED_SECONDS:
+                remember(self._kinds, key.kind, _Kind.SLOW_ONCE if is_cold and known is None else _Kind.SLOW, SLOW_KEPT)
+            else:
+                self._kinds.pop(key.kind, None)
+        if seconds <= STATE_SECONDS:
+            return
         if not key.sums_up:
             remember(self._slow, key.text, True, SLOW_KEPT)
         else:
@@ -109,9 +128,9 @@ class Repeated:
                 self._states.note(key.shape)
 
     def _do_not_help(self, key: Key) -> None:
-        """Remember that statements of a kind are not made by numbers of texts."""
-        if key.kind:
-            remember(self._slow_kinds, key.kind, False, SLOW_KEPT)
+        """Remember that statements of a kind are not made by numbers of texts, now or later."""
+        if key.kind is not None:
+            remember(self._kinds, key.kind, _Kind.UNFIT, SLOW_KEPT)
 
     def answer(self, key: Key, asked: Asked) -> tuple[pa.Schema, Sequence[pa.RecordBatch]] | None:
         """Return what a query's answer is known to be; None where it has to be made."""
@@ -129,12 +148,12 @@ class Repeated:
         if (answer := self.answer(key, asked)) is not None:
             return Running(answer[0], iter(answer[1]))
         known = self._states.asked(key.text)
-        is_slow = known.was_slow or self._slow_kinds.get(key.kind, False)
+        is_slow = known.was_slow or self._kinds.get(key.kind) is _Kind.SLOW
         if not key.sums_up or known.is_unfit or not (is_slow or _tells_of_all(asked.sql) or _reads_all_of_much(asked)):
             return None
         session, frame, context = self._planner.plan(asked)
         try:
-            apart = _taken_apart(session, frame) if context.looks_into else None
+            apart = _taken_apart(session, frame, asked.db_schema) if context.looks_into else None
             topic = None if apart is None else asked.snapshot.topics.get(apart.topic)
             if apart is None or topic is None:
                 self._states.dismiss(key.text)
@@ -170,18 +189,11 @@ class Repeated:
         """Return a statement's state: the one of its shape, brought up, or one made by numbers. None where there is to be none."""
         of_shape = self._states.asked(key.shape)
         if (self._states.asked(key.text).was_slow or of_shape.was_slow) and not of_shape.is_unfit and self._config.state_bytes_max:
-            return self._brought_up(key.shape, apart, of_shape.state, topic, asked, context)
-        is_slow_kind, began = self._slow_kinds.get(key.kind), time.monotonic()
-        if is_slow_kind is False:
-            return None
-        rows = self._by_numbers(apart, topic, asked, context, may_make=is_slow_kind is not None)
-        if rows is None:
-            if is_slow_kind:
-                self._do_not_help(key)
-        elif (seconds := time.monotonic() - began) > NUMBERED_SECONDS / 2:
-            self.note(key, seconds)
-        else:  # it was slow for another reason, or with other values: without numbers it is planned once, not twice
-            self._slow_kinds.pop(key.kind, None)
+            return self._brought_up(key, apart, of_shape.state, topic, asked, context)
+        began = time.monotonic()
+        rows = self._by_numbers(key, apart, topic, asked, context)
+        if rows is not None:  # it takes half of what it would have taken with texts
+            self.note(key, 2 * (time.monotonic() - began))
         return rows
 
     def lasting(self, key: Key | None, asked: Asked, frame: Any) -> Topic | None:
@@ -206,7 +218,7 @@ class Repeated:
             self._states.keep_answer(key.text, Answer(topic.name, topic.first_offset, topic.next_offset, schema, own))
 
     def _brought_up(
-        self, key: Any, apart: Aggregation, state: State | None, topic: Topic, asked: Asked, context: ScanContext
+        self, key: Key, apart: Aggregation, state: State | None, topic: Topic, asked: Asked, context: ScanContext
     ) -> pa.Table | None:
         """Return a shape's state as of a snapshot: the entries since are aggregated. None when it grows too large."""
         first, last = topic.first_offset, topic.next_offset
@@ -214,58 +226,76 @@ class Repeated:
             state = None  # some have been removed; or the snapshot is an older one
         if state is not None and state.last == last:
             return state.rows
-        rows = self._by_numbers(apart, topic, asked, context, may_make=True) if state is None else None
+        rows = self._by_numbers(key, apart, topic, asked, context, is_again=True) if state is None else None
         if rows is None:
             since = asked if state is None else replace(asked, offsets=(state.last, last))
-            frame, stream, scanned = self._planner.start(since, _state_frame)
+
+            def shaped(session: SessionContext, frame: Any) -> Any:
+                of_session = _taken_apart(session, frame, asked.db_schema)
+                assert of_session is not None
+                return of_session.state(session)
+
+            frame, stream, scanned = self._planner.start(since, shaped)
             context.counts.update(scanned.counts)
-            rows = self._gathered(frame, stream, scanned, asked)
+            rows = self._gathered(frame, stream, scanned, asked, self._config.state_bytes_max)
         if rows is not None and state is not None:
             once, _ = self._small_session(pa.concat_tables([state.rows, rows]))
             merged = apart.merged(once.table("rows"))
-            rows = self._gathered(merged, merged.execute_stream(), context, asked)
+            rows = self._gathered(merged, merged.execute_stream(), context, asked, self._config.state_bytes_max)
         if rows is None:
-            self._states.dismiss(key)
+            self._states.dismiss(key.shape)
         else:
-            self._states.keep_state(key, State(first, last, rows))
+            self._states.keep_state(key.shape, State(first, last, rows))
         return rows
 
-    def _by_numbers(self, apart: Aggregation, topic: Topic, asked: Asked, context: ScanContext, may_make: bool) -> pa.Table | None:
-        """Return the state of an aggregate that groups a large topic by texts, made by grouping by their numbers.
+    def _by_numbers(
+        self, key: Key, apart: Aggregation, topic: Topic, asked: Asked, context: ScanContext, is_again: bool = False
+    ) -> pa.Table | None:
+        """Return the state of an aggregate that groups much by texts, made by grouping by their numbers.
 
-        None where the numbers are not in memory and this `may_make` none, or it is not worth it, or there are too many.
+        None where that is not worth it. Numbers are made for a statement of a slow kind, or one that `is_again` asked.
         """
-        if not apart.columns or topic.entries < LARGE_ENTRIES:
+        kind = self._kinds.get(key.kind)
+        if kind is _Kind.UNFIT or topic.entries < LARGE_ENTRIES:
             return None
         kinds = {f.name: f.type for f in topic.schema}
-        if any(kinds.get(name) != pa.string() for name in apart.columns):
+        names = [f"_number{n}" for n in range(len(apart.columns))]
+        is_ended_early = not apart.measures and _LIMITED.search(asked.sql)
+        if (
+            not names
+            or is_ended_early
+            or any(kinds.get(name) != pa.string() for name in apart.columns)
+            or not kinds.keys().isdisjoint(names)
+        ):
+            self._do_not_help(key)
             return None
+        may_make = is_again or kind is _Kind.SLOW
         known = [self._planner.cache.vocabulary(topic, name, may_make) for name in apart.columns]
-        vocabularies = [each for each in known if each is not None]
-        names = [f"_number{n}" for n in range(len(known))]
-        if len(vocabularies) < len(known) or math.prod(map(len, vocabularies)) > STATE_ROWS_MAX or not kinds.keys().isdisjoint(names):
+        vocabularies = [each for each in known if each is not None and not each.is_full]
+        if len(vocabularies) < len(known) or math.prod(map(len, vocabularies)) > STATE_ROWS_MAX:
             return None
         numbered = dict(zip(names, zip(apart.columns, vocabularies, strict=True), strict=True))
-        started = self._planner.start_by_numbers(asked, numbered, lambda session: apart.by_numbers(session, names))
+        started = self._planner.start_by_numbers(asked, numbered, may_make, lambda session: apart.by_numbers(session, names))
         if started is None:
             return None
         frame, stream, scanned = started
         del started
         try:
-            rows = self._gathered(frame, stream, scanned, asked)
+            rows = self._gathered(frame, stream, scanned, asked, NUMBERED_BYTES_MAX)
         except TooLarge:
-            if any(each.is_full for each in vocabularies):
-                return None
-            raise
-        context.counts.update(scanned.counts)
+            if not any(each.is_full for each in vocabularies):
+                raise
+            rows = None
         if rows is None:
+            self._do_not_help(key)
             return None
+        context.counts.update(scanned.counts)
         columns, fields = list(rows.columns), list(rows.schema)
         for place, vocabulary in enumerate(vocabularies):
             columns[place], fields[place] = vocabulary.texts(columns[place]), fields[place].with_type(pa.string())
         return pa.table(columns, pa.schema(fields))
 
-    def _gathered(self, frame: Any, stream: Any, context: ScanContext, asked: Asked) -> pa.Table | None:
+    def _gathered(self, frame: Any, stream: Any, context: ScanContext, asked: Asked, bytes_max: int) -> pa.Table | None:
         """Return the rows of a state; None when they are too many to be one."""
         schema = wire_schema(frame.schema())
         found: list[pa.RecordBatch] = []
@@ -273,7 +303,7 @@ class Repeated:
         for batch in self._planner.pulled(stream, context, schema, asked):
             found.append(batch)
             rows, size = rows + batch.num_rows, size + batch.nbytes
-            if rows > STATE_ROWS_MAX or size > self._config.state_bytes_max:
+            if rows > STATE_ROWS_MAX or size > bytes_max:
                 return None
         return pa.Table.from_batches(found, schema)
 
@@ -336,13 +366,8 @@ def _packed(values: Values) -> bytes | None:
     return hashlib.sha256(table.schema.serialize().to_pybytes() + table.to_batches()[0].serialize().to_pybytes()).digest()
 
 
-def _taken_apart(session: SessionContext, frame: Any) -> Aggregation | None:
-    return taken_apart(
-        frame.logical_plan(), frame.optimized_logical_plan(), lambda plan: session.create_dataframe_from_logical_plan(plan).schema()
-    )
+def _taken_apart(session: SessionContext, frame: Any, db_schema: str) -> Aggregation | None:
+    def schema_of(plan: Any) -> pa.Schema:
+        return session.create_dataframe_from_logical_plan(plan).schema()
 
-
-def _state_frame(session: SessionContext, frame: Any) -> Any:
-    apart = _taken_apart(session, frame)
-    assert apart is not None
-    return apart.state(session)
+    return taken_apart(frame.logical_plan(), frame.optimized_logical_plan(), schema_of, db_schema)
