@@ -275,7 +275,7 @@ def test_a_limit_wherever_it_stands_begins_with_one(wide_log: OpLog, monkeypatch
     for sql in (
         "SELECT max(n) AS n FROM (SELECT n FROM wide LIMIT 5) AS few",
         "SELECT n FROM (SELECT n FROM wide LIMIT 5) AS few ORDER BY n DESC LIMIT 1",
-        "WITH few AS (SELECT n FROM wide FETCH FIRST 5 ROWS ONLY) SELECT max(n) AS n FROM few",
+        "WITH few AS (SELECT n FROM wide LIMIT 5) SELECT max(n) AS n FROM few",
     ):
         watched.total = 0
         assert rows(one_partition(), wide_log.snapshot(), sql) == [{"n": 4}]
