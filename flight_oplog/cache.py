@@ -226,11 +226,12 @@ class ColumnCache:
         made = Together([pa.concat_arrays([vocabulary.numbers(piece) for piece in texts()])], vocabulary)
         with self._lock:
             is_known = vocabulary in self._vocabularies.values()  # else nobody asks for them again
-            added = made.nbytes + vocabulary.nbytes - vocabulary.bytes_counted
+            of_texts = vocabulary.nbytes  # which may grow meanwhile
+            added = made.nbytes + of_texts - vocabulary.bytes_counted
             if is_known and key not in self._together and self._bytes + added <= self._bytes_max:
                 self._together[key] = made
                 self._bytes += added
-                vocabulary.bytes_counted = vocabulary.nbytes
+                vocabulary.bytes_counted = of_texts
         return made.pieces[0]
 
     def _used(self, key: tuple[Any, ...], counts: ScanCounts | None) -> _Use:
