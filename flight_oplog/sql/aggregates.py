@@ -69,9 +69,7 @@ class Aggregation:
 
     def state(self, session: Any) -> Any:
         """Return the frame that makes a state of what the scan shows: columns g0, g1, ... and k0, k1, ..."""
-        kept = [part for measure in self.measures for part in measure.kept]
-        frame = session.create_dataframe_from_logical_plan(self.scan)
-        return frame.aggregate(_numbered("g", self.groups), _numbered("k", kept))
+        return self._aggregated(session.create_dataframe_from_logical_plan(self.scan), self.groups)
 
     def by_numbers(self, session: Any, numbers: Sequence[str]) -> Any:
         """Return the frame that makes a state with numbers in the place of the groups' texts, of a session that shows both."""
@@ -79,8 +77,10 @@ class Aggregation:
         frame = session.table(".".join(f'"{part}"' for part in scan.fqn() if part))
         for each in scan.filters():
             frame = frame.filter(Expr(each))
-        kept = [part for measure in self.measures for part in measure.kept]
-        return frame.aggregate(_numbered("g", [col(name) for name in numbers]), _numbered("k", kept))
+        return self._aggregated(frame, [col(name) for name in numbers])
+
+    def _aggregated(self, frame: Any, groups: Sequence[Expr]) -> Any:
+        return frame.aggregate(_numbered("g", groups), _numbered("k", [part for measure in self.measures for part in measure.kept]))
 
     def merged(self, states: Any) -> Any:
         """Return the frame that makes one state of a frame of several."""
@@ -338,10 +338,9 @@ def _sorted(frame: Any, node: Any) -> Any:
 
 
 def _aggregated(frame: Any, node: Any) -> Any:
+    """Name what is made as the nodes above know it: now that all columns are of one table, DataFusion would name it otherwise."""
     groups, made = list(map(Expr, node.group_by_exprs())), list(map(Expr, node.aggregate_exprs()))
-    names = node.schema().field_names()[
-        len(groups) :
-    ]  # as the nodes above know them: now that all columns are of one table, they would have others
+    names = node.schema().field_names()[len(groups) :]
     return frame.aggregate(groups, [each.alias(name) for each, name in zip(made, names, strict=True)])
 
 

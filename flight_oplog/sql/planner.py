@@ -248,8 +248,8 @@ class Planner:
         rows = self._config.statement_bytes_max // (BATCHES_AT_ONCE * UNIT_BYTES * measured.growth)
         does_sum_up = sums_up(sql)
         context.sums_up = does_sum_up and rows >= TOGETHER_ROWS
-        context.begins_with_several = not any(map(_LIMITS.search, (sql, *(defined[name] for name in catalog.views))))
-        context.reads_all = does_sum_up or not _LIMITS.search(sql) or _SORTS.search(sql) is not None
+        context.begins_with_several = not any(map(limits, (sql, *(defined[name] for name in catalog.views))))
+        context.reads_all = does_sum_up or not limits(sql) or _SORTS.search(sql) is not None
         if rows < BATCH_ROWS:  # what a function makes of a batch is in memory as a whole
             session.sql(f"SET datafusion.execution.batch_size = {max(rows, 1)}")
         return session, context
@@ -303,6 +303,11 @@ def groups(sql: str) -> bool:
 def sums_up(sql: str) -> bool:
     """Whether a statement may make little of many entries."""
     return _SUMS_UP.search(sql) is not None
+
+
+def limits(sql: str) -> bool:
+    """Whether a statement may end before it has looked at all that it reads."""
+    return _LIMITS.search(sql) is not None
 
 
 def _new_session(db_schema: str, partitions: int, runtime: RuntimeEnvBuilder, catalog: Catalog | Shelf) -> SessionContext:

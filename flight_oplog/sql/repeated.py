@@ -36,7 +36,7 @@ from flight_oplog.sql.aggregates import (
 )
 from flight_oplog.sql.catalog import TIME_TRAVEL, Shelf
 from flight_oplog.sql.parameters import Values
-from flight_oplog.sql.planner import Asked, Planner, groups, sums_up
+from flight_oplog.sql.planner import Asked, Planner, groups, limits, sums_up
 from flight_oplog.sql.plans import chain
 from flight_oplog.sql.refusals import PUBLIC
 from flight_oplog.sql.stream import Running, paced, schema_of, wire_schema
@@ -60,7 +60,6 @@ SLOW_KEPT = 1000
 _TELLING = frozenset(("Aggregate", "Distinct", "Filter", "Limit", "Projection", "Sort", "SubqueryAlias", "TableScan"))
 # A text that was never asked is looked at more closely where it reads all of a topic of so many entries: its shape may be known.
 LARGE_ENTRIES = 1 << 19
-_LIMITED = re.compile(r"\b(?:LIMIT|FETCH)\b", re.IGNORECASE)
 _VALUES = re.compile(r"'[^']*'|\b\d[\w.]*")
 _PICKS = re.compile(r"\b(?:WHERE|JOIN)\b", re.IGNORECASE)
 _FROM = re.compile(r'\bFROM\s+([\w".]+)', re.IGNORECASE)
@@ -258,15 +257,10 @@ class Repeated:
         kind = self._kinds.get(key.kind)
         if kind is _Kind.UNFIT or topic.entries < LARGE_ENTRIES:
             return None
-        kinds = {f.name: f.type for f in topic.schema}
+        types = {f.name: f.type for f in topic.schema}
         names = [f"_number{n}" for n in range(len(apart.columns))]
-        is_ended_early = not apart.measures and _LIMITED.search(asked.sql)
-        if (
-            not names
-            or is_ended_early
-            or any(kinds.get(name) != pa.string() for name in apart.columns)
-            or not kinds.keys().isdisjoint(names)
-        ):
+        are_texts = names and all(types.get(name) == pa.string() for name in apart.columns) and types.keys().isdisjoint(names)
+        if not are_texts or (not apart.measures and limits(asked.sql)):
             self._do_not_help(key)
             return None
         may_make = is_again or kind is _Kind.SLOW
