@@ -12,11 +12,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from flight_oplog import codec
+from flight_oplog import codec, codes
 from flight_oplog.datafile import StagedFile
 from flight_oplog.errors import RequestError
 from flight_oplog.keys import filters_of
-from flight_oplog.parts import Parts
+from flight_oplog.parts import PARTS_FROM_BYTES, Parts
 from flight_oplog.rows import Record
 
 # Batches this small on average are joined before they are encoded.
@@ -169,17 +169,29 @@ def make_record(
     event_time: str | None,
     compression: str,
     keys: tuple[str, ...] = (),
+    known: dict[str, pa.Array] | None = None,
 ) -> Record:
-    """Encode batches of one schema as one record, with filters of those columns that are keys."""
+    """Encode batches of one schema as one record, with filters of those columns that are keys.
+
+    A large one has codes of its texts; what is `known` are those of records before, as `codes.codes_of` takes them.
+    """
     entries = sum(batch.num_rows for batch in batches)
     if len(batches) > 2 and entries <= JOINED_ENTRIES * len(batches):
         batches = list(codec.cut(codec.joined(batches)))  # many small appends: everything below costs by the batch
-    content = codec.encode(batches, schema, compression)
-    found = Parts.of(content, schema)
+    coded = codes.codes_of(batches, schema, known) if sum(batch.nbytes for batch in batches) >= PARTS_FROM_BYTES else {}
+    streams = {name: codes.written(of_one) for name, of_one in coded.items()}
+    content = codec.encode(batches, schema, compression, [*streams.values()])
+    found = Parts.of(content, schema, {name: stream.size for name, stream in streams.items()})
+    different = {name: codes.occurring(of_one) for name, of_one in coded.items()}
+    bounds = codec.bounds(batches, schema, different)
+    filters = filters_of(batches, keys, bounds, different)
+    if found is not None:
+        for name in found.codes:
+            bounds[name]["codes"] = len(coded[name].dictionary)
+    elif streams:  # they are read by the parts alone
+        content = codec.encode(batches, schema, compression)
     parts = None if found is None else found.written()
     digest = codec.digest(content if parts is None else pa.py_buffer(parts.encode()))
-    bounds = codec.bounds(batches, schema)
-    filters = filters_of(batches, keys, bounds)
     record = Record(entries, fingerprint, appends, bounds, None, None, digest, parts, filters, content)
     return with_times(record, schema, event_time)
 

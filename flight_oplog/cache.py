@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from flight_oplog import codec
+from flight_oplog import codec, codes
+from flight_oplog.codes import CodesOf, Name
 from flight_oplog.errors import CorruptLog
 from flight_oplog.filters import TextIndex, fragment
 from flight_oplog.kept import remember
@@ -79,12 +80,12 @@ class ColumnCache:
         self,
         snapshot: Snapshot,
         record: RecordMeta,
-        names: Sequence[str],
+        names: Sequence[Name],
         counts: ScanCounts,
         held: Decoded | None = None,
         stopped: threading.Event | None = None,
     ) -> Decoded:
-        """Return at least `names` of the record's stored columns: from those `held`, from memory, or freshly decoded.
+        """Return at least `names` of the record's stored columns, or codes of some: from those `held`, from memory, or freshly decoded.
 
         Raises Cancelled when it was `stopped` before much of it was read.
         """
@@ -104,7 +105,8 @@ class ColumnCache:
             counts.cache_misses += 1
         decoded, read = _decode(snapshot, record, missing, stopped)
         if known is not None:
-            decoded = Decoded(known.lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes, known.ends)
+            lengths = decoded.lengths if any(isinstance(name, str) for name in missing) else known.lengths
+            decoded = Decoded(lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes, known.ends)
         with self._lock:
             counts.content_bytes += read
             self._keep(key, decoded, is_fresh=read == 0)
@@ -133,14 +135,14 @@ class ColumnCache:
             "cache_bytes_max": self._bytes_max,
         }
 
-    def holds(self, record: RecordMeta, names: Sequence[str]) -> bool:
+    def holds(self, record: RecordMeta, names: Sequence[Name]) -> bool:
         """Whether columns of a record are in memory."""
         with self._lock:
             known: Any = self._records.get((record.key,))
         return known is not None and bool(known.has(names))
 
     def index(self, record: RecordMeta, name: str, texts: Sequence[pa.Array], may_make: bool) -> TextIndex | None:
-        """Return the index of a record's texts; it is made when it is wanted for the second time, and `may_make`."""
+        """Return the index of a record's texts, or codes of them; it is made when it is wanted for the second time, and `may_make`."""
         key = (record.key, name)
         with self._lock:
             use = self._used(key, None)
@@ -223,7 +225,11 @@ class ColumnCache:
             known = self._together.get(key)
         if known is not None:
             return known.pieces[0]
-        made = Together([pa.concat_arrays([vocabulary.numbers(piece) for piece in texts()])], vocabulary)
+        pieces = texts()
+        numbers = [vocabulary.numbers(piece) for piece in pieces]
+        if len(numbers) == 1 and _shares(numbers[0], pieces[0]):
+            return numbers[0]  # as the codes of the texts are; there is nothing to keep
+        made = Together([pa.concat_arrays(numbers)], vocabulary)
         with self._lock:
             is_known = vocabulary in self._vocabularies.values()  # else nobody asks for them again
             of_texts = vocabulary.nbytes  # which may grow meanwhile
@@ -382,14 +388,14 @@ class _Known:
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """Stored columns of one record, each as a list of arrays of `lengths` rows."""
+    """Stored columns of one record, each as a list of arrays of `lengths` rows; codes of some of them as one array."""
 
     lengths: list[int]
-    columns: dict[str, list[pa.Array]]
+    columns: dict[Name, list[pa.Array]]
     nbytes: int
     ends: dict[tuple[str, pa.DataType], list[Ends]] = field(default_factory=dict)  # of those that were compared
 
-    def has(self, names: Sequence[str]) -> bool:
+    def has(self, names: Sequence[Name]) -> bool:
         return all(name in self.columns for name in names)
 
     def shown(self, columns: pa.Schema, rows: int) -> dict[str, Sequence[pa.Array]]:
@@ -423,8 +429,8 @@ class Filters:
         return len(self.of_keys)
 
 
-def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None) -> tuple[Decoded, int]:
-    """Return columns of a record, and how many bytes of its content were read for them."""
+def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[Name], stopped: threading.Event | None) -> tuple[Decoded, int]:
+    """Return columns of a record, codes of some, and how many bytes of its content were read for them."""
     read = snapshot.store.reader.columns(record, names, stopped)
     content, nbytes_read = read.buffer, read.nbytes
     if record.rows > 1:  # all of their content was read: so all of their columns are kept
@@ -434,7 +440,12 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], stoppe
         batches = pa.Table.from_batches(batches).combine_chunks().to_batches()
         columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names}
         return Decoded([batch.num_rows for batch in batches], columns, sum(batch.nbytes for batch in batches)), nbytes_read
-    batches = codec.decode(content, record.entries, record.where, names)
+    stored = [name for name in names if isinstance(name, str)]
+    # Without the frame, which is not read for codes alone, content is not to be looked at.
+    batches = (
+        codec.decode(content, record.entries, record.where, stored) if stored else [codec.with_rows([], pa.schema([]), record.entries)]
+    )
+    coded = {CodesOf(name): [codes.read(stream, record.entries, record.where)] for name, stream in read.codes.items()}
     arrays = [array for batch in batches for array in batch.columns]
     if read.is_mapped:
         # The system keeps the pages of files, and takes them back when it is short: only what was decompressed takes memory here.
@@ -445,13 +456,19 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[str], stoppe
         nbytes = content.size
     else:
         nbytes = sum(array.nbytes for array in arrays)
+    nbytes += sum(ARRAY_BYTES if read.is_mapped else stream.size for stream in read.codes.values())
     columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names} if batches else {}
-    return Decoded([batch.num_rows for batch in batches], columns, nbytes), nbytes_read
+    return Decoded([batch.num_rows for batch in batches], columns | coded, nbytes), nbytes_read
 
 
 def _array_bytes(array: pa.Array) -> int:
     """About what an array takes beside its values, those within it counted."""
     return ARRAY_BYTES * max(1, len(array.buffers()) // 2)
+
+
+def _shares(numbers: pa.Array, texts: pa.Array) -> bool:
+    """Whether numbers are the very codes that they were made of."""
+    return pa.types.is_dictionary(texts.type) and numbers.buffers()[1].address == texts.indices.buffers()[1].address
 
 
 def _width(kind: pa.DataType) -> int:

@@ -1,6 +1,7 @@
 """Batches of entries ⇄ content: pure functions between record batches and the bytes inside a record.
 
-Content is one complete Arrow IPC stream, schema message included, so a record can be read without anything else.
+Content is one complete Arrow IPC stream, schema message included, so a record can be read without anything else; codes of its
+texts may come after it (`codes.py`).
 Inside it batches have up to 65,536 entries and 8 MB: the values of a column then lie in pieces of half a megabyte, which a
 disk reads in one go. A message takes less: on their way out they are cut, which copies nothing.
 """
@@ -12,7 +13,7 @@ import decimal
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from flight_oplog.schema import plain_field
 
 BATCH_BYTES = 8_000_000
 BATCH_ENTRIES = 65_536
+ALIGNED = 64
 # What is larger is not copied to be joined with others, unless something smaller came before it.
 JOINED_BYTES_MAX = 1_250_000
 SAMPLE_ENTRIES = 2048
@@ -284,8 +286,10 @@ def joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
     return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
 
 
-def encode(batches: Iterable[pa.RecordBatch], schema: pa.Schema, compression: str) -> pa.Buffer:
-    """Return the content of one record: an Arrow IPC stream of `batches`, all of `schema`.
+def encode(batches: Iterable[pa.RecordBatch], schema: pa.Schema, compression: str, after: Sequence[pa.Buffer] = ()) -> pa.Buffer:
+    """Return the content of one record: an Arrow IPC stream of `batches`, all of `schema`, and what comes `after` it.
+
+    Each of these begins at the next multiple of ALIGNED bytes; the last ends where content does.
 
     `compression` is none, lz4, zstd, or auto: lz4 where a sample of the entries shrinks by a fifth at least. Text and
     counters do; random keys and numbers do not, and would only cost time on the way in and out.
@@ -294,13 +298,13 @@ def encode(batches: Iterable[pa.RecordBatch], schema: pa.Schema, compression: st
     if compression == "auto":
         sample = gathered[0].slice(0, SAMPLE_ENTRIES) if gathered else None
         compression = "lz4" if sample and _written([sample], schema, "lz4").size < 0.8 * sample.nbytes else "none"
-    return _written(gathered, schema, compression)
+    return _written(gathered, schema, compression, after)
 
 
-def _written(batches: Sequence[pa.RecordBatch], schema: pa.Schema, compression: str) -> pa.Buffer:
+def _written(batches: Sequence[pa.RecordBatch], schema: pa.Schema, compression: str, after: Sequence[pa.Buffer] = ()) -> pa.Buffer:
     if compression == "none":  # the size is known: no growing, no copying of what was written
         size = schema.serialize().size + sum(pa.ipc.get_record_batch_size(batch) for batch in batches) + len(_END)
-        buffer = allocate(size)
+        buffer = allocate(size + sum(ALIGNED - 1 + each.size for each in after))
         sink, options = pa.FixedSizeBufferWriter(buffer), pa.ipc.IpcWriteOptions()
     else:
         # Records are encoded side by side; threads within one cost more than they save.
@@ -308,6 +312,9 @@ def _written(batches: Sequence[pa.RecordBatch], schema: pa.Schema, compression: 
     with pa.ipc.new_stream(sink, schema, options=options) as writer:
         for batch in batches:
             writer.write_batch(batch)
+    for each in after:
+        sink.write(bytes(-sink.tell() % ALIGNED))
+        sink.write(each)
     return buffer.slice(0, sink.tell()) if compression == "none" else sink.getvalue()
 
 
@@ -325,9 +332,10 @@ def decode(content: pa.Buffer, entries: int, where: str, columns: Sequence[str] 
             # included_fields=[] means every field, so a record that has none of the columns is not opened at all.
             if not options.included_fields:
                 return [with_rows([], pa.schema([]), entries)]
-        with pa.ipc.open_stream(content, options=options) as reader:
+        source = pa.BufferReader(content)
+        with pa.ipc.open_stream(source, options=options) as reader:
             batches = [_plain(batch) for batch in reader]
-            whole = _ends_cleanly(content)
+            whole = _ends_cleanly(content, source.tell())
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptLog(f"{where}: content is not a readable Arrow IPC stream ({type(error).__name__}); restore the file") from error
     rows = sum(batch.num_rows for batch in batches)
@@ -340,15 +348,15 @@ def as_one(contents: Sequence[pa.Buffer], entries: Sequence[int], where: str) ->
     """Return contents of one schema, of so many entries each, as one: as a rule their schema messages are the same, and needed once."""
     size = 8 + int.from_bytes(contents[0].slice(4, 4), "little")
     schema = contents[0].slice(0, size)
-    if all(content.slice(0, size).equals(schema) and _ends_cleanly(content) for content in contents):
+    if all(content.slice(0, size).equals(schema) and _ends_cleanly(content, content.size) for content in contents):
         return pa.py_buffer(b"".join([schema, *(content.slice(size, content.size - size - len(_END)) for content in contents), _END]))
     batches = [batch for content, rows in zip(contents, entries, strict=True) for batch in decode(content, rows, where)]
     return encode(batches, batches[0].schema, "none")
 
 
-def _ends_cleanly(content: pa.Buffer) -> bool:
+def _ends_cleanly(content: pa.Buffer, end: int) -> bool:
     """An IPC stream that was cut between two messages reads without an error; only the end-of-stream marker tells."""
-    return content.size >= len(_END) and content.slice(content.size - len(_END)).to_pybytes() == _END
+    return end >= len(_END) and content.slice(end - len(_END), len(_END)).to_pybytes() == _END
 
 
 def _plain(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -373,15 +381,17 @@ def has_digest(content: pa.Buffer, expected: str) -> bool:
 # Bounds
 
 
-def bounds(batches: Sequence[pa.RecordBatch], schema: pa.Schema) -> Bounds:
+def bounds(batches: Sequence[pa.RecordBatch], schema: pa.Schema, different: Mapping[str, pa.Array] | None = None) -> Bounds:
     """Return, for each top-level column, {"nulls": n} and, where they are known, "min" and "max" as JSON values.
 
     Sound, not tight: every non-null value lies within [min, max]. A column with a NaN or an infinity has none.
+    Of those columns whose `different` values are known these are looked at.
     """
     found: Bounds = {}
     for place, field in enumerate(schema):
         column = pa.chunked_array([batch.column(place) for batch in batches], type=field.type)
-        found[field.name] = {"nulls": column.null_count} | _limits(column, field)
+        values = different.get(field.name) if different else None
+        found[field.name] = {"nulls": column.null_count} | _limits(column if values is None else pa.chunked_array([values]), field)
     return found
 
 

@@ -142,6 +142,14 @@ class Filter:
             start += len(part)
         return np.concatenate(found)
 
+    def passing_codes(self, coded: pa.DictionaryArray, kind: pa.DataType) -> np.ndarray:
+        """Return the places of the codes of texts that pass, of the filter's only column, of type `kind`; looks at each text once."""
+        texts = pa.concat_arrays([coded.dictionary, pa.nulls(1, pa.string())]).cast(kind)
+        passes = np.zeros(len(texts), bool)
+        passes[self.passing([pa.RecordBatch.from_arrays([texts], [self.keys[0]])])] = True
+        codes, null = coded.indices, len(texts) - 1
+        return np.flatnonzero(passes[pc.fill_null(codes.cast(pa.uint32()), null).to_numpy() if codes.null_count else codes.to_numpy()])
+
     def passing(self, batches: Iterable[pa.RecordBatch]) -> np.ndarray:
         """Return the places of the rows that pass, in batches of the filter's columns counted through."""
         found = list(batches)
@@ -266,9 +274,14 @@ class TextIndex:
 
     @classmethod
     def of(cls, texts: Sequence[pa.Array]) -> TextIndex | None:
-        """Index the texts of a record; None where too few begin differently."""
-        coded = pa.array(np.concatenate([_heads(part) for part in texts])).dictionary_encode()
-        heads, codes = coded.dictionary.to_numpy(), coded.indices.to_numpy()
+        """Index the texts of a record, or codes of them; None where too few begin differently."""
+        if len(texts) == 1 and pa.types.is_dictionary(texts[0].type):
+            different = pa.array(np.ascontiguousarray(_heads(texts[0].dictionary))).dictionary_encode()
+            codes = different.indices.to_numpy()[pc.fill_null(texts[0].indices, 0).to_numpy()]  # null may be found: it is no answer
+            heads = different.dictionary.to_numpy()
+        else:
+            coded = pa.array(np.concatenate([_heads(part) for part in texts])).dictionary_encode()
+            heads, codes = coded.dictionary.to_numpy(), coded.indices.to_numpy()
         if len(heads) < INDEXED_FROM:
             return None
         ranks = np.empty(len(heads), np.uint16 if len(heads) <= 1 << 16 else np.uint32)
@@ -292,7 +305,10 @@ class TextIndex:
 
 
 def candidates(texts: Sequence[pa.Array], text: str) -> np.ndarray:
-    """Return the places of texts of the same length that begin as `text` does, without an index."""
+    """Return the places of texts of the same length that begin as `text` does, or that codes say are it, without an index."""
+    if len(texts) == 1 and pa.types.is_dictionary(texts[0].type):
+        code = pc.index(texts[0].dictionary, pa.scalar(text)).as_py()
+        return np.zeros(0, np.int64) if code < 0 else _places_of(texts[0].indices, np.uint16(code))
     found, start, size = [], 0, len(text.encode())
     for part in texts:
         ends = np.frombuffer(part.buffers()[1], np.int32, len(part) + 1, part.offset * 4) if len(part) else np.zeros(1, np.int32)
@@ -301,6 +317,11 @@ def candidates(texts: Sequence[pa.Array], text: str) -> np.ndarray:
             found.append(fitting[_heads(part)[fitting] == np.uint64(_head(text))] + start)
         start += len(part)
     return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def _places_of(codes: pa.Array, code: np.uint16) -> np.ndarray:
+    found = np.flatnonzero(np.frombuffer(codes.buffers()[1], np.uint16, len(codes), 2 * codes.offset) == code)
+    return found[codes.take(pa.array(found)).is_valid().to_numpy(zero_copy_only=False)] if codes.null_count else found
 
 
 def _truths(mask: pa.BooleanArray) -> np.ndarray:

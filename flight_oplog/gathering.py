@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -9,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from flight_oplog import codec
+from flight_oplog.codes import singly
 from flight_oplog.filters import Filter
 from flight_oplog.numbers import Ends, ends
 from flight_oplog.records import RecordMeta
@@ -82,9 +84,15 @@ class Columns:
 
     def singly(self, name: str, places: list[int], rows: list[int]) -> list[pa.Array]:
         """Return single values, each by its piece and its place in that."""
-        pieces = {place: self._piece(name, place) for place in {*places}}
-        found = [pieces[place].slice(row, 1) for place, row in zip(places, rows, strict=True)]
         kind = self._schema.field(name).type
+        own = self._own.get(name)
+        if own is None:
+            pieces = {place: self._piece(name, place) for place in {*places}}
+            found = [pieces[place].slice(row, 1) for place, row in zip(places, rows, strict=True)]
+        else:
+            starts = [0, *itertools.accumulate(self.lengths)]
+            within = [starts[place] + row for place, row in zip(places, rows, strict=True)]
+            found = singly(own, within) if pa.types.is_dictionary(own.type) else [own.slice(row, 1) for row in within]
         return found if found[0].type == kind else [codec.recast(value, kind) for value in found]
 
     def _piece(self, name: str, place: int) -> pa.Array:

@@ -8,7 +8,7 @@ anything else as a 64-bit little-endian integer in the column's own unit; nulls 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -45,12 +45,19 @@ def is_key(kind: pa.DataType) -> bool:
     return any(is_kind(kind) for is_kind in (types.is_string, types.is_large_string, types.is_integer, types.is_date32, types.is_timestamp))
 
 
-def filters_of(batches: list[pa.RecordBatch], keys: tuple[str, ...], found: Bounds) -> bytes | None:
-    """Return the filters of a record's keys, one after the other; note in its bounds where each is: [start, bytes]."""
+def filters_of(
+    batches: list[pa.RecordBatch], keys: tuple[str, ...], found: Bounds, different: Mapping[str, pa.Array] | None = None
+) -> bytes | None:
+    """Return the filters of a record's keys, one after the other; note in its bounds where each is: [start, bytes].
+
+    Of those whose `different` values are known these are looked at.
+    """
     made = b""
     schema = batches[0].schema
     for name in (name for name in keys if name in schema.names and is_key(schema.field(name).type)):
-        values = pa.chunked_array([_hashed(batch.column(name)) for batch in batches]).unique().drop_null()
+        known = different.get(name) if different else None
+        columns = [batch.column(name) for batch in batches] if known is None else [known]
+        values = pa.chunked_array(map(_hashed, columns)).unique().drop_null()
         if len(values):
             filter = _filter_of(values)
             found[name]["filter"] = [len(made), len(filter)]

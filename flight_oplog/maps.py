@@ -75,17 +75,30 @@ class Maps:
 
         None where that cannot be had from a map: then the file has to be read, which tells what is wrong, if anything is.
         """
+        found = self._part(path, start, size)
+        if found is None:
+            return None
+        self.trim()
+        ranges = [_pages(found.address + low, high - low) for low, high in spans]
+        if len(ranges) > 1:  # all are begun before the first is waited for
+            for pages in ranges:
+                _LIBC.madvise(*pages, _MADV_WILLNEED)
+        return found if all(_LIBC.madvise(*pages, _MADV_POPULATE_READ) == 0 for pages in ranges) else None
+
+    def begin(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> bool:
+        """Have the system read what is about to be viewed, and do not wait for it; False where there is no map to view it by."""
+        found = self._part(path, start, size)
+        if found is None:
+            return False
+        for low, high in spans:
+            _LIBC.madvise(*_pages(found.address + low, high - low), _MADV_WILLNEED)
+        return True
+
+    def _part(self, path: str, start: int, size: int) -> pa.Buffer | None:
         if self._can_map is None:
             self._can_map = sys.platform == "linux" and _file_system(self._root) in _LOCAL
         whole = self._whole(path) if self._can_map else None
-        if whole is None or start + size > whole.size:
-            return None
-        found = whole.slice(start, size)
-        self.trim()
-        ranges = [_pages(found.address + low, high - low) for low, high in spans]
-        for pages in ranges:  # all are begun before the first is waited for
-            _LIBC.madvise(*pages, _MADV_WILLNEED)
-        return found if all(_LIBC.madvise(*pages, _MADV_POPULATE_READ) == 0 for pages in ranges) else None
+        return None if whole is None or start + size > whole.size else whole.slice(start, size)
 
     def trim(self) -> None:
         """Give the maps' pages back, if there are too many and it costs little; what is looked at again comes from the page cache."""

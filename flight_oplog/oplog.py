@@ -23,7 +23,7 @@ from typing import TypeAlias
 
 import pyarrow as pa
 
-from flight_oplog import codec
+from flight_oplog import codec, codes
 from flight_oplog.appends import Append, Origin, Receipt, Role, check_data, end_of, make_record, one_line, owner_of
 from flight_oplog.committer import CLOSED, Committer
 from flight_oplog.config import Config
@@ -282,6 +282,7 @@ class AppendWriter:
         self._record: Record | None = None
         self._staged: StagedFile | None = None
         self._spilling: deque[Future[None]] = deque()
+        self._texts: dict[str, pa.Array] = {}  # that its records have had
         self._owned = True
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -376,7 +377,8 @@ class AppendWriter:
         if unchecked:
             check_data(self.topic, batches)
         owner = owner_of(self._origin, entries, self._started)
-        return make_record(batches, self._schema, self._schema_id, [owner], self._event_time, self._config.compression, self._keys)
+        config, texts = self._config, self._texts
+        return make_record(batches, self._schema, self._schema_id, [owner], self._event_time, config.compression, self._keys, texts)
 
     def _add(self, staged: StagedFile, before: Future[None] | None, record: Future[Record], reserved: int) -> None:
         """Write a record after the one before it. Waits only for earlier work, so the pools cannot lock each other."""
@@ -485,6 +487,8 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
                 if record.parts is not None and schema is not None and not Parts.read(record.parts).fit(content, schema):
                     yield Problem("error", record.where, "its parts are not where its columns are")
                 batches = codec.decode(content, record.entries, record.where)
+                if record.parts is not None and not _codes_agree(Parts.read(record.parts), content, record, batches):
+                    yield Problem("error", record.where, "the codes of a column are not those of its texts")
                 if record in filters and not _filters_hold(filters[record], record.bounds, batches):
                     yield Problem("error", record.where, "its filters lack a key")
                 for batch in batches:
@@ -509,6 +513,19 @@ def _filters_hold(found: bytes, bounds: codec.Bounds, batches: list[pa.RecordBat
         return True
     bits = memoryview(found)
     return all(holds(bits[start : start + size], [batch.column(name) for batch in batches]) for name, (start, size) in places.items())
+
+
+def _codes_agree(parts: Parts, content: pa.Buffer, record: RecordMeta, batches: list[pa.RecordBatch]) -> bool:
+    """Whether the codes that a record's bounds name are there, and stand for the same texts as its columns hold."""
+    if {*parts.codes} != {name for name, limits in record.bounds.items() if "codes" in limits}:
+        return False
+    for name in parts.codes:
+        stream = parts.codes_in(content, name)
+        coded = None if stream is None else codes.read(stream, record.entries, record.where)
+        texts = pa.chunked_array([batch.column(name) for batch in batches])
+        if coded is None or coded.dictionary_decode() != texts.combine_chunks():
+            return False
+    return True
 
 
 class _Budget:

@@ -1,8 +1,8 @@
 """Where each column's bytes are in content, each with a digest of its own: so that a few columns can be read alone.
 
-A column's buffers lie side by side in the body of each batch of an Arrow IPC stream: that is a part. What is no part is
-the frame: the schema, the batches' metadata and the end of the stream. Every byte of content belongs to a part or to
-the frame, so all of them are checked, whichever are read.
+A column's buffers lie side by side in the body of each batch of an Arrow IPC stream: that is a part. So are the codes of a
+column of texts, after the stream. What is no part is the frame: the schema, the batches' metadata and the end of the stream.
+Every byte of content belongs to a part or to the frame, so all of them are checked, whichever are read.
 
 The metadata of a message is a flatbuffer; what is read of it follows
 https://github.com/apache/arrow/blob/main/format/Message.fbs.
@@ -14,10 +14,14 @@ import itertools
 import json
 import struct
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pyarrow as pa
 import xxhash
+
+from flight_oplog.codec import ALIGNED
+from flight_oplog.codes import CodesOf, Name
 
 # Content is read whole up to here, and where it has more parts than this.
 PARTS_FROM_BYTES = 1 << 20
@@ -45,44 +49,64 @@ class Parts:
     size: int
     frame: str
     columns: dict[str, list[Part]]
+    codes: dict[str, Part] = field(default_factory=dict)  # of columns of texts, after the stream
 
     @classmethod
-    def of(cls, content: pa.Buffer, schema: pa.Schema) -> Parts | None:
-        """Return the parts of content that holds batches of `schema`; None where it is small, or they are too many."""
+    def of(cls, content: pa.Buffer, schema: pa.Schema, codes: dict[str, int] | None = None) -> Parts | None:
+        """Return the parts of content that holds batches of `schema`; None where it is small, or they are too many.
+
+        `codes` are the bytes of each column's codes, in the order that they come in.
+        """
         spans = _located(content, schema) if content.size >= PARTS_FROM_BYTES else {}
         if not 0 < sum(map(len, spans.values())) <= PARTS_MAX:
             return None
         columns = {
             name: [Part(low, high, _digest([content.slice(low, high - low)])) for low, high in of_one] for name, of_one in spans.items()
         }
-        found = cls(content.size, "", columns)
-        return cls(content.size, _digest(content.slice(low, high - low) for low, high in found.gaps()), columns)
+        coded: dict[str, Part] = {}
+        start = content.size
+        for name, size in reversed((codes or {}).items()):
+            start = (start - size) // ALIGNED * ALIGNED  # as `codec.encode` puts them
+            coded[name] = Part(start, start + size, _digest([content.slice(start, size)]))
+        found = cls(content.size, "", columns, coded)
+        return replace(found, frame=_digest(content.slice(low, high - low) for low, high in found.gaps()))
 
     @classmethod
     def read(cls, text: str) -> Parts:
         """Read what `written` wrote. Raises ValueError, TypeError or KeyError when it is nothing of the kind."""
         row = json.loads(text)
         columns = {name: [Part(*part) for part in parts] for name, parts in row["columns"].items()}
-        found = cls(row["bytes"], row["frame"], columns)
-        edges = sorted((part.start, part.end) for parts in columns.values() for part in parts)
-        ends = [0, *itertools.chain.from_iterable(edges), found.size]
+        found = cls(row["bytes"], row["frame"], columns, {name: Part(*part) for name, part in row.get("codes", {}).items()})
+        ends = [0, *itertools.chain.from_iterable(found._edges()), found.size]
         if any(later < earlier for earlier, later in itertools.pairwise(ends)):
             raise ValueError("parts overlap")
         return found
 
     def written(self) -> str:
-        columns = {name: [[part.start, part.end, part.digest] for part in parts] for name, parts in self.columns.items()}
-        return json.dumps({"bytes": self.size, "frame": self.frame, "columns": columns}, ensure_ascii=False, separators=(",", ":"))
+        row: dict[str, Any] = {"bytes": self.size, "frame": self.frame}
+        row["columns"] = {name: [[part.start, part.end, part.digest] for part in parts] for name, parts in self.columns.items()}
+        if self.codes:
+            row["codes"] = {name: [part.start, part.end, part.digest] for name, part in self.codes.items()}
+        return json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+
+    def _edges(self) -> list[Span]:
+        return sorted((part.start, part.end) for part in itertools.chain(*self.columns.values(), self.codes.values()))
 
     def gaps(self) -> list[Span]:
         """Return the spans of the frame, in order."""
-        parts = sorted((part.start, part.end) for parts in self.columns.values() for part in parts)
-        edges = [0, *itertools.chain.from_iterable(parts), self.size]
+        edges = [0, *itertools.chain.from_iterable(self._edges()), self.size]
         return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if end > start]
 
-    def spans(self, names: Iterable[str], gap_max: int) -> list[Span]:
-        """Return what has to be read for some columns, in order; spans that lie no farther apart than `gap_max` as one."""
-        wanted = sorted([*self.gaps(), *((part.start, part.end) for name in names for part in self.columns.get(name, ()))])
+    def _parts(self, name: Name) -> Sequence[Part]:
+        return self.columns.get(name, ()) if isinstance(name, str) else [self.codes[name.column]] if name.column in self.codes else ()
+
+    def spans(self, names: Sequence[Name], gap_max: int) -> list[Span]:
+        """Return what has to be read for some columns, in order; spans that lie no farther apart than `gap_max` as one.
+
+        The frame is not needed for codes alone.
+        """
+        frame = self.gaps() if _need_frame(names) else []
+        wanted = sorted([*frame, *((part.start, part.end) for name in names for part in self._parts(name))])
         found: list[Span] = []
         for start, end in wanted:
             if found and start - found[-1][1] <= gap_max:
@@ -91,16 +115,28 @@ class Parts:
                 found.append((start, end))
         return found
 
-    def check(self, content: pa.Buffer, names: Iterable[str] | None = None) -> bool:
+    def check(self, content: pa.Buffer, names: Sequence[Name] | None = None) -> bool:
         """Whether content's frame and the parts of some columns, or of all, are what they were when they were written."""
-        if content.size != self.size or _digest(content.slice(start, end - start) for start, end in self.gaps()) != self.frame:
+        if content.size != self.size:
             return False
-        parts = (part for name in (self.columns if names is None else names) for part in self.columns.get(name, ()))
+        if _need_frame(names) and _digest(content.slice(start, end - start) for start, end in self.gaps()) != self.frame:
+            return False
+        of_all: list[Name] = [*self.columns, *map(CodesOf, self.codes)]
+        parts = (part for name in (of_all if names is None else names) for part in self._parts(name))
         return all(_digest([content.slice(part.start, part.end - part.start)]) == part.digest for part in parts)
+
+    def codes_in(self, content: pa.Buffer, column: str) -> pa.Buffer | None:
+        """Return the codes of a column as they were written; None where it has none."""
+        part = self.codes.get(column)
+        return None if part is None else content.slice(part.start, part.end - part.start)
 
     def fit(self, content: pa.Buffer, schema: pa.Schema) -> bool:
         """Whether the columns of content are where the parts say."""
         return {name: [(part.start, part.end) for part in parts] for name, parts in self.columns.items()} == _located(content, schema)
+
+
+def _need_frame(names: Sequence[Name] | None) -> bool:
+    return not names or any(isinstance(name, str) for name in names)
 
 
 def _located(content: pa.Buffer, schema: pa.Schema) -> dict[str, list[Span]]:

@@ -11,6 +11,7 @@ content fetched, checked and decoded. Decoded columns are kept in a cache bounde
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 import time
@@ -27,6 +28,7 @@ import pyarrow.dataset as ds
 
 from flight_oplog import codec
 from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
+from flight_oplog.codes import CodesOf, Name
 from flight_oplog.errors import Cancelled
 from flight_oplog.filters import Filter, candidates
 from flight_oplog.gathering import JOINED_ROWS, LOG_FIELDS, LOG_NAMES, TOGETHER_ROWS, Columns, Few, as_type, log_columns
@@ -89,6 +91,22 @@ class ScanContext:
         self.entries = 0
         for counts in self.counts.values():
             vars(counts).update(vars(ScanCounts()))
+
+
+class _Later:
+    """What is read when it is asked for, as the system reads it in meanwhile: threads of our own would wait for each other."""
+
+    def __init__(self, read: Callable[[], Decoded]) -> None:
+        self.result = read
+
+    def done(self) -> bool:
+        return False
+
+    def cancel(self) -> bool:
+        return True
+
+
+_Fetched = Future[Decoded] | _Later
 
 
 class _Scanner:
@@ -299,7 +317,7 @@ class EntriesTable(_Table):
                 yield from few.taken()
                 yield from _run_of(found, int(rows[0]), len(rows))
             elif len(rows):
-                yield from few.add(self.columns(record, few.names), rows)
+                yield from few.add(self.columns(record, few.names, by_codes=True), rows)
             self._held.pop(record.key, None)
         yield from few.taken()
 
@@ -307,8 +325,11 @@ class EntriesTable(_Table):
         self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None, top: Top | None
     ) -> Iterator[tuple[RecordMeta, np.ndarray | None]]:
         """Yield each record with the places of what is wanted of it, None for all of it."""
-        names = projected.names if filter is None else filter.keys if filter.wanted is None else filter.wanted[:1]
-        coming = self._ahead(records, names) if top is None else top.in_order(records, self._plain, self._topic.stored, self._are_ordered)
+        names = projected.names if filter is None else _looked_for(filter)
+        if top is None:
+            coming = self._ahead(records, names, by_codes=filter is not None and len(names) == 1)
+        else:
+            coming = top.in_order(records, self._plain, self._topic.stored, self._are_ordered)
         for record, best in coming:
             if self.context.stopped.is_set():
                 return
@@ -326,7 +347,10 @@ class EntriesTable(_Table):
 
         A record whose columns are there does not wait: a LIMIT may be content with it. If there is one, no more wait than it took before.
         """
-        waiting, most = deque[tuple[RecordMeta, np.ndarray | None, Future[Decoded] | None]](), self._snapshot.store.reader.reads_ahead
+        waiting, most = (
+            deque[tuple[RecordMeta, np.ndarray | None, _Fetched | None]](),
+            self._snapshot.store.reader.reads_ahead,
+        )
         room = most if self.context.reads_all else 0
         failure: Exception | None = None
         try:
@@ -339,7 +363,8 @@ class EntriesTable(_Table):
                     failure = error
                     break
                 if rows is None or len(rows):
-                    waiting.append((record, rows, self._fetch(record, of_all if rows is None else of_some)))
+                    of_record = self._fetch(record, of_all) if rows is None else self._fetch(record, of_some, by_codes=True)
+                    waiting.append((record, rows, of_record))
                 else:
                     self._held.pop(record.key, None)
                 while waiting and (len(waiting) > room or waiting[0][2] is None or waiting[0][2].done()):
@@ -354,19 +379,17 @@ class EntriesTable(_Table):
         if failure is not None:
             raise failure
 
-    def _arrived(
-        self, record: RecordMeta, rows: np.ndarray | None, fetched: Future[Decoded] | None
-    ) -> tuple[RecordMeta, np.ndarray | None]:
+    def _arrived(self, record: RecordMeta, rows: np.ndarray | None, fetched: _Fetched | None) -> tuple[RecordMeta, np.ndarray | None]:
         if fetched is not None:
             self._held[record.key] = fetched.result()
         return record, rows
 
-    def _ahead(self, records: Sequence[RecordMeta], names: Sequence[str]) -> Iterator[tuple[RecordMeta, None]]:
+    def _ahead(self, records: Sequence[RecordMeta], names: Sequence[str], by_codes: bool) -> Iterator[tuple[RecordMeta, None]]:
         """Yield records; while one is looked at, columns of those after it are read.
 
         Where a LIMIT may be content with the first, not before the second is asked for, and then twice as many each time.
         """
-        coming, waiting = iter(records), deque[tuple[RecordMeta, Future[Decoded] | None]]()
+        coming, waiting = iter(records), deque[tuple[RecordMeta, _Fetched | None]]()
         most = self._snapshot.store.reader.reads_ahead + 1
         depth = most if self.context.reads_all else 1
         if not self.context.begins_with_several or len(records) == 1:
@@ -375,7 +398,7 @@ class EntriesTable(_Table):
             while True:
                 depth = min(2 * depth, most)
                 for record in itertools.islice(coming, depth - len(waiting)):
-                    waiting.append((record, self._fetch(record, names)))
+                    waiting.append((record, self._fetch(record, names, by_codes)))
                 if not waiting:
                     return
                 record, fetched = waiting.popleft()
@@ -387,31 +410,45 @@ class EntriesTable(_Table):
                 if fetched is not None:
                     fetched.cancel()
 
-    def _fetch(self, record: RecordMeta, names: Sequence[str]) -> Future[Decoded] | None:
-        """Begin to read columns of a record, unless they are in memory."""
+    def _fetch(self, record: RecordMeta, names: Sequence[str], by_codes: bool = False) -> _Fetched | None:
+        """Begin to read columns of a record, texts as codes if they may be, unless they are in memory."""
         cache, held = self.context.cache, self._held.get(record.key)
-        numbered = (self.context.numbered[name] for name in names if name in self.context.numbered)
-        of_entries = self._of_entries(record, [*names, *(of[0] for of in numbered if not cache.has_numbers(record, *of))])
+        numbered = [self.context.numbered[name] for name in names if name in self.context.numbered]
+        of_entries: list[Name] = [*self._of_entries(record, names, by_codes)]
+        for of in numbered:
+            if not cache.has_numbers(record, *of):
+                of_entries += self._of_entries(record, [of[0]], by_codes=True)
         if not of_entries or (held is not None and held.has(of_entries)) or cache.holds(record, of_entries):
             return None
         if self._snapshot.store.reader.reads_at_once(record):
             return None
-        return cache.readers.submit(cache.columns, self._snapshot, record, of_entries, self.counts, held, self.context.stopped)
+        read = functools.partial(cache.columns, self._snapshot, record, of_entries, self.counts, held, self.context.stopped)
+        if self.context.partitions > 1 and self._snapshot.store.reader.begin(record, of_entries):
+            return _Later(read)
+        return cache.readers.submit(read)
+
+    def _codes(self, record: RecordMeta, name: str) -> pa.DictionaryArray | None:
+        """Return the codes of a record's texts, if it has them."""
+        return self._decoded(record, [CodesOf(name)]).columns[CodesOf(name)][0] if record.has_codes(name) else None
 
     def _matching(self, record: RecordMeta, filter: Filter) -> np.ndarray | None:
         """Return the places of the record's entries that pass, or None for all; decodes only the filter's columns.
 
         Where the filter wants a text, of those that begin like it: few are left then, and looked at later, together.
         """
+        names = _looked_for(filter)
+        coded = self._codes(record, names[0]) if len(names) == 1 else None
         if filter.wanted is None:
             if filter.range:
                 columns = self.columns(record, filter.keys)
                 found = filter.within(columns.arrays(filter.keys[0]), columns.ends(filter.keys[0]))
+            elif coded is not None:
+                found = filter.passing_codes(coded, self._plain.field(names[0]).type)
             else:
                 found = filter.passing(self.batches(record, filter.keys))
             return None if len(found) == record.entries else found
         name, text = filter.wanted
-        texts = self.columns(record, [name]).arrays(name)
+        texts = self.columns(record, [name]).arrays(name) if coded is None else [coded]
         began = time.monotonic()
         index = self.context.cache.index(record, name, texts, may_make=self.context.indexing_seconds < INDEXING_SECONDS)
         self.context.indexing_seconds += time.monotonic() - began
@@ -470,31 +507,39 @@ class EntriesTable(_Table):
             self._read.add(record.key)
             self.counts.records_read += record.rows
 
-    def _of_entries(self, record: RecordMeta, names: Sequence[str]) -> list[str]:
-        """Return those of some columns that a record's content has."""
+    def _of_entries(self, record: RecordMeta, names: Sequence[str], by_codes: bool = False) -> Sequence[Name]:
+        """Return those of some columns that a record's content has; with `by_codes`, texts as codes where they are."""
         stored = self._topic.stored(record)
-        return [name for name in names if name in stored.names and name not in LOG_NAMES]
+        found = [name for name in names if name in stored.names and name not in LOG_NAMES]
+        return [CodesOf(name) if record.has_codes(name) else name for name in found] if by_codes else found
 
-    def columns(self, record: RecordMeta, names: Sequence[str]) -> Columns:
-        """Return columns of a record, from memory or decoded now."""
-        of_entries = self._of_entries(record, names)
+    def _decoded(self, record: RecordMeta, names: Sequence[Name]) -> Decoded:
+        """Return what is stored of a record, at least so much, from memory or decoded now."""
+        self._count(record)
+        decoded = self.context.cache.columns(self._snapshot, record, names, self.counts, self._held.get(record.key), self.context.stopped)
+        if record.key in self._held:
+            self._held[record.key] = decoded
+        return decoded
+
+    def columns(self, record: RecordMeta, names: Sequence[str], by_codes: bool = False) -> Columns:
+        """Return columns of a record, from memory or decoded now; with `by_codes`, for a few of their rows, texts as codes."""
+        of_entries = self._of_entries(record, names, by_codes)
         own = log_columns(record, names) | self._numbers(record, names)
         if not of_entries:
             return Columns(self._plain, [record.entries], {}, own)
-        self._count(record)
-        decoded = self.context.cache.columns(
-            self._snapshot, record, of_entries, self.counts, self._held.get(record.key), self.context.stopped
-        )
-        if record.key in self._held:
-            self._held[record.key] = decoded
-        return Columns(self._plain, decoded.lengths, decoded.columns, own, decoded.ends)
+        decoded = self._decoded(record, of_entries)
+        own |= {name.column: decoded.columns[name][0] for name in of_entries if isinstance(name, CodesOf)}
+        stored = {name: arrays for name, arrays in decoded.columns.items() if isinstance(name, str) and name not in own}
+        return Columns(self._plain, decoded.lengths, stored, own, decoded.ends)
 
     def _are_worth_numbers(self, records: Sequence[RecordMeta], entries: int) -> bool:
         """Whether texts are to be shown by their numbers: those of many entries, and most are in memory or all that are missing can be."""
         if entries < NUMBERED_ENTRIES:
             return False
         cache, numbered = self.context.cache, self.context.numbered.values()
-        missing = sum(record.entries for record in records for of in numbered if not cache.has_numbers(record, *of))
+        missing = sum(
+            record.entries for record in records for of in numbered if not record.has_codes(of[0]) and not cache.has_numbers(record, *of)
+        )
         return (self.context.makes_numbers or 8 * missing <= entries) and cache.has_room(missing * NUMBER_BYTES * 9 // 8)
 
     def _numbers(self, record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array]:
@@ -505,7 +550,8 @@ class EntriesTable(_Table):
                 column, vocabulary = self.context.numbered[name]
 
                 def texts(column: str = column) -> list[pa.Array]:
-                    return self.columns(record, [column]).arrays(column)
+                    coded = self._codes(record, column)
+                    return self.columns(record, [column]).arrays(column) if coded is None else [coded]
 
                 self._count(record)
                 found[name] = self.context.cache.numbers(record, column, vocabulary, self.counts, texts)
@@ -615,6 +661,17 @@ def topic_batches(
             if skip < batch.num_rows:
                 yield from codec.cut(batch.slice(skip), bytes_max, batch.num_rows)
             skip = max(0, skip - batch.num_rows)
+
+
+def are_coded(snapshot: Snapshot, topic: Topic, columns: Sequence[str]) -> bool:
+    """Whether a topic's records have codes for some columns, going by the first and the last: only speed hangs on it."""
+    ends = [snapshot.store.reader.records(file)[end] for file, end in ((topic.files[0], 0), (topic.files[-1], -1))]
+    return any(all(map(record.has_codes, columns)) for record in ends)
+
+
+def _looked_for(filter: Filter) -> Sequence[str]:
+    """Return the columns that are looked at first."""
+    return filter.keys if filter.wanted is None else filter.wanted[:1]
 
 
 def _shown(batch: pa.RecordBatch, projected: pa.Schema) -> pa.RecordBatch:

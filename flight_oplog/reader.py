@@ -9,11 +9,23 @@ from collections.abc import Iterable, Iterator, Sequence
 import pyarrow as pa
 
 from flight_oplog import codec
+from flight_oplog.codes import CodesOf, Name
 from flight_oplog.datafile import StagedFile
 from flight_oplog.errors import Cancelled
 from flight_oplog.parts import PARTS_FROM_BYTES
-from flight_oplog.records import DataFile, RecordMeta, read_columns, read_content, read_contents, read_filters, read_records, read_rows
-from flight_oplog.storage import Read, Storage
+from flight_oplog.records import (
+    DataFile,
+    ReadColumns,
+    RecordMeta,
+    begin_columns,
+    read_columns,
+    read_content,
+    read_contents,
+    read_filters,
+    read_records,
+    read_rows,
+)
+from flight_oplog.storage import Storage
 
 # Content that was committed here just now, small records only: the next query need not read it.
 FRESH_BYTES = 32 << 20
@@ -96,23 +108,29 @@ class Reader:
         """Whether reading a record takes less than asking another thread for it."""
         return self._storage.is_local and record.span is not None and record.span[1] - record.span[0] < PARTS_FROM_BYTES
 
-    def columns(self, record: RecordMeta, names: Sequence[str], stopped: threading.Event | None = None) -> Read:
-        """Return content of which some columns can be decoded, checked; no bytes are read for what was committed just now.
+    def begin(self, record: RecordMeta, names: Sequence[Name]) -> bool:
+        """Have the system read what `columns` is about to be asked for; False where that has to wait for it."""
+        return not record.members and begin_columns(self._storage, record, names)
 
+    def columns(self, record: RecordMeta, names: Sequence[Name], stopped: threading.Event | None = None) -> ReadColumns:
+        """Return content of which some columns can be decoded, checked, and the codes of some.
+
+        No bytes are read for what was committed just now.
         Raises Cancelled when it was `stopped` while the content of many records was read.
         """
         if record.members:
 
-            def one(member: RecordMeta) -> Read:
+            def one(member: RecordMeta) -> ReadColumns:
                 if stopped is not None and stopped.is_set():
                     raise Cancelled("the read was stopped")
                 return self.columns(member, names)
 
             found = list(self._storage.each(one, record.members))
             content = codec.as_one([each.buffer for each in found], record.entries_of_each, record.where)
-            return Read(content, sum(each.nbytes for each in found))
+            return ReadColumns(content, sum(each.nbytes for each in found))
         fresh = self._fresh.get(record.key)
-        return read_columns(self._storage, record, names) if fresh is None else Read(fresh, 0)
+        is_there = fresh is not None and not any(isinstance(name, CodesOf) for name in names)
+        return ReadColumns(fresh, 0) if is_there else read_columns(self._storage, record, names)
 
     def filters(self, records: Sequence[RecordMeta]) -> list[bytes]:
         """Return the filters of records that have some."""

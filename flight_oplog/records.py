@@ -7,12 +7,13 @@ do. Such a record has the entries, appends and bounds of them all; `rows` says h
 from __future__ import annotations
 
 import datetime
+import functools
 import itertools
 import json
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from flight_oplog import codec, summary
+from flight_oplog.codes import CodesOf, Name
 from flight_oplog.errors import CorruptLog, OplogError
 from flight_oplog.files import allocate, is_refusal, reading_error
 from flight_oplog.parts import Parts, Span
@@ -36,6 +38,9 @@ TOGETHER_BYTES_MAX = 64 << 20
 SMALL_FILE_BYTES = 64 << 10
 # The rows of so many row groups are read by several threads.
 THREADS_FROM_GROUPS = 16
+
+# The parts of so many records are kept: a record is asked for more than once by a question.
+PARTS_KEPT = 1024
 
 # A page's header, and the length of its only value.
 _PAGE_HEAD_BYTES_MAX = 64
@@ -108,6 +113,10 @@ class RecordMeta:
         if isinstance(self.known_bounds, _Bounds):
             self.known_bounds = self.known_bounds.together()
         return self.known_bounds
+
+    def has_codes(self, column: str) -> bool:
+        """Whether the texts of a column can be read as codes."""
+        return self.span is not None and self.parts is not None and "codes" in self.bounds.get(column, ())
 
     @property
     def entries_of_each(self) -> Sequence[int]:
@@ -386,6 +395,13 @@ def _unreadable(file: DataFile, error: Exception) -> OplogError:
 # Reading content
 
 
+@dataclass(frozen=True, slots=True)
+class ReadColumns(Read):
+    """Content of which some columns are there, and the codes of some."""
+
+    codes: Mapping[str, pa.Buffer] = field(default_factory=dict)
+
+
 def read_content(storage: Storage, record: RecordMeta) -> pa.Buffer:
     """Return a record's content, checked against its digest. Raises CorruptLog naming topic, file and offset."""
     return next(read_contents(storage, [record]))
@@ -415,26 +431,45 @@ def _checked(record: RecordMeta, contents: list[pa.Buffer]) -> pa.Buffer:
     return contents[0] if record.each is None else codec.as_one(contents, entries, record.where)
 
 
-def read_columns(storage: Storage, record: RecordMeta, names: Sequence[str]) -> Read:
-    """Return content of which only the frame and some columns are there, checked.
+def read_columns(storage: Storage, record: RecordMeta, names: Sequence[Name]) -> ReadColumns:
+    """Return content of which only the frame and some columns are there, checked, and codes of some.
 
     The rest of it is memory that was never touched. Content without parts is read whole.
     """
     if record.parts is None or record.span is None:
         content = read_content(storage, record)
-        return Read(content, content.size)
+        return ReadColumns(content, content.size)
     parts = _parts(record)
-    start = record.span[1] - parts.size
-    if not 0 < start - record.span[0] <= _PAGE_HEAD_BYTES_MAX:
-        raise _altered(record)
-    spans = parts.spans(names, storage.gap_bytes)
     try:
-        found = storage.some(record.file.path, start, parts.size, spans)
+        found = storage.some(record.file.path, *_asked(storage, record, parts, names))
     except OSError as error:
         raise _unreadable(record.file, error) from error
     if found is None or not parts.check(found.buffer, names):
         raise _altered(record)
-    return found
+    coded = {}
+    for name in names:
+        if isinstance(name, CodesOf):
+            stream = parts.codes_in(found.buffer, name.column)
+            if stream is None:
+                raise CorruptLog(f"{record.where}: lacks the codes of column {name.column!r} that its bounds name; restore the file")
+            coded[name.column] = stream
+    return ReadColumns(found.buffer, found.nbytes, found.is_mapped, coded)
+
+
+def begin_columns(storage: Storage, record: RecordMeta, names: Sequence[Name]) -> bool:
+    """Have the system read what `read_columns` is about to be asked for; False where that has to wait for it."""
+    if record.parts is None or record.span is None:
+        return False
+    return storage.begin(record.file.path, *_asked(storage, record, _parts(record), names))
+
+
+def _asked(storage: Storage, record: RecordMeta, parts: Parts, names: Sequence[Name]) -> tuple[int, int, list[Span]]:
+    """Return where in its file a record's content begins, its size, and what of it has to be read for some columns."""
+    assert record.span is not None
+    start = record.span[1] - parts.size
+    if not 0 < start - record.span[0] <= _PAGE_HEAD_BYTES_MAX:
+        raise _altered(record)
+    return start, parts.size, parts.spans(names, storage.gap_bytes)
 
 
 def read_filters(storage: Storage, file: DataFile, records: Sequence[RecordMeta]) -> dict[str, bytes]:
@@ -453,12 +488,19 @@ def read_filters(storage: Storage, file: DataFile, records: Sequence[RecordMeta]
 
 def _parts(record: RecordMeta) -> Parts:
     assert record.parts is not None
-    if not codec.has_digest(pa.py_buffer(record.parts.encode()), record.digest):
-        raise _altered(record)
     try:
-        return Parts.read(record.parts)
+        found = _parsed(record.parts, record.digest)
     except (KeyError, TypeError, ValueError) as error:
         raise CorruptLog(f"{record.where}: its parts do not add up; restore the file") from error
+    if found is None:
+        raise _altered(record)
+    return found
+
+
+@functools.lru_cache(PARTS_KEPT)
+def _parsed(parts: str, digest: str) -> Parts | None:
+    """Return parts as they are written; None where they do not have this digest."""
+    return Parts.read(parts) if codec.has_digest(pa.py_buffer(parts.encode()), digest) else None
 
 
 def _altered(record: RecordMeta) -> CorruptLog:

@@ -115,6 +115,10 @@ class Storage(abc.ABC):
         None where they are not: the file ends before.
         """
 
+    def begin(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> bool:
+        """Have the system read what `some` is about to be asked for; False where somebody has to wait for it instead."""
+        return False
+
     def read_each(self, paths: Iterable[str]) -> Iterator[bytes | None]:
         """Yield the bytes of each file, None for one that is not there."""
 
@@ -266,6 +270,9 @@ class Folder(Storage):
         finally:
             os.close(handle)
         return Read(pa.py_buffer(memory), nbytes) if is_there else None
+
+    def begin(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> bool:
+        return self._maps is not None and start % ALIGNED_BYTES == 0 and self._maps.begin(self._full(path), start, size, spans)
 
     def open(self, path: str, size: int) -> Any:
         return pa.OSFile(self._full(path), "rb")

@@ -23,6 +23,7 @@ class Vocabulary:
         self.is_full = False
         self.bytes_counted = 0  # of its texts, by its owner
         self._texts = pa.array([], pa.string())
+        self._last = pa.array([], pa.string()), np.zeros(0, np.uint16)  # what was looked for last, and its numbers
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -33,12 +34,13 @@ class Vocabulary:
         return int(self._texts.nbytes)
 
     def numbers(self, texts: pa.Array) -> pa.Array:
-        """Return the numbers of texts, null for null. Raises TooLarge for too many different ones."""
-        coded = texts.dictionary_encode()
+        """Return the numbers of texts, or of codes of them, null for null. Raises TooLarge for too many different ones."""
+        coded = texts if pa.types.is_dictionary(texts.type) else texts.dictionary_encode()
         places, indices = self._places(coded.dictionary), coded.indices
         if not indices.null_count:
-            return pa.array(places[indices.to_numpy()])
-        found = np.append(places, np.uint16(0))[pc.fill_null(indices, -1).to_numpy()]
+            are_numbers = indices.type == NUMBER and np.array_equal(places, np.arange(len(places)))
+            return indices if are_numbers else pa.array(places.take(indices.to_numpy()))
+        found = np.append(places, np.uint16(0)).take(pc.fill_null(indices, 0).to_numpy())
         return pa.Array.from_buffers(NUMBER, len(found), [pc.is_valid(indices).buffers()[1], pa.py_buffer(found)])
 
     def texts(self, numbers: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -46,6 +48,17 @@ class Vocabulary:
         return self._texts.take(numbers)
 
     def _places(self, different: pa.Array) -> np.ndarray:
+        known = self._last
+        if different.equals(known[0]):  # as records of one append have
+            return known[1]
+        places = pc.index_in(different, self._texts)
+        if places.null_count:
+            places = self._grown(different)
+        found: np.ndarray = places.to_numpy().astype(np.uint16)
+        self._last = different.take(pa.array(np.arange(len(different)))), found  # a copy: it may show pages of a file
+        return found
+
+    def _grown(self, different: pa.Array) -> pa.Array:
         with self._lock:
             places = pc.index_in(different, self._texts)
             if places.null_count:
@@ -54,4 +67,4 @@ class Vocabulary:
                     self.is_full = True
                     raise TooLarge(f"a column has more than {TEXTS_MAX} different texts, or {TEXTS_BYTES_MAX} bytes of them")
                 self._texts, places = texts, pc.index_in(different, texts)
-        return places.to_numpy().astype(np.uint16)
+            return places

@@ -49,6 +49,7 @@ def entries_of(log: Path, topic: str) -> list[dict[str, Any]]:
     for record in sorted(records, key=lambda record: record["first_offset"]):
         assert record["first_offset"] == start + len(found), "runs are dense"
         check(record["content"], record["digest"], record["parts"])
+        check_codes(record)
         batches = pa.ipc.open_stream(record["content"]).read_all().to_pylist()
         assert len(batches) == record["entries"] == sum(append["entries"] for append in record["appends"])
         found += batches
@@ -64,12 +65,28 @@ def check(content: bytes, digest: str, parts: str | None) -> None:
     assert xxhash.xxh3_128_hexdigest(parts.encode()) == digest
     found = json.loads(parts)
     assert found["bytes"] == len(content)
-    spans = sorted((start, end, expected) for spans in found["columns"].values() for start, end, expected in spans)
+    all_parts = [*found["columns"].values(), found.get("codes", {}).values()]
+    spans = sorted((start, end, expected) for spans in all_parts for start, end, expected in spans)
     frame, place = b"", 0
     for start, end, expected in spans:
         assert xxhash.xxh3_64_hexdigest(content[start:end]) == expected
         frame, place = frame + content[place:start], end
     assert xxhash.xxh3_64_hexdigest(frame + content[place:]) == found["frame"]
+
+
+def check_codes(record: dict[str, Any]) -> None:
+    """FORMAT.md, "Codes"."""
+    found = json.loads(record["parts"] or "{}").get("codes", {})
+    bounds = json.loads(record["bounds"])
+    assert {name for name, limits in bounds.items() if "codes" in limits} == {*found}
+    table = pa.ipc.open_stream(record["content"]).read_all()
+    for name, (start, end, _) in found.items():
+        [batch] = pa.ipc.open_stream(record["content"][start:end])
+        [coded] = batch.columns
+        assert start % 64 == 0
+        assert coded.type == pa.dictionary(pa.uint16(), pa.string())
+        assert len(coded.dictionary) == bounds[name]["codes"]
+        assert coded.dictionary_decode() == table[name].combine_chunks()
 
 
 @pytest.mark.parametrize("compression", ["none", "lz4", "zstd", "auto"])
@@ -91,7 +108,9 @@ def test_a_reader_written_from_the_format_alone_finds_every_entry(tmp_path: Path
 def test_that_reader_checks_the_parts_of_large_records_too(tmp_path: Path) -> None:
     folder = tmp_path / "log"
     with OpLog.open(str(folder), Config(compression="none")) as log:
-        log.append("events", pa.table({"n": range(300_000), "s": ["x"] * 300_000}))
+        log.append("events", pa.table({"n": range(300_000), "s": ["x", None, "yes"] * 100_000, "t": ["t"] * 300_000}))
+        [record] = log.snapshot().records("events")
+        assert all(map(record.has_codes, ["s", "t"]))
         assert len(entries_of(folder, "events")) == 300_000
         [record] = log.snapshot().records("events")
         assert record.parts is not None

@@ -24,6 +24,7 @@ ORDER = [
     "storage",
     "schema",
     "codec",
+    "codes",
     "parts",
     "keys",
     "parquet",

@@ -21,7 +21,7 @@ from flight_oplog.cache import ScanCounts
 from flight_oplog.config import Config
 from flight_oplog.errors import OplogError, TooLarge
 from flight_oplog.kept import remember
-from flight_oplog.provider import RowsTable, ScanContext
+from flight_oplog.provider import RowsTable, ScanContext, are_coded
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
 from flight_oplog.sql.aggregates import (
     ANSWER_BYTES_MAX,
@@ -263,7 +263,7 @@ class Repeated:
         if not are_texts or (not apart.measures and limits(asked.sql)):
             self._do_not_help(key)
             return None
-        may_make = is_again or kind is _Kind.SLOW
+        may_make = is_again or kind is _Kind.SLOW or are_coded(asked.snapshot, topic, apart.columns)
         known = [self._planner.cache.vocabulary(topic, name, may_make) for name in apart.columns]
         vocabularies = [each for each in known if each is not None and not each.is_full]
         if len(vocabularies) < len(known) or math.prod(map(len, vocabularies)) > STATE_ROWS_MAX:

@@ -1,0 +1,119 @@
+"""Codes of a record's texts: each different text of a column once, and for each entry which one it has.
+
+They say nothing that the texts do not. Whoever groups by texts, or looks for one, reads two bytes an entry instead of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from flight_oplog.errors import CorruptLog
+
+CODED = pa.dictionary(pa.uint16(), pa.string())
+CODE_BYTES = 2
+TEXTS_MAX = 1 << 8 * CODE_BYTES
+TEXTS_BYTES_MAX = 2 << 20
+# They are made where they take no more than this part of what the texts take. A sample of so many tells whether that may be.
+PART = 2
+SAMPLED, SAMPLED_AGAIN = 2048, 64
+COLUMNS_MAX = 64
+
+
+@dataclass(frozen=True, slots=True)
+class CodesOf:
+    """Names the codes of a column of texts, where names of columns are asked for."""
+
+    column: str
+
+
+Name = str | CodesOf
+
+
+def codes_of(
+    batches: Sequence[pa.RecordBatch], schema: pa.Schema, known: dict[str, pa.Array] | None = None
+) -> dict[str, pa.DictionaryArray]:
+    """Return the codes of those columns whose texts repeat much: one array for all of the batches, null for null.
+
+    What is `known` are the texts of records before, by column, and then of this one too: those that have the same texts in the same
+    order are put together without looking at any.
+    """
+    found: dict[str, pa.DictionaryArray] = {}
+    known = {} if known is None else known
+    for place, field in enumerate(schema):
+        if field.type == pa.string() and len(found) < COLUMNS_MAX:
+            coded = _coded(pa.chunked_array([batch.column(place) for batch in batches]), known.get(field.name))
+            if coded is not None:
+                found[field.name], known[field.name] = coded, coded.dictionary
+    return found
+
+
+def occurring(coded: pa.DictionaryArray) -> pa.Array:
+    """Return the texts that some entry has."""
+    occurs = np.bincount(coded.indices.drop_null().to_numpy(), minlength=len(coded.dictionary)) > 0
+    return coded.dictionary.filter(pa.array(occurs))
+
+
+def singly(coded: pa.DictionaryArray, rows: Sequence[int]) -> list[pa.Array]:
+    """Return the texts of a few entries, each in an array of its own; they are not copied."""
+    if coded.null_count:
+        return [coded.dictionary.take(coded.indices.slice(row, 1)) for row in rows]
+    texts, indices = coded.dictionary, coded.indices
+    codes = np.frombuffer(indices.buffers()[1], np.uint16, len(indices), CODE_BYTES * indices.offset)
+    return [texts.slice(code, 1) for code in codes[rows].tolist()]
+
+
+def _coded(column: pa.ChunkedArray, known: pa.Array | None) -> pa.DictionaryArray | None:
+    if known is None:
+        if not _may_repeat(column):
+            return None
+        coded = column.dictionary_encode().combine_chunks()
+        texts, codes = coded.dictionary, coded.indices
+    else:
+        texts, codes = known, pc.index_in(column, value_set=known).combine_chunks()
+        if codes.null_count > column.null_count:
+            missing = column.filter(pc.is_null(codes)).unique().drop_null()
+            texts = pa.concat_arrays([known, missing])
+            if not _are_worth(texts, column):
+                return _coded(column, None)  # there were others before
+            codes = pc.index_in(column, value_set=texts).combine_chunks()
+    return pa.DictionaryArray.from_arrays(codes.cast(pa.uint16()), texts) if _are_worth(texts, column) else None
+
+
+def _may_repeat(column: pa.ChunkedArray) -> bool:
+    longest = max(column.chunks, key=len)
+    sample = longest.take(pa.array(np.linspace(0, len(longest) - 1, min(len(longest), SAMPLED), dtype=np.int64)))
+    return len(sample) - len(sample.unique()) >= SAMPLED_AGAIN
+
+
+def _are_worth(texts: pa.Array, column: pa.ChunkedArray) -> bool:
+    is_small = len(texts) <= TEXTS_MAX and texts.nbytes <= TEXTS_BYTES_MAX
+    return is_small and PART * (texts.nbytes + CODE_BYTES * len(column)) <= column.nbytes
+
+
+def written(coded: pa.DictionaryArray) -> pa.Buffer:
+    """Return codes as an Arrow IPC stream of one batch, uncompressed."""
+    sink = pa.BufferOutputStream()
+    batch = pa.RecordBatch.from_arrays([coded], ["codes"])
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue()
+
+
+def read(stream: pa.Buffer, entries: int, where: str) -> pa.DictionaryArray:
+    """Return codes that were written, of so many entries. Raises CorruptLog naming `where` when they are nothing of the kind."""
+    try:
+        with pa.ipc.open_stream(stream) as reader:
+            [batch] = reader
+        [coded] = batch.columns
+        is_whole = coded.type == CODED and len(coded) == entries
+        is_whole = is_whole and (pc.max(coded.indices).as_py() or 0) < max(1, len(coded.dictionary))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise CorruptLog(f"{where}: codes of texts are not readable ({type(error).__name__}); restore the file") from error
+    if not is_whole:
+        raise CorruptLog(f"{where}: codes of texts do not fit its {entries} entries; restore the file")
+    return coded

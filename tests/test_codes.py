@@ -1,0 +1,439 @@
+"""Codes of texts: they say what the texts say, are read in their place, and cost what is said."""
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import SEED, rows
+from hypothesis import given
+from hypothesis import strategies as st
+from test_reads import bag, plain, reference
+from test_vocabulary import some, statement
+
+from flight_oplog import Config, OpLog, appends, codec, codes, parts, provider, reader
+from flight_oplog.appends import make_record
+from flight_oplog.cache import ScanCounts
+from flight_oplog.codes import CodesOf
+from flight_oplog.errors import CorruptLog
+from flight_oplog.parts import Parts
+from flight_oplog.records import RecordMeta
+from flight_oplog.sql.engine import Engine
+
+TEXT = pa.schema([("s", pa.string())])
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small records have parts too, and any column of texts codes."""
+    for module in (appends, parts, reader):
+        monkeypatch.setattr(module, "PARTS_FROM_BYTES", 0)
+    monkeypatch.setattr(codes, "SAMPLED_AGAIN", 0)
+    monkeypatch.setattr(codes, "PART", 0)
+
+
+def batch_of(texts: Any) -> pa.RecordBatch:
+    return pa.record_batch([pa.array(texts, pa.string())], TEXT)
+
+
+def coded(*batches: pa.RecordBatch, known: dict[str, pa.Array] | None = None) -> pa.DictionaryArray | None:
+    return codes.codes_of(batches, TEXT, known).get("s")
+
+
+def texts_of(entries: int, different: int) -> list[str]:
+    return [f"text {place * 7919 % different:06}" for place in range(entries)]
+
+
+# Made
+
+
+@given(st.lists(st.lists(st.lists(st.sampled_from([None, "", "a", "a\0", "äöü", "日本語", "x" * 40]), max_size=9), min_size=1), min_size=1))
+def test_codes_stand_for_the_texts_in_one_record_after_the_other(records: list[list[list[str | None]]]) -> None:
+    known: dict[str, pa.Array] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codes, "SAMPLED_AGAIN", 0)
+        patch.setattr(codes, "PART", 0)
+        for record in records:
+            batches = [batch_of(texts) for texts in record if texts] or [batch_of([None])]
+            found = coded(*batches, known=known)
+            assert found is not None
+            texts = pa.chunked_array([batch.column(0) for batch in batches]).combine_chunks()
+            assert found.type == codes.CODED
+            assert found.dictionary_decode() == texts
+            assert {*codes.occurring(found).to_pylist()} == {*texts.drop_null().to_pylist()}
+            assert len(found.dictionary.unique()) == len(found.dictionary)
+            assert codes.read(codes.written(found), len(texts), "here").equals(found)
+            assert [each.to_pylist() for each in codes.singly(found, range(len(texts)))] == [[text] for text in texts.to_pylist()]
+
+
+def test_records_of_the_same_texts_have_them_in_the_same_order() -> None:
+    texts, known = texts_of(5000, 100), dict[str, pa.Array]()
+    first = coded(batch_of(texts), known=known)
+    assert first is not None
+    random.Random(1).shuffle(texts)
+    second = coded(batch_of(texts), known=known)
+    assert second is not None
+    assert second.dictionary.equals(first.dictionary)
+    third = coded(batch_of([*texts, "another text"]), known=known)
+    assert third is not None
+    assert third.dictionary.to_pylist() == [*first.dictionary.to_pylist(), "another text"]
+
+
+def test_texts_that_come_no_more_are_left_behind_once_they_are_too_many() -> None:
+    known: dict[str, pa.Array] = {}
+    for number in range(20):
+        texts = [f"{number} {text}" for text in texts_of(4000, 400)]
+        found = coded(batch_of(texts), known=known)
+        assert found is not None
+        assert found.dictionary_decode().to_pylist() == texts
+        assert 2 * (found.dictionary.nbytes + 2 * len(texts)) <= batch_of(texts).nbytes
+
+
+def test_there_are_none_of_texts_that_hardly_repeat() -> None:
+    assert coded(batch_of(texts_of(20_000, 20_000))) is None
+    assert coded(batch_of(texts_of(20_000, 19_000))) is None
+    assert coded(batch_of(texts_of(20_000, 100))) is not None
+
+
+def test_they_take_half_of_the_texts_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = batch_of(texts_of(10_000, 500))
+    found = coded(texts)
+    assert found is not None
+    part = texts.nbytes / (found.dictionary.nbytes + 2 * len(texts))
+    monkeypatch.setattr(codes, "PART", part)
+    assert coded(texts) is not None
+    monkeypatch.setattr(codes, "PART", part * 1.0001)
+    assert coded(texts) is None
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_there_are_none_of_one_text_too_many(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    monkeypatch.setattr(codes, "TEXTS_MAX", 100)
+    before = {"s": pa.array(texts_of(99, 99))} if known else None
+    assert coded(batch_of(texts_of(5000, 100)), known=before) is not None
+    assert coded(batch_of(texts_of(5000, 101)), known=before) is None
+
+
+def test_every_code_there_is_can_be_given() -> None:
+    many = batch_of([f"{'long' * 20} {place % codes.TEXTS_MAX:06}" for place in range(codes.TEXTS_MAX * 3)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codes, "TEXTS_BYTES_MAX", 1 << 30)
+        patch.setattr(codes, "SAMPLED_AGAIN", 0)
+        found = coded(many)
+        assert found is not None
+        assert len(found.dictionary) == codes.TEXTS_MAX
+        assert codes.read(codes.written(found), len(many), "here").dictionary_decode() == many.column(0)
+        one_more = batch_of(["another", *many.column(0).to_pylist()])
+        assert coded(one_more) is None
+
+
+def test_there_are_none_of_one_byte_of_texts_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = batch_of(texts_of(5000, 100))
+    found = coded(texts)
+    assert found is not None
+    monkeypatch.setattr(codes, "TEXTS_BYTES_MAX", found.dictionary.nbytes)
+    assert coded(texts) is not None
+    monkeypatch.setattr(codes, "TEXTS_BYTES_MAX", found.dictionary.nbytes - 1)
+    assert coded(texts) is None
+
+
+def test_one_column_too_many_has_none() -> None:
+    texts = pa.array(texts_of(5000, 10))
+    wide = pa.record_batch({f"s{place}": texts for place in range(codes.COLUMNS_MAX + 1)})
+    assert [*codes.codes_of([wide], wide.schema)] == [f"s{place}" for place in range(codes.COLUMNS_MAX)]
+
+
+def test_bounds_and_filters_are_of_the_texts_that_occur() -> None:
+    known: dict[str, pa.Array] = {}
+
+    def bounds_of(texts: list[str]) -> dict[str, Any]:
+        return make_record([batch_of(texts)], TEXT, "x", [{"entries": len(texts)}], None, "none", ("s",), known).bounds["s"]
+
+    texts = texts_of(100_000, 100)
+    with_all = bounds_of(texts)
+    assert (with_all["codes"], with_all["min"], with_all["max"]) == (100, "text 000000", "text 000099")
+    without = [text for text in texts if text not in ("text 000000", "text 000099")]
+    found = bounds_of(without)
+    assert (found["codes"], found["min"], found["max"]) == (100, "text 000001", "text 000098")
+    alone = make_record([batch_of(without)], TEXT, "x", [{"entries": len(without)}], None, "none", ("s",))
+    again = make_record([batch_of(without)], TEXT, "x", [{"entries": len(without)}], None, "none", ("s",), known)
+    assert again.filters == alone.filters
+    assert again.bounds["s"]["filter"] == alone.bounds["s"]["filter"]
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4", "auto"])
+def test_content_too_small_for_parts_or_of_too_many_has_no_codes(monkeypatch: pytest.MonkeyPatch, compression: str) -> None:
+    batch = batch_of(texts_of(100_000, 10))
+    assert batch.nbytes > parts.PARTS_FROM_BYTES
+    monkeypatch.setattr(parts, "PARTS_MAX", 0)
+    record = make_record([batch], TEXT, "x", [{"entries": len(batch)}], None, compression)
+    assert record.parts is None
+    assert "codes" not in record.bounds["s"]
+    assert record.content.equals(codec.encode([batch], TEXT, compression))
+
+
+# Read
+
+
+@pytest.mark.parametrize("compression", ["none", "lz4"])
+def test_codes_are_parts_of_content_and_content_is_what_it_was(always: None, compression: str) -> None:
+    batches = [batch_of(texts_of(1000, 7)), batch_of(["another", None] * 50)]
+    record = make_record(batches, TEXT, "x", [{"entries": 1100}], None, compression)
+    assert record.parts is not None
+    found = Parts.read(record.parts)
+    assert found.check(record.content)
+    assert found.fit(record.content, TEXT)
+    assert pa.ipc.open_stream(record.content).read_all().equals(pa.Table.from_batches(batches))
+    assert [batch.num_rows for batch in codec.decode(record.content, 1100, "here")] == [1100]
+    memory = bytearray(record.content.size)
+    [(start, end)] = found.spans([CodesOf("s")], 0)
+    memory[start:end] = record.content.to_pybytes()[start:end]
+    assert found.check(pa.py_buffer(memory), [CodesOf("s")]), "the frame is not needed for codes alone"
+    stream = found.codes_in(pa.py_buffer(memory), "s")
+    assert stream is not None
+    assert codes.read(stream, 1100, "here").dictionary_decode().to_pylist() == [*texts_of(1000, 7), *["another", None] * 50]
+    memory[end - 20] ^= 1
+    assert not found.check(pa.py_buffer(memory), [CodesOf("s")])
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"",
+        b"nothing of the kind",
+        codes.written(pa.array(["a"]).dictionary_encode()).to_pybytes(),
+        codes.written(pa.array(["a", "b"]).dictionary_encode().cast(codes.CODED)).to_pybytes()[:-200],
+        codes.written(pa.array(["a", "b", "c"]).dictionary_encode().cast(codes.CODED)).to_pybytes(),
+        codes.written(pa.DictionaryArray.from_arrays(pa.array([0, 2], pa.uint16()), pa.array(["a", "b"]), safe=False)).to_pybytes(),
+    ],
+)
+def test_what_are_no_codes_of_so_many_entries_is_refused(stream: bytes) -> None:
+    with pytest.raises(CorruptLog, match="here: codes of texts"):
+        codes.read(pa.py_buffer(stream), 2, "here")
+
+
+STATEMENTS = [
+    "SELECT n, s, u FROM t WHERE s = 'a'",
+    "SELECT n FROM t WHERE s = 'a' AND n > 3",
+    "SELECT s, n FROM t WHERE s <> 'a'",
+    "SELECT s FROM t WHERE s IS NULL",
+    "SELECT u, s FROM t WHERE s IS NOT NULL AND u = 'abcdefgh'",
+    "SELECT n, u FROM t WHERE s IN ('a', '', 'äöü')",
+    "SELECT n, u FROM t WHERE s NOT IN ('a', '', 'äöü')",
+    "SELECT s FROM t WHERE s LIKE 'a%'",
+    "SELECT s, u FROM t WHERE s > 'abc' AND s < 'it'",
+    "SELECT s FROM t WHERE s = 'abcdefghi' OR n = 3",
+    "SELECT s, u FROM t WHERE s = u",
+    "SELECT s, u FROM t WHERE n = 4",
+    "SELECT s, n FROM t WHERE s = 'nothing like it'",
+    "SELECT min(s) AS least, max(u) AS most FROM t WHERE s <> 'x'",
+    "SELECT upper(s) AS loud FROM t WHERE u = '日本語'",
+    "SELECT s, u FROM t ORDER BY n, s, u LIMIT 7",
+]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.usefixtures("eager", "always")
+def test_answers_are_those_of_texts(folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    chance = random.Random(f"{SEED}-codes-{seed}")
+    engines = [Engine(Config(cache_bytes_max=size, state_bytes_max=size)) for size in (1 << 26, 5000, 0)]
+    asked: list[CodesOf] = []
+    read = codes.read
+    monkeypatch.setattr(codes, "read", lambda *arguments: (asked.append(CodesOf("")), read(*arguments))[1])
+    tables: list[pa.Table] = []
+    config = Config(record_entries_max=chance.choice([40, 1000]), compression=chance.choice(["none", "lz4"]))
+    with OpLog.open(str(folder), config) as log:
+        for has_u in (True, False, True):
+            tables.append(some(chance, chance.randrange(1, 200), has_u))
+            log.append("t", tables[-1])
+            session = plain(*tables)
+            for sql in [*STATEMENTS, *(statement(chance) for _ in range(15))]:
+                expected = bag(reference(session, sql))
+                for engine in engines:
+                    for _ in range(2):
+                        assert bag(rows(engine, log.snapshot(), sql)) == expected, sql
+    assert len(asked) > 30, "else it shows nothing"
+
+
+@pytest.mark.usefixtures("eager", "always")
+def test_a_column_that_became_wider_is_read_by_its_codes(folder: Path) -> None:
+    with OpLog.open(str(folder)) as log:
+        log.append("t", pa.table({"s": ["a", None, "b"] * 5, "n": range(15)}))
+        log.append("t", pa.table({"s": pa.array(["a", "c"], pa.large_string()), "n": [20, 21]}))
+        engine = Engine(Config())
+        assert log.snapshot().topics["t"].schema.field("s").type == pa.large_string()
+        for _ in range(3):
+            assert len(rows(engine, log.snapshot(), "SELECT s, n FROM t WHERE s = 'a'")) == 6
+            assert len(rows(engine, log.snapshot(), "SELECT s, n FROM t WHERE s LIKE 'b%'")) == 5
+            found = rows(engine, log.snapshot(), "SELECT s, count(*) AS c FROM t GROUP BY s ORDER BY s NULLS FIRST")
+            assert [tuple(row.values()) for row in found] == [(None, 5), ("a", 6), ("b", 5), ("c", 1)]
+
+
+# What is read
+
+
+ENTRIES = 600_000
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpLog]:
+    """A topic of three records and more: ids, kinds and numbers."""
+    chance = np.random.default_rng(5)
+    ids = pa.array([f"{number:016}" for number in chance.integers(0, 1 << 53, 3000)])
+    with OpLog.open(str(tmp_path_factory.mktemp("large")), Config(compression="none", record_entries_max=200_000)) as log:
+        table = {
+            "id": ids.take(pa.array(chance.integers(0, 3000, ENTRIES))),
+            "kind": pa.array(["get", "put", "delete"]).take(pa.array(chance.integers(0, 3, ENTRIES))),
+            "n": pa.array(np.arange(ENTRIES)),
+            "payload": pa.array([f"{number:040}" for number in chance.integers(0, 1 << 53, ENTRIES)]),
+        }
+        log.append("t", pa.table(table))
+        yield log
+
+
+def scanned(engine: Engine, log: OpLog, sql: str) -> tuple[ScanCounts, int]:
+    running = engine.run(sql, log.snapshot())
+    found = sum(batch.num_rows for batch in running.batches)
+    [counts] = running.counts.values()
+    return counts, found
+
+
+def test_only_what_repeats_has_codes(large: OpLog) -> None:
+    records = [*large.snapshot().records("t")]
+    assert len(records) == 3
+    assert all(record.has_codes("id") and record.has_codes("kind") for record in records)
+    assert not any(record.has_codes("payload") or record.has_codes("n") for record in records)
+
+
+@pytest.mark.parametrize(
+    ("sql", "bytes_an_entry"),
+    [
+        ("SELECT count(DISTINCT id) AS c FROM t", 2),
+        ("SELECT id, count(*) AS c FROM t GROUP BY id", 2),
+        ("SELECT kind, id, sum(n) AS total FROM t GROUP BY kind, id", 2 + 2 + 8),
+        ("SELECT kind, max(n) AS most FROM t GROUP BY kind", 2 + 8),
+        ("SELECT n FROM t WHERE id = '{id}'", 2 + 8),
+        ("SELECT id, n FROM t WHERE id <> '{id}'", 2 + 8),
+        ("SELECT id, n FROM t WHERE id IN ('{id}', 'other', 'another', 'one')", 2 + 8),
+        ("SELECT n FROM t WHERE kind IN ('one', 'other')", 2),
+        ("SELECT count(*) AS c FROM t WHERE kind = 'put'", 2),
+    ],
+)
+def test_two_bytes_are_read_of_a_text(large: OpLog, sql: str, bytes_an_entry: int) -> None:
+    [one] = rows(Engine(Config()), large.snapshot(), "SELECT id FROM t LIMIT 1")
+    text = sql.format(**one)
+    counts, found = scanned(Engine(Config(state_bytes_max=0)), large, text)
+    assert found or "other" in sql
+    assert counts.content_bytes < (bytes_an_entry + 0.8) * ENTRIES, "beside the texts, each once in a record"
+    assert counts.content_bytes >= bytes_an_entry * ENTRIES or "other" in sql
+
+
+def test_what_was_read_is_kept(large: OpLog) -> None:
+    engine = Engine(Config(state_bytes_max=0))
+    for number in range(3):
+        counts, _ = scanned(engine, large, f"SELECT id, n FROM t WHERE id IN ('0{number}', 'one', 'other', 'another') OR id < '0001'")
+        assert (counts.content_bytes > 0, counts.cache_misses > 0) == (number == 0, number == 0)
+    assert engine._planner.cache.metrics()["cache_bytes"] < 100_000, "pages of a file take next to nothing"
+
+
+def test_the_first_aggregate_is_made_by_codes_and_kept_as_others_are(large: OpLog) -> None:
+    engine = Engine(Config())
+    sql = "SELECT kind, count(*) AS c, sum(n) AS total FROM t GROUP BY kind ORDER BY kind"
+    first = rows(engine, large.snapshot(), sql)
+    assert sum(row["total"] for row in first) == ENTRIES * (ENTRIES - 1) // 2
+    assert rows(engine, large.snapshot(), sql) == first
+    assert engine.run(sql, large.snapshot()).counts == {}, "the second answer was in hand"
+
+
+def test_columns_of_a_mapped_log_are_read_by_whoever_wants_them(large: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, asked = Engine(Config(state_bytes_max=0)), []
+    begin = reader.Reader.begin
+
+    def begun(self: reader.Reader, record: RecordMeta, names: Any) -> bool:
+        asked.append((record.row, names))
+        return begin(self, record, names)
+
+    monkeypatch.setattr(reader.Reader, "begin", begun)
+    scanned(engine, large, "SELECT kind, sum(n) AS total FROM t WHERE n >= 0 GROUP BY kind")
+    assert {row for row, _ in asked} == {0, 1, 2}
+    with OpLog.open(large._store._storage.uri, Config(mapped_bytes_max=0)) as unmapped:
+        record = next(iter(unmapped.snapshot().records("t")))
+        assert not unmapped.snapshot().store.reader.begin(record, ["n"])
+        assert large.snapshot().store.reader.begin(record, ["n"])
+        assert scanned(engine, unmapped, "SELECT id FROM t WHERE kind = 'put'")[1] > 0
+
+
+# Damaged
+
+
+def flip(log: Path, record: RecordMeta, name: str) -> None:
+    assert record.parts is not None
+    assert record.span is not None
+    found = Parts.read(record.parts)
+    place = record.span[1] - found.size + found.codes[name].end - 30
+    with (log / record.file.path).open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def test_damaged_codes_are_never_read_and_harm_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    with OpLog.open(str(folder), Config(compression="none")) as log:
+        log.append("t", pa.table({"s": texts_of(100_000, 9), "u": texts_of(100_000, 8), "n": range(100_000)}))
+        [record] = log.snapshot().records("t")
+    flip(folder, record, "s")
+    with OpLog.open(str(folder)) as log:
+        engine = Engine(Config())
+        with pytest.raises(CorruptLog, match=r"topic 't', file .*, offset 0: content does not match its digest"):
+            rows(engine, log.snapshot(), "SELECT n FROM t WHERE s = 'text 000001'")
+        assert len(rows(engine, log.snapshot(), "SELECT n FROM t WHERE u = 'text 000001'")) == 12_500
+        assert len({row["s"] for row in rows(engine, log.snapshot(), "SELECT s FROM t")}) == 9
+        assert [problem.severity for problem in log.verify()] == ["error"]
+
+
+@pytest.mark.parametrize("lie", ["another text", "fewer", "not named", "not there"])
+def test_verify_finds_codes_that_are_not_those_of_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str) -> None:
+    make = appends.make_record
+
+    def lying(*arguments: Any) -> Any:
+        record = make(*arguments)
+        limits = record.bounds
+        if "s" in limits and lie == "not named":
+            limits = {"s": {key: value for key, value in limits["s"].items() if key != "codes"}, "n": limits["n"]}
+        if "s" in limits and lie == "not there":
+            limits = {"s": limits["s"], "n": limits["n"] | {"codes": 3}}
+        return replace(record, bounds=limits)
+
+    honest = codes.codes_of
+
+    def others(batches: Any, schema: pa.Schema, known: Any = None) -> Any:
+        found = honest(batches, schema, known)["s"]
+        texts = pa.array(["never there", *found.dictionary.to_pylist()[1:]])
+        indices = found.indices if lie == "another text" else found.indices.slice(1)
+        return {"s": pa.DictionaryArray.from_arrays(indices, texts if lie == "another text" else found.dictionary)}
+
+    monkeypatch.setattr("flight_oplog.oplog.make_record", lying)
+    monkeypatch.setattr("flight_oplog.group.make_record", lying)
+    if lie in ("another text", "fewer"):
+        monkeypatch.setattr(codes, "codes_of", others)
+    with OpLog.open(str(tmp_path / "log"), Config(compression="none")) as log:
+        log.append("t", pa.table({"s": texts_of(100_000, 9), "n": range(100_000)}))
+        [problem] = log.verify()
+    assert "codes" in problem.what
+    assert "offset 0" in problem.what + problem.where
+
+
+def test_few_entries_are_not_grouped_by_codes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planning once more would take longer than it saves."""
+    with OpLog.open(str(folder), Config(compression="none")) as log:
+        log.append("t", pa.table({"s": texts_of(100_000, 9)}))
+        asked: list[Any] = []
+        monkeypatch.setattr(provider, "are_coded", lambda *arguments: asked.append(arguments))
+        assert len(rows(Engine(Config()), log.snapshot(), "SELECT s, count(*) AS c FROM t GROUP BY s")) == 9
+        assert asked == []
