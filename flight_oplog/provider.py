@@ -663,10 +663,10 @@ def topic_batches(
             skip = max(0, skip - batch.num_rows)
 
 
-def are_coded(snapshot: Snapshot, topic: Topic, columns: Sequence[str]) -> bool:
-    """Whether a topic's records have codes for some columns, going by the first and the last: only speed hangs on it."""
+def codes_kept(snapshot: Snapshot, topic: Topic, column: str) -> int:
+    """Return how many texts a topic's records have codes of, 0 for none, going by the first and the last: only speed hangs on it."""
     ends = [snapshot.store.reader.records(file)[end] for file, end in ((topic.files[0], 0), (topic.files[-1], -1))]
-    return any(all(map(record.has_codes, columns)) for record in ends)
+    return max(record.bounds[column]["codes"] if record.has_codes(column) else 0 for record in ends)
 
 
 def _looked_for(filter: Filter) -> Sequence[str]:

@@ -15,14 +15,16 @@ from hypothesis import strategies as st
 from test_reads import bag, plain, reference
 from test_vocabulary import some, statement
 
-from flight_oplog import Config, OpLog, appends, codec, codes, parts, provider, reader
+from flight_oplog import Config, OpLog, appends, codec, codes, parts, reader
 from flight_oplog.appends import make_record
 from flight_oplog.cache import ScanCounts
 from flight_oplog.codes import CodesOf
 from flight_oplog.errors import CorruptLog
 from flight_oplog.parts import Parts
 from flight_oplog.records import RecordMeta
+from flight_oplog.sql import repeated
 from flight_oplog.sql.engine import Engine
+from flight_oplog.sql.planner import Planner
 
 TEXT = pa.schema([("s", pa.string())])
 
@@ -434,6 +436,22 @@ def test_few_entries_are_not_grouped_by_codes(folder: Path, monkeypatch: pytest.
     with OpLog.open(str(folder), Config(compression="none")) as log:
         log.append("t", pa.table({"s": texts_of(100_000, 9)}))
         asked: list[Any] = []
-        monkeypatch.setattr(provider, "are_coded", lambda *arguments: asked.append(arguments))
-        assert len(rows(Engine(Config()), log.snapshot(), "SELECT s, count(*) AS c FROM t GROUP BY s")) == 9
-        assert asked == []
+        kept = repeated.codes_kept
+        monkeypatch.setattr(repeated, "codes_kept", lambda *arguments: (asked.append(arguments), kept(*arguments))[1])
+        for entries_min in (100_001, 100_000):
+            monkeypatch.setattr(repeated, "LARGE_ENTRIES", entries_min)
+            assert len(rows(Engine(Config()), log.snapshot(), "SELECT s, count(*) AS c FROM t GROUP BY s")) == 9
+            assert bool(asked) == (entries_min == 100_000)
+
+
+@pytest.mark.usefixtures("eager")
+def test_more_groups_than_a_state_has_are_not_tried_by_codes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+    start = Planner.start_by_numbers
+    monkeypatch.setattr(Planner, "start_by_numbers", lambda *arguments: (started.append(arguments), start(*arguments))[1])
+    with OpLog.open(str(folder), Config(compression="none")) as log:
+        log.append("t", pa.table({"s": texts_of(100_000, 9), "u": texts_of(100_000, 8)}))
+        for groups_max in (71, 72):
+            monkeypatch.setattr(repeated, "STATE_ROWS_MAX", groups_max)
+            assert len(rows(Engine(Config()), log.snapshot(), "SELECT s, u, count(*) AS c FROM t GROUP BY s, u")) == 72
+            assert bool(started) == (groups_max == 72)

@@ -21,7 +21,7 @@ from flight_oplog.cache import ScanCounts
 from flight_oplog.config import Config
 from flight_oplog.errors import OplogError, TooLarge
 from flight_oplog.kept import remember
-from flight_oplog.provider import RowsTable, ScanContext, are_coded
+from flight_oplog.provider import RowsTable, ScanContext, codes_kept
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
 from flight_oplog.sql.aggregates import (
     ANSWER_BYTES_MAX,
@@ -252,7 +252,8 @@ class Repeated:
     ) -> pa.Table | None:
         """Return the state of an aggregate that groups much by texts, made by grouping by their numbers.
 
-        None where that is not worth it. Numbers are made for a statement of a slow kind, or one that `is_again` asked.
+        None where that is not worth it. Numbers are made for a statement of a slow kind, or one that `is_again` asked; codes are numbers as
+        good as made.
         """
         kind = self._kinds.get(key.kind)
         if kind is _Kind.UNFIT or topic.entries < LARGE_ENTRIES:
@@ -263,10 +264,11 @@ class Repeated:
         if not are_texts or (not apart.measures and limits(asked.sql)):
             self._do_not_help(key)
             return None
-        may_make = is_again or kind is _Kind.SLOW or are_coded(asked.snapshot, topic, apart.columns)
-        known = [self._planner.cache.vocabulary(topic, name, may_make) for name in apart.columns]
+        may_make = is_again or kind is _Kind.SLOW
+        coded = [codes_kept(asked.snapshot, topic, name) for name in apart.columns]
+        known = [self._planner.cache.vocabulary(topic, name, may_make or all(coded)) for name in apart.columns]
         vocabularies = [each for each in known if each is not None and not each.is_full]
-        if len(vocabularies) < len(known) or math.prod(map(len, vocabularies)) > STATE_ROWS_MAX:
+        if len(vocabularies) < len(known) or math.prod(map(max, map(len, vocabularies), coded)) > STATE_ROWS_MAX:
             return None
         numbered = dict(zip(names, zip(apart.columns, vocabularies, strict=True), strict=True))
         started = self._planner.start_by_numbers(asked, numbered, may_make, lambda session: apart.by_numbers(session, names))
