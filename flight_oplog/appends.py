@@ -178,8 +178,9 @@ def make_record(
     entries = sum(batch.num_rows for batch in batches)
     if len(batches) > 2 and entries <= JOINED_ENTRIES * len(batches):
         batches = list(codec.cut(codec.joined(batches)))  # many small appends: everything below costs by the batch
+    compression = codec.chosen(batches, schema, compression)
     coded = codes.codes_of(batches, schema, known) if sum(batch.nbytes for batch in batches) >= PARTS_FROM_BYTES else {}
-    streams = {name: codes.written(of_one) for name, of_one in coded.items()}
+    streams = {name: codes.written(of_one, compression) for name, of_one in coded.items()}
     content = codec.encode(batches, schema, compression, [*streams.values()])
     found = Parts.of(content, schema, {name: stream.size for name, stream in streams.items()})
     different = {name: codes.occurring(of_one) for name, of_one in coded.items()}

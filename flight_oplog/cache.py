@@ -456,7 +456,8 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[Name], stopp
         nbytes = content.size
     else:
         nbytes = sum(array.nbytes for array in arrays)
-    nbytes += sum(ARRAY_BYTES if read.is_mapped else stream.size for stream in read.codes.values())
+    for [array] in coded.values():
+        nbytes += ARRAY_BYTES if read.is_mapped and _inside(content, array.indices) else array.nbytes
     columns = {name: [batch.column(name) for batch in batches] for name in batches[0].schema.names} if batches else {}
     return Decoded([batch.num_rows for batch in batches], columns | coded, nbytes), nbytes_read
 

@@ -286,19 +286,29 @@ def joined(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
     return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
 
 
-def encode(batches: Iterable[pa.RecordBatch], schema: pa.Schema, compression: str, after: Sequence[pa.Buffer] = ()) -> pa.Buffer:
+def encode(batches: Sequence[pa.RecordBatch], schema: pa.Schema, compression: str, after: Sequence[pa.Buffer] = ()) -> pa.Buffer:
     """Return the content of one record: an Arrow IPC stream of `batches`, all of `schema`, and what comes `after` it.
 
-    Each of these begins at the next multiple of ALIGNED bytes; the last ends where content does.
-
-    `compression` is none, lz4, zstd, or auto: lz4 where a sample of the entries shrinks by a fifth at least. Text and
-    counters do; random keys and numbers do not, and would only cost time on the way in and out.
+    Each of these begins at the next multiple of ALIGNED bytes; the last ends where content does. For `compression` see `chosen`.
     """
-    gathered = list(gather(batches))
-    if compression == "auto":
-        sample = gathered[0].slice(0, SAMPLE_ENTRIES) if gathered else None
-        compression = "lz4" if sample and _written([sample], schema, "lz4").size < 0.8 * sample.nbytes else "none"
-    return _written(gathered, schema, compression, after)
+    return _written(list(gather(batches)), schema, chosen(batches, schema, compression), after)
+
+
+def chosen(batches: Sequence[pa.RecordBatch], schema: pa.Schema, compression: str) -> str:
+    """Return how the buffers of a record are compressed: none, lz4 or zstd.
+
+    auto is lz4 where a sample of the entries shrinks by a fifth at least. Text and counters do; random keys and numbers do not, and
+    would only cost time on the way in and out.
+    """
+    if compression != "auto":
+        return compression
+    pieces, rows = [], 0
+    for batch in batches:
+        if batch.num_rows and rows < SAMPLE_ENTRIES:
+            pieces.append(batch.slice(0, SAMPLE_ENTRIES - rows))
+            rows += pieces[-1].num_rows
+    sample = joined(pieces) if pieces else None
+    return "lz4" if sample and _written([sample], schema, "lz4").size < 0.8 * sample.nbytes else "none"
 
 
 def _written(batches: Sequence[pa.RecordBatch], schema: pa.Schema, compression: str, after: Sequence[pa.Buffer] = ()) -> pa.Buffer:

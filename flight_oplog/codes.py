@@ -95,11 +95,12 @@ def _are_worth(texts: pa.Array, column: pa.ChunkedArray) -> bool:
     return is_small and PART * (texts.nbytes + CODE_BYTES * len(column)) <= column.nbytes
 
 
-def written(coded: pa.DictionaryArray) -> pa.Buffer:
-    """Return codes as an Arrow IPC stream of one batch, uncompressed."""
+def written(coded: pa.DictionaryArray, compression: str = "none") -> pa.Buffer:
+    """Return codes as an Arrow IPC stream of one batch, its buffers compressed as content's are."""
     sink = pa.BufferOutputStream()
     batch = pa.RecordBatch.from_arrays([coded], ["codes"])
-    with pa.ipc.new_stream(sink, batch.schema) as writer:
+    options = pa.ipc.IpcWriteOptions(compression=None if compression == "none" else compression, use_threads=False)
+    with pa.ipc.new_stream(sink, batch.schema, options=options) as writer:
         writer.write_batch(batch)
     return sink.getvalue()
 

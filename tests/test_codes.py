@@ -68,7 +68,8 @@ def test_codes_stand_for_the_texts_in_one_record_after_the_other(records: list[l
             assert found.dictionary_decode() == texts
             assert {*codes.occurring(found).to_pylist()} == {*texts.drop_null().to_pylist()}
             assert len(found.dictionary.unique()) == len(found.dictionary)
-            assert codes.read(codes.written(found), len(texts), "here").equals(found)
+            for compression in ("none", "lz4", "zstd"):
+                assert codes.read(codes.written(found, compression), len(texts), "here").equals(found)
             assert [each.to_pylist() for each in codes.singly(found, range(len(texts)))] == [[text] for text in texts.to_pylist()]
 
 
@@ -332,6 +333,21 @@ def test_two_bytes_are_read_of_a_text(large: OpLog, sql: str, bytes_an_entry: in
     assert found or "other" in sql
     assert counts.content_bytes < (bytes_an_entry + 0.8) * ENTRIES, "beside the texts, each once in a record"
     assert counts.content_bytes >= bytes_an_entry * ENTRIES or "other" in sql
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_codes_are_compressed_where_content_is(folder: Path, compression: str) -> None:
+    texts = pa.array([f"host-{number:04}.example.com" for number in range(50)]).take(pa.array(np.arange(ENTRIES) // 7 % 50))
+    with OpLog.open(str(folder), Config(compression=compression)) as log:
+        log.append("t", pa.table({"s": texts, "n": np.random.default_rng(1).random(ENTRIES)}))
+        for record in log.snapshot().records("t"):
+            assert record.parts is not None
+            part = Parts.read(record.parts).codes["s"]
+            assert part.end - part.start < 0.5 * record.entries, "a quarter of two bytes"
+        engine = Engine(Config(state_bytes_max=0))
+        counts, found = scanned(engine, log, "SELECT s, count(*) AS c FROM t GROUP BY s")
+        assert (found, counts.content_bytes < 0.5 * ENTRIES) == (50, True)
+        assert engine._planner.cache.metrics()["cache_bytes"] >= 2 * ENTRIES, "what was decompressed takes memory"
 
 
 def test_what_was_read_is_kept(large: OpLog) -> None:
