@@ -1,9 +1,4 @@
-"""A topic of a snapshot as a table that DataFusion scans.
-
-DataFusion takes any Python subclass of `pyarrow.dataset.Dataset` as a table. While planning it hands over the columns
-it needs and the filters it could translate, and asks for fragments; each fragment becomes one partition of the scan
-and is pulled batch by batch. Filters arrive with the promise that the table applies them fully, so every batch is
-filtered here.
+"""A topic's entries as a table that DataFusion scans.
 
 A scan narrows in steps: files and records that the filter rules out (`pruning.py`), columns by the projection; only then is
 content fetched, checked and decoded. Decoded columns are kept in a cache bounded in bytes (`cache.py`).
@@ -13,39 +8,30 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
 from flight_oplog import codec
-from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
+from flight_oplog.cache import ColumnCache, Decoded
 from flight_oplog.codes import CodesOf, Name
 from flight_oplog.errors import Cancelled
 from flight_oplog.filters import Filter, candidates
-from flight_oplog.gathering import JOINED_ROWS, LOG_FIELDS, LOG_NAMES, TOGETHER_ROWS, Columns, Few, as_type, log_columns
+from flight_oplog.gathering import LOG_FIELDS, LOG_NAMES, TOGETHER_ROWS, Columns, Few, as_type, log_columns
 from flight_oplog.overview import Overview, Places
 from flight_oplog.pruning import ALONE_MAX, Pruner
-from flight_oplog.records import DataFile, RecordMeta, binary_array, outer_row
-from flight_oplog.schema import RECORD_SCHEMA
+from flight_oplog.records import RecordMeta
+from flight_oplog.scans import Fragment, ScanContext, Table
 from flight_oplog.store import Snapshot
-from flight_oplog.threads import stay
 from flight_oplog.top import Top
 from flight_oplog.topics import Topic
-from flight_oplog.vocabulary import NUMBER, NUMBER_BYTES, Vocabulary
+from flight_oplog.vocabulary import NUMBER, NUMBER_BYTES
 
-_ROWS_PER_RECORDS_BATCH = 1024
-# The rows of a file of so many are read column by column, but for those columns that take looking into each.
-_ROWS_FROM = 64
-_MADE = frozenset(("filters", "content"))
 # How long one statement may spend on making indexes of texts that are looked for again and again.
 INDEXING_SECONDS = 0.1
 VIEW_BYTES = 12
@@ -64,35 +50,6 @@ class NotWorthIt(Exception):
     """What a statement tried to be faster by would make it slower; plan it as it is."""
 
 
-@dataclass
-class ScanContext:
-    """What the scans of one statement share: how wide to run, when to stop, what went wrong, what was touched."""
-
-    cache: ColumnCache
-    partitions: int
-    views: bool = False  # show short texts as string views, which DataFusion groups twice as fast
-    offsets: tuple[int, int] | None = None  # show only entries within [first, last)
-    top: Top | None = None  # the statement wants no more than these, of its only table
-    sums_up: bool = False  # makes little of many entries: large batches suit it
-    reads_all: bool = True  # that may be among what is wanted: no LIMIT ends it before
-    begins_with_several: bool = True  # there is no LIMIT at all, in what it is made of neither
-    indexing_seconds: float = 0.0
-    looks_into: bool = True  # its optimized plan may be asked for: it is small
-    tables: int = 1  # that it reads
-    numbered: dict[str, tuple[str, Vocabulary]] = field(default_factory=dict)  # columns that show the numbers of another's texts
-    makes_numbers: bool = False  # where they are not in memory
-    entries: int = 0  # of the records that its scans have to look at
-    stopped: threading.Event = field(default_factory=threading.Event)
-    failures: list[Exception] = field(default_factory=list)
-    counts: dict[str, ScanCounts] = field(default_factory=dict)
-
-    def begin_anew(self) -> None:
-        """Forget what was counted: the statement is planned once more."""
-        self.entries = 0
-        for counts in self.counts.values():
-            vars(counts).update(vars(ScanCounts()))
-
-
 class _Later:
     """What is read when it is asked for, as the system reads it in meanwhile: threads of our own would wait for each other."""
 
@@ -109,88 +66,7 @@ class _Later:
 _Fetched = Future[Decoded] | _Later
 
 
-class _Scanner:
-    """The part of a pyarrow Scanner that DataFusion uses."""
-
-    def __init__(self, schema: pa.Schema, columns: Sequence[str] | None, batches: Callable[[pa.Schema], Iterator[pa.RecordBatch]]) -> None:
-        self.projected_schema = schema if columns is None else pa.schema([schema.field(name) for name in columns])
-        self._batches = batches
-
-    def to_batches(self) -> Iterator[pa.RecordBatch]:
-        return self._batches(self.projected_schema)
-
-
-class _Fragment:
-    """One partition of a scan."""
-
-    def __init__(self, table: _Table | RowsTable, of: Sequence[Any], filter: Filter | None = None) -> None:
-        self._table = table
-        self._of = of  # records, or files
-        self._filter = filter
-
-    def scanner(self, schema: Any = None, columns: Any = None, filter: Any = None, batch_size: Any = None, **_: Any) -> _Scanner:
-        def batches(projected: pa.Schema) -> Iterator[pa.RecordBatch]:
-            stay()
-            try:
-                found = self._table.scan(self._of, projected, self._filter)
-                if batch_size is None or batch_size >= JOINED_ROWS:
-                    yield from found
-                else:  # the statement makes large values of them
-                    for batch in found:
-                        yield from (batch.slice(row, batch_size) for row in range(0, batch.num_rows, batch_size))
-            except Exception as error:
-                self._table.context.failures.append(error)
-                raise
-
-        return _Scanner(self._table.schema, columns, batches)
-
-
-class RowsTable(ds.Dataset):
-    """A small table of the log's own, as `system` shows them. pyarrow's own in-memory dataset cannot be empty here."""
-
-    def __init__(self, rows: pa.RecordBatch, context: ScanContext) -> None:
-        self._rows = rows
-        self.context = context
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self._rows.schema
-
-    def scanner(self, columns: Sequence[str] | None = None, filter: Any = None, **_: Any) -> _Scanner:
-        return _Scanner(self.schema, columns, lambda projected: iter(()))
-
-    def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
-        return iter([_Fragment(self, [], None if filter is None else Filter(filter, ()))])
-
-    def scan(self, records: Sequence[RecordMeta], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
-        rows = self._rows if filter is None else self._rows.filter(filter.expression)
-        yield codec.with_rows([rows.column(name) for name in projected.names], projected, rows.num_rows)
-
-
-class _Table(ds.Dataset):
-    """Base of the tables over a topic: `schema`, and batches of it for a run of records or files."""
-
-    def __init__(self, snapshot: Snapshot, topic: Topic, schema: pa.Schema, context: ScanContext, label: str) -> None:
-        # pyarrow's own __init__ refuses subclasses; nothing of it is needed.
-        self._snapshot = snapshot
-        self._topic = topic
-        self._plain = self._schema = schema  # as stored and filtered; as shown to DataFusion
-        self.context = context
-        self.counts = context.counts.setdefault(f"{label}.{topic.name}", ScanCounts())
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self._schema
-
-    def scanner(self, columns: Sequence[str] | None = None, filter: Any = None, **_: Any) -> _Scanner:
-        return _Scanner(self._schema, columns, lambda projected: iter(()))
-
-    def scan(self, of: Sequence[Any], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
-        """Yield filtered batches of exactly the projected columns."""
-        raise NotImplementedError
-
-
-class EntriesTable(_Table):
+class EntriesTable(Table):
     """A topic's entries: exactly the clients' columns, or with the log's own beside them."""
 
     def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext, with_log_columns: bool) -> None:
@@ -203,7 +79,7 @@ class EntriesTable(_Table):
         if context.views and topic.entries >= SHARED_ENTRIES * len(topic.files):  # showing a small file's texts so costs more than it saves
             self._schema = pa.schema([f.with_type(pa.string_view()) if self._looks_short(f) else f for f in schema])
 
-    def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
+    def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[Fragment]:
         try:
             # A filter on a text shown as a view does not bind to the plain text: the statement is planned without views.
             wanted = None if filter is None else Filter.of(filter, self._plain)
@@ -218,7 +94,7 @@ class EntriesTable(_Table):
             raise NotWorthIt("the numbers of texts")
         # Small records are a Python thread's work, not a core's: two would wait for each other. Few entries are not worth another.
         are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records)
-        return iter([_Fragment(self, dealt, wanted) for dealt in _deal(records, before, self.context.partitions if are_shared else 1)])
+        return iter([Fragment(self, dealt, wanted) for dealt in _deal(records, before, self.context.partitions if are_shared else 1)])
 
     def _top(self, filter: Filter | None) -> Top | None:
         """What of the statement's first rows tells which entries it wants."""
@@ -556,88 +432,6 @@ class EntriesTable(_Table):
                 self._count(record)
                 found[name] = self.context.cache.numbers(record, column, vocabulary, self.counts, texts)
         return found
-
-
-class RecordsTable(_Table):
-    """The outer rows of a topic. Content is fetched only when the query asks for it."""
-
-    def __init__(self, snapshot: Snapshot, topic: Topic, context: ScanContext) -> None:
-        super().__init__(snapshot, topic, RECORD_SCHEMA, context, "records")
-
-    def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[_Fragment]:
-        try:
-            wanted = None if filter is None else Filter.of(filter, self._schema)
-        except Exception as error:
-            self.context.failures.append(error)
-            raise
-        rows = sum(file.records for file in self._topic.files)
-        self.context.entries += rows
-        self.counts.files += len(self._topic.files)
-        self.counts.records += rows
-        return iter([_Fragment(self, self._topic.files, wanted)])
-
-    def scan(self, files: Sequence[DataFile], projected: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
-        wanted = [*projected.names, *(name for name in (filter.keys if filter else ()) if name not in projected.names)]
-        for batch in self._batches(files, pa.schema([self._schema.field(name) for name in wanted]), filter):
-            if self.context.stopped.is_set():
-                return
-            passed = batch if filter is None else batch.filter(filter.expression)
-            if passed.num_rows:
-                yield codec.with_rows([passed.column(name) for name in projected.names], projected, passed.num_rows)
-
-    def _batches(self, files: Sequence[DataFile], schema: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
-        """Yield the rows of files, those that pass at least: of small files from what is in memory of them, of others from the disk."""
-        are_one_by_one = not _MADE.isdisjoint(schema.names)
-
-        def is_small(file: DataFile) -> bool:
-            return are_one_by_one or file.records < _ROWS_FROM
-
-        for small, some in itertools.groupby(files, is_small):
-            if small:
-                yield from self._one_by_one(list(some), schema, filter)
-            else:
-                for file in some:
-                    yield from self._together(file, schema)
-
-    def _together(self, file: DataFile, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        names = {"first_offset", *schema.names} - {"topic"}
-        for found in self._snapshot.store.reader.columns_of_rows(file, sorted(names)):
-            ours = found if file.first_offset >= self._topic.start else found.filter(pc.field("first_offset") >= self._topic.start)
-            for batch in ours.to_batches():
-                topics = pa.repeat(pa.scalar(self._topic.name), batch.num_rows)
-                yield codec.with_rows([topics if f.name == "topic" else batch.column(f.name) for f in schema], schema, batch.num_rows)
-
-    def _one_by_one(self, files: Sequence[DataFile], schema: pa.Schema, filter: Filter | None) -> Iterator[pa.RecordBatch]:
-        self._snapshot.store.reader.prefetch(files)
-        records = [record for file in files for record in self._snapshot.records_of(self._topic, file, each=True)]
-        for start in range(0, len(records), _ROWS_PER_RECORDS_BATCH):
-            some = records[start : start + _ROWS_PER_RECORDS_BATCH]
-            if filter is not None and _MADE.isdisjoint(filter.keys):  # content is fetched of those that pass
-                looked_at = self._rows(some, pa.schema([self._schema.field(name) for name in filter.keys]), iter(()))
-                some = [some[place] for place in filter.passing([looked_at]).tolist()]
-            contents, step = self._snapshot.store.reader.contents(some), 1 if "content" in schema.names else _ROWS_PER_RECORDS_BATCH
-            for first in range(0, len(some), step):
-                yield self._rows(some[first : first + step], schema, contents)
-
-    def _rows(self, records: Sequence[RecordMeta], schema: pa.Schema, contents: Iterator[pa.Buffer]) -> pa.RecordBatch:
-        rows = [self._row(record, schema.names, contents) for record in records]
-        arrays = [
-            binary_array([row["content"] for row in rows]) if f.name == "content" else pa.array([row[f.name] for row in rows], f.type)
-            for f in schema
-        ]
-        return codec.with_rows(arrays, schema, len(rows))
-
-    def _row(self, record: RecordMeta, wanted: Sequence[str], contents: Iterator[pa.Buffer]) -> dict[str, Any]:
-        row = {"topic": self._topic.name} | outer_row(record, wanted)
-        if "filters" in wanted:
-            has_some = any("filter" in limits for limits in record.bounds.values())
-            row["filters"] = self._snapshot.store.reader.filters([record])[0] if has_some else None
-        if "content" in wanted:
-            self.counts.records_read += 1
-            content = next(contents)
-            self.counts.content_bytes += content.size
-            row["content"] = content
-        return row
 
 
 def topic_batches(

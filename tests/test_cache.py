@@ -9,7 +9,7 @@ import pytest
 from test_parts import wide
 
 from flight_oplog import Config, OpLog, cache
-from flight_oplog.provider import ScanCounts
+from flight_oplog.cache import ScanCounts
 from flight_oplog.sql.engine import Engine
 
 ENTRIES, RECORDS = 10_000, 8

@@ -25,7 +25,8 @@ from flight_oplog.cache import ColumnCache, Decoded, ScanCounts
 from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.filters import Filter
 from flight_oplog.numbers import ends, numbers
-from flight_oplog.provider import EntriesTable, ScanContext
+from flight_oplog.provider import EntriesTable
+from flight_oplog.scans import ScanContext
 from flight_oplog.sql.engine import Engine
 
 Query = Callable[..., list[dict[str, Any]]]

@@ -50,6 +50,8 @@ ORDER = [
     "pruning",
     "gathering",
     "top",
+    "scans",
+    "outer",
     "provider",
     "sql.lexer",
     "sql.measure",

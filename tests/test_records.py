@@ -13,7 +13,7 @@ import pytest
 from conftest import flip, rows
 from deltalake import DeltaTable
 
-from flight_oplog import Config, OpLog, codec, provider, records, summary
+from flight_oplog import Config, OpLog, codec, outer, provider, records, summary
 from flight_oplog.appends import Origin
 from flight_oplog.cache import ColumnCache
 from flight_oplog.errors import CorruptLog
@@ -76,7 +76,7 @@ def test_rows_are_the_same_one_by_one_and_together(tmp_path: Path, engine: Engin
         assert ("drop" in happened) == (files[0].first_offset < log.snapshot().topic("t").start)
         found = []
         for rows_from in (1, 1 << 30):
-            monkeypatch.setattr(provider, "_ROWS_FROM", rows_from)
+            monkeypatch.setattr(outer, "_ROWS_FROM", rows_from)
             found.append([rows(engine, log.snapshot(), sql) for sql in OF_RECORDS])
         assert found[0] == found[1]
         assert found[0][1] == [{"n": 22, "e": 209} if "drop" in happened else {"n": 52, "e": 509}]

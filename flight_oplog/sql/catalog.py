@@ -14,7 +14,9 @@ from datafusion import Table as DataTable
 from datafusion.catalog import CatalogProvider, SchemaProvider
 
 from flight_oplog.errors import NotFound, OplogError, RequestError
-from flight_oplog.provider import EntriesTable, RecordsTable, RowsTable, ScanContext
+from flight_oplog.outer import RecordsTable
+from flight_oplog.provider import EntriesTable
+from flight_oplog.scans import RowsTable, ScanContext
 from flight_oplog.sql.refusals import CATALOG, PUBLIC, no_table
 from flight_oplog.store import Snapshot
 

@@ -23,7 +23,7 @@ from flight_oplog.cache import ColumnCache
 from flight_oplog.config import Config
 from flight_oplog.errors import NotFound, OplogError, RequestError, Unsupported
 from flight_oplog.kept import remember
-from flight_oplog.provider import ScanContext
+from flight_oplog.scans import ScanContext
 from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, System, table_of, tables
 from flight_oplog.sql.measure import measure

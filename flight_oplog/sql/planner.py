@@ -23,7 +23,7 @@ from flight_oplog.cache import ColumnCache
 from flight_oplog.config import Config, provide_engine_threads
 from flight_oplog.errors import RequestError, TooLarge, Unsupported
 from flight_oplog.gathering import TOGETHER_ROWS
-from flight_oplog.provider import ScanContext
+from flight_oplog.scans import ScanContext
 from flight_oplog.sql.catalog import TIME_TRAVEL, Catalog, Shelf, System, register_time_travel, table_of
 from flight_oplog.sql.measure import REMEMBERED_CHARACTERS, UNIT_BYTES, measure
 from flight_oplog.sql.memory import Watch

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from flight_oplog.errors import NotFound, OplogError, RequestError, TooLarge, TryAgain, Unsupported
 from flight_oplog.filters import CannotFilter
-from flight_oplog.provider import ScanContext
+from flight_oplog.scans import ScanContext
 from flight_oplog.sql import lexer
 
 log = logging.getLogger("flight_oplog.sql")

@@ -21,7 +21,8 @@ from flight_oplog.cache import ScanCounts
 from flight_oplog.config import Config
 from flight_oplog.errors import OplogError, TooLarge
 from flight_oplog.kept import remember
-from flight_oplog.provider import RowsTable, ScanContext, codes_kept
+from flight_oplog.provider import codes_kept
+from flight_oplog.scans import RowsTable, ScanContext
 from flight_oplog.schema import SCHEMAS_TOPIC, VIEWS_TOPIC
 from flight_oplog.sql.aggregates import (
     ANSWER_BYTES_MAX,

@@ -22,7 +22,7 @@ import pyarrow.dataset as ds
 from flight_oplog import codec
 from flight_oplog.cache import ScanCounts
 from flight_oplog.errors import Cancelled, RequestError, TooLarge
-from flight_oplog.provider import ScanContext
+from flight_oplog.scans import ScanContext
 from flight_oplog.schema import plain_field
 from flight_oplog.sql.memory import Watched
 from flight_oplog.sql.refusals import out_of_memory, translated

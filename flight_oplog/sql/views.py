@@ -8,7 +8,8 @@ from typing import Any
 from flight_oplog.config import Config
 from flight_oplog.errors import NotFound, RequestError, TooLarge
 from flight_oplog.grants import ANYBODY
-from flight_oplog.provider import ScanContext, topic_batches
+from flight_oplog.provider import topic_batches
+from flight_oplog.scans import ScanContext
 from flight_oplog.schema import VIEWS_TOPIC
 from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import Catalog
