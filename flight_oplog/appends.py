@@ -16,7 +16,7 @@ from flight_oplog import codec, codes
 from flight_oplog.datafile import StagedFile
 from flight_oplog.errors import RequestError
 from flight_oplog.keys import filters_of
-from flight_oplog.parts import PARTS_FROM_BYTES, Parts
+from flight_oplog.parts import PARTS_FROM_BYTES, Parts, stored_bytes
 from flight_oplog.rows import Record
 
 # Batches this small on average are joined before they are encoded.
@@ -178,23 +178,34 @@ def make_record(
     entries = sum(batch.num_rows for batch in batches)
     if len(batches) > 2 and entries <= JOINED_ENTRIES * len(batches):
         batches = list(codec.cut(codec.joined(batches)))  # many small appends: everything below costs by the batch
-    compression = codec.chosen(batches, schema, compression)
-    coded = codes.codes_of(batches, schema, known) if sum(batch.nbytes for batch in batches) >= PARTS_FROM_BYTES else {}
-    streams = {name: codes.written(of_one, compression) for name, of_one in coded.items()}
-    content = codec.encode(batches, schema, compression, [*streams.values()])
-    found = Parts.of(content, schema, {name: stream.size for name, stream in streams.items()})
-    different = {name: codes.occurring(of_one) for name, of_one in coded.items()}
+    content, coded = _encoded(batches, schema, codec.chosen(batches, schema, compression), known)
+    found = Parts.of(content, schema, {name: stream.size for name, (_, stream) in coded.items()})
+    if found is None and coded:  # they are read by the parts alone
+        content, coded = codec.encode(batches, schema, compression), {}
+    different = {name: codes.occurring(of_one) for name, (of_one, _) in coded.items()}
     bounds = codec.bounds(batches, schema, different)
     filters = filters_of(batches, keys, bounds, different)
-    if found is not None:
-        for name in found.codes:
-            bounds[name]["codes"] = len(coded[name].dictionary)
-    elif streams:  # they are read by the parts alone
-        content = codec.encode(batches, schema, compression)
+    for name, (of_one, _) in coded.items():
+        bounds[name]["codes"] = len(of_one.dictionary)
     parts = None if found is None else found.written()
     digest = codec.digest(content if parts is None else pa.py_buffer(parts.encode()))
     record = Record(entries, fingerprint, appends, bounds, None, None, digest, parts, filters, content)
     return with_times(record, schema, event_time)
+
+
+def _encoded(
+    batches: list[pa.RecordBatch], schema: pa.Schema, compression: str, known: dict[str, pa.Array] | None
+) -> tuple[pa.Buffer, dict[str, tuple[pa.DictionaryArray, pa.Buffer]]]:
+    """Return content, and the codes in it, as they are and as they are written; small content has none."""
+    plain = codec.encode(batches, schema, compression) if compression != "none" else None
+    nbytes = sum(batch.nbytes for batch in batches) if plain is None else plain.size
+    made = codes.codes_of(batches, schema, known) if nbytes >= PARTS_FROM_BYTES else {}
+    coded = {name: (of_one, codes.written(of_one, compression)) for name, of_one in made.items()}
+    if plain is None:
+        return codec.encode(batches, schema, compression, [stream for _, stream in coded.values()]), coded
+    stored = stored_bytes(plain, schema) if coded else {}
+    coded = {name: each for name, each in coded.items() if codes.PART * each[1].size <= stored[name]}
+    return codec.followed(plain, [stream for _, stream in coded.values()]), coded
 
 
 def with_times(record: Record, schema: pa.Schema, event_time: str | None) -> Record:

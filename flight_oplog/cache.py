@@ -227,15 +227,18 @@ class ColumnCache:
             return known.pieces[0]
         pieces = texts()
         numbers = [vocabulary.numbers(piece) for piece in pieces]
-        if len(numbers) == 1 and _shares(numbers[0], pieces[0]):
-            return numbers[0]  # as the codes of the texts are; there is nothing to keep
-        made = Together([pa.concat_arrays(numbers)], vocabulary)
+        are_codes = len(numbers) == 1 and _shares(numbers[0], pieces[0])  # then there is nothing to keep of them
+        made = Together(numbers[:1] if are_codes else [pa.concat_arrays(numbers)], vocabulary)
         with self._lock:
             is_known = vocabulary in self._vocabularies.values()  # else nobody asks for them again
             of_texts = vocabulary.nbytes  # which may grow meanwhile
-            added = made.nbytes + of_texts - vocabulary.bytes_counted
-            if is_known and key not in self._together and self._bytes + added <= self._bytes_max:
-                self._together[key] = made
+            added = (0 if are_codes else made.nbytes) + of_texts - vocabulary.bytes_counted
+            if is_known and self._bytes + added > self._bytes_max:
+                if are_codes:  # there is no room for the texts
+                    self._let_go_of((record.file.topic, column))
+            elif is_known and (are_codes or key not in self._together):
+                if not are_codes:
+                    self._together[key] = made
                 self._bytes += added
                 vocabulary.bytes_counted = of_texts
         return made.pieces[0]

@@ -322,10 +322,24 @@ def _written(batches: Sequence[pa.RecordBatch], schema: pa.Schema, compression: 
     with pa.ipc.new_stream(sink, schema, options=options) as writer:
         for batch in batches:
             writer.write_batch(batch)
+    _follow(sink, after)
+    return buffer.slice(0, sink.tell()) if compression == "none" else sink.getvalue()
+
+
+def followed(content: pa.Buffer, after: Sequence[pa.Buffer]) -> pa.Buffer:
+    """Return encoded content with what comes `after` it, as `encode` puts it there."""
+    if not after:
+        return content
+    sink = pa.BufferOutputStream()
+    sink.write(content)
+    _follow(sink, after)
+    return sink.getvalue()
+
+
+def _follow(sink: pa.NativeFile, after: Sequence[pa.Buffer]) -> None:
     for each in after:
         sink.write(bytes(-sink.tell() % ALIGNED))
         sink.write(each)
-    return buffer.slice(0, sink.tell()) if compression == "none" else sink.getvalue()
 
 
 def decode(content: pa.Buffer, entries: int, where: str, columns: Sequence[str] | None = None) -> list[pa.RecordBatch]:

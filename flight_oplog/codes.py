@@ -18,9 +18,12 @@ CODED = pa.dictionary(pa.uint16(), pa.string())
 CODE_BYTES = 2
 TEXTS_MAX = 1 << 8 * CODE_BYTES
 TEXTS_BYTES_MAX = 2 << 20
-# They are made where they take no more than this part of what the texts take. A sample of so many tells whether that may be.
-PART = 2
-SAMPLED, SAMPLED_AGAIN = 2048, 64
+# They are made where they take no more than this part of what the texts take. A sample of so many tells whether that may be; what
+# it says of how many different texts there are may be wrong by a factor.
+PART = 3
+SAMPLED, WRONG_BY = 2048, 2
+# Where texts of more than this part of the entries were not known before, those that were are left behind.
+NEW_PART = 8
 COLUMNS_MAX = 64
 
 
@@ -75,9 +78,10 @@ def _coded(column: pa.ChunkedArray, known: pa.Array | None) -> pa.DictionaryArra
         texts, codes = coded.dictionary, coded.indices
     else:
         texts, codes = known, pc.index_in(column, value_set=known).combine_chunks()
-        if codes.null_count > column.null_count:
-            missing = column.filter(pc.is_null(codes)).unique().drop_null()
-            texts = pa.concat_arrays([known, missing])
+        if new := codes.null_count - column.null_count:
+            if NEW_PART * new > len(column):
+                return _coded(column, None)
+            texts = pa.concat_arrays([known, column.filter(pc.is_null(codes)).unique().drop_null()])
             if not _are_worth(texts, column):
                 return _coded(column, None)  # there were others before
             codes = pc.index_in(column, value_set=texts).combine_chunks()
@@ -85,14 +89,28 @@ def _coded(column: pa.ChunkedArray, known: pa.Array | None) -> pa.DictionaryArra
 
 
 def _may_repeat(column: pa.ChunkedArray) -> bool:
+    """Whether a sample of the texts says that there are few enough different ones, as Chao estimates their number.
+
+    https://www.jstor.org/stable/4615964: by how many were seen once, and how many twice.
+    """
     longest = max(column.chunks, key=len)
-    sample = longest.take(pa.array(np.linspace(0, len(longest) - 1, min(len(longest), SAMPLED), dtype=np.int64)))
-    return len(sample) - len(sample.unique()) >= SAMPLED_AGAIN
+    places = np.unique(np.random.default_rng(len(longest)).integers(0, max(1, len(longest)), SAMPLED))  # by chance: ids may come in turns
+    sample = longest.take(pa.array(places[: len(longest)])).drop_null()
+    if not len(sample):
+        return False
+    times = sample.value_counts().field("counts").to_numpy()
+    once, twice = np.count_nonzero(times == 1), np.count_nonzero(times == 2)
+    different = len(times) + once * (once - 1) / (2 * (twice + 1))
+    return bool(PART * (different * sample.nbytes / len(sample) / WRONG_BY + _bytes_of_codes(column)) <= column.nbytes)
 
 
 def _are_worth(texts: pa.Array, column: pa.ChunkedArray) -> bool:
-    is_small = len(texts) <= TEXTS_MAX and texts.nbytes <= TEXTS_BYTES_MAX
-    return is_small and PART * (texts.nbytes + CODE_BYTES * len(column)) <= column.nbytes
+    fit = 0 < len(texts) <= TEXTS_MAX and texts.nbytes <= TEXTS_BYTES_MAX
+    return fit and PART * (texts.nbytes + _bytes_of_codes(column)) <= column.nbytes
+
+
+def _bytes_of_codes(column: pa.ChunkedArray) -> int:
+    return CODE_BYTES * len(column) + (len(column) // 8 if column.null_count else 0)
 
 
 def written(coded: pa.DictionaryArray, compression: str = "none") -> pa.Buffer:
@@ -111,7 +129,7 @@ def read(stream: pa.Buffer, entries: int, where: str) -> pa.DictionaryArray:
         with pa.ipc.open_stream(stream) as reader:
             [batch] = reader
         [coded] = batch.columns
-        is_whole = coded.type == CODED and len(coded) == entries
+        is_whole = coded.type == CODED and len(coded) == entries and not coded.dictionary.null_count
         is_whole = is_whole and (pc.max(coded.indices).as_py() or 0) < max(1, len(coded.dictionary))
     except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptLog(f"{where}: codes of texts are not readable ({type(error).__name__}); restore the file") from error

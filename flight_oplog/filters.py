@@ -277,8 +277,10 @@ class TextIndex:
         """Index the texts of a record, or codes of them; None where too few begin differently."""
         if len(texts) == 1 and pa.types.is_dictionary(texts[0].type):
             different = pa.array(np.ascontiguousarray(_heads(texts[0].dictionary))).dictionary_encode()
-            codes = different.indices.to_numpy()[pc.fill_null(texts[0].indices, 0).to_numpy()]  # null may be found: it is no answer
             heads = different.dictionary.to_numpy()
+            if len(heads) < INDEXED_FROM:
+                return None
+            codes = different.indices.to_numpy()[pc.fill_null(texts[0].indices, 0).to_numpy()]  # null may be found: it is no answer
         else:
             coded = pa.array(np.concatenate([_heads(part) for part in texts])).dictionary_encode()
             heads, codes = coded.dictionary.to_numpy(), coded.indices.to_numpy()

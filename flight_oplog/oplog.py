@@ -517,13 +517,15 @@ def _filters_hold(found: bytes, bounds: codec.Bounds, batches: list[pa.RecordBat
 
 def _codes_agree(parts: Parts, content: pa.Buffer, record: RecordMeta, batches: list[pa.RecordBatch]) -> bool:
     """Whether the codes that a record's bounds name are there, and stand for the same texts as its columns hold."""
-    if {*parts.codes} != {name for name, limits in record.bounds.items() if "codes" in limits}:
+    if {name for name, limits in record.bounds.items() if "codes" in limits} != parts.codes.keys():
         return False
     for name in parts.codes:
         stream = parts.codes_in(content, name)
-        coded = None if stream is None else codes.read(stream, record.entries, record.where)
-        texts = pa.chunked_array([batch.column(name) for batch in batches])
-        if coded is None or coded.dictionary_decode() != texts.combine_chunks():
+        if stream is None or name not in batches[0].schema.names:
+            return False
+        coded, different = codes.read(stream, record.entries, record.where), record.bounds[name]["codes"]
+        texts = pa.chunked_array([batch.column(name) for batch in batches]).combine_chunks()
+        if not different == len(coded.dictionary) == len(coded.dictionary.unique()) or coded.dictionary_decode() != texts:
             return False
     return True
 

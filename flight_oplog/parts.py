@@ -139,6 +139,11 @@ def _need_frame(names: Sequence[Name] | None) -> bool:
     return not names or any(isinstance(name, str) for name in names)
 
 
+def stored_bytes(content: pa.Buffer, schema: pa.Schema) -> dict[str, int]:
+    """Return how many bytes each column takes in content that holds batches of `schema`."""
+    return {name: sum(end - start for start, end in spans) for name, spans in _located(content, schema).items()}
+
+
 def _located(content: pa.Buffer, schema: pa.Schema) -> dict[str, list[Span]]:
     """Return where in content each column of a schema is, batch by batch."""
     firsts = [0, *itertools.accumulate(_buffers(field.type) for field in schema)]

@@ -51,13 +51,18 @@ class NotWorthIt(Exception):
 
 
 class _Later:
-    """What is read when it is asked for, as the system reads it in meanwhile: threads of our own would wait for each other."""
+    """What is read when it is asked for, as the system reads it in meanwhile: threads of our own would wait for each other.
+
+    It counts as there when it is asked about for the second time: another record was looked at since.
+    """
 
     def __init__(self, read: Callable[[], Decoded]) -> None:
         self.result = read
+        self._is_there = False
 
     def done(self) -> bool:
-        return False
+        was_there, self._is_there = self._is_there, True
+        return was_there
 
     def cancel(self) -> bool:
         return True
@@ -74,6 +79,7 @@ class EntriesTable(Table):
         schema = pa.schema([*topic.schema, *own]) if own else topic.schema
         super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
         self._read: set[str] = set()
+        self._are_several = False  # partitions: one alone leaves a core to threads that read for it
         self._are_ordered = False  # the records that partitions look at: those first that may have the statement's first rows
         self._held: dict[str, Decoded | None] = {}  # what is known of the records that partitions look at just now
         if context.views and topic.entries >= SHARED_ENTRIES * len(topic.files):  # showing a small file's texts so costs more than it saves
@@ -94,7 +100,9 @@ class EntriesTable(Table):
             raise NotWorthIt("the numbers of texts")
         # Small records are a Python thread's work, not a core's: two would wait for each other. Few entries are not worth another.
         are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records)
-        return iter([Fragment(self, dealt, wanted) for dealt in _deal(records, before, self.context.partitions if are_shared else 1)])
+        dealt = _deal(records, before, self.context.partitions if are_shared else 1)
+        self._are_several = len(dealt) > 1
+        return iter([Fragment(self, some, wanted) for some in dealt])
 
     def _top(self, filter: Filter | None) -> Top | None:
         """What of the statement's first rows tells which entries it wants."""
@@ -299,7 +307,7 @@ class EntriesTable(Table):
         if self._snapshot.store.reader.reads_at_once(record):
             return None
         read = functools.partial(cache.columns, self._snapshot, record, of_entries, self.counts, held, self.context.stopped)
-        if self.context.partitions > 1 and self._snapshot.store.reader.begin(record, of_entries):
+        if self._are_several and self._snapshot.store.reader.begin(record, of_entries):
             return _Later(read)
         return cache.readers.submit(read)
 

@@ -39,8 +39,8 @@ SMALL_FILE_BYTES = 64 << 10
 # The rows of so many row groups are read by several threads.
 THREADS_FROM_GROUPS = 16
 
-# The parts of so many records are kept: a record is asked for more than once by a question.
-PARTS_KEPT = 1024
+# The parts of so many records are kept, up to 300 KB each: what a scan begins to read it asks for again soon.
+PARTS_KEPT = 64
 
 # A page's header, and the length of its only value.
 _PAGE_HEAD_BYTES_MAX = 64
@@ -444,7 +444,8 @@ def read_columns(storage: Storage, record: RecordMeta, names: Sequence[Name]) ->
         found = storage.some(record.file.path, *_asked(storage, record, parts, names))
     except OSError as error:
         raise _unreadable(record.file, error) from error
-    if found is None or not parts.check(found.buffer, names):
+    # Of what was read as a whole all may be kept.
+    if found is None or not parts.check(found.buffer, None if found.nbytes == parts.size else names):
         raise _altered(record)
     coded = {}
     for name in names:
@@ -452,7 +453,7 @@ def read_columns(storage: Storage, record: RecordMeta, names: Sequence[Name]) ->
             stream = parts.codes_in(found.buffer, name.column)
             if stream is None:
                 raise CorruptLog(f"{record.where}: lacks the codes of column {name.column!r} that its bounds name; restore the file")
-            coded[name.column] = stream
+            coded[name.column] = stream if found.is_mapped else pa.py_buffer(stream.to_pybytes())  # else all that was read would stay
     return ReadColumns(found.buffer, found.nbytes, found.is_mapped, coded)
 
 

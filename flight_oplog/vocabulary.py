@@ -31,7 +31,7 @@ class Vocabulary:
 
     @property
     def nbytes(self) -> int:
-        return int(self._texts.nbytes)
+        return int(self._texts.nbytes + self._last[0].nbytes)
 
     def numbers(self, texts: pa.Array) -> pa.Array:
         """Return the numbers of texts, or of codes of them, null for null. Raises TooLarge for too many different ones."""

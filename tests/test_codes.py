@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from conftest import SEED, rows
 from hypothesis import given
@@ -15,13 +16,15 @@ from hypothesis import strategies as st
 from test_reads import bag, plain, reference
 from test_vocabulary import some, statement
 
-from flight_oplog import Config, OpLog, appends, codec, codes, parts, reader
+from flight_oplog import Config, OpLog, appends, codec, codes, gathering, parts, provider, reader
 from flight_oplog.appends import make_record
-from flight_oplog.cache import ScanCounts
+from flight_oplog.cache import ColumnCache, ScanCounts
 from flight_oplog.codes import CodesOf
 from flight_oplog.errors import CorruptLog
 from flight_oplog.parts import Parts
+from flight_oplog.provider import EntriesTable
 from flight_oplog.records import RecordMeta
+from flight_oplog.scans import ScanContext
 from flight_oplog.sql import repeated
 from flight_oplog.sql.engine import Engine
 from flight_oplog.sql.planner import Planner
@@ -34,7 +37,6 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small records have parts too, and any column of texts codes."""
     for module in (appends, parts, reader):
         monkeypatch.setattr(module, "PARTS_FROM_BYTES", 0)
-    monkeypatch.setattr(codes, "SAMPLED_AGAIN", 0)
     monkeypatch.setattr(codes, "PART", 0)
 
 
@@ -57,13 +59,14 @@ def texts_of(entries: int, different: int) -> list[str]:
 def test_codes_stand_for_the_texts_in_one_record_after_the_other(records: list[list[list[str | None]]]) -> None:
     known: dict[str, pa.Array] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(codes, "SAMPLED_AGAIN", 0)
         patch.setattr(codes, "PART", 0)
         for record in records:
             batches = [batch_of(texts) for texts in record if texts] or [batch_of([None])]
             found = coded(*batches, known=known)
-            assert found is not None
             texts = pa.chunked_array([batch.column(0) for batch in batches]).combine_chunks()
+            if found is None:
+                assert texts.null_count == len(texts)
+                continue
             assert found.type == codes.CODED
             assert found.dictionary_decode() == texts
             assert {*codes.occurring(found).to_pylist()} == {*texts.drop_null().to_pylist()}
@@ -93,16 +96,21 @@ def test_texts_that_come_no_more_are_left_behind_once_they_are_too_many() -> Non
         found = coded(batch_of(texts), known=known)
         assert found is not None
         assert found.dictionary_decode().to_pylist() == texts
-        assert 2 * (found.dictionary.nbytes + 2 * len(texts)) <= batch_of(texts).nbytes
+        assert codes.PART * (found.dictionary.nbytes + 2 * len(texts)) <= batch_of(texts).nbytes
 
 
 def test_there_are_none_of_texts_that_hardly_repeat() -> None:
     assert coded(batch_of(texts_of(20_000, 20_000))) is None
     assert coded(batch_of(texts_of(20_000, 19_000))) is None
+    assert coded(batch_of([f"text {n:06}" if n % 10 else "unknown" for n in range(20_000)])) is None, "nine of ten do not"
+    assert coded(batch_of([f"text {n:06}" if n % 4 else None for n in range(20_000)])) is None
+    assert coded(batch_of([f"in turns {n % 7919:06}" for n in range(100_000)])) is not None
+    assert coded(batch_of(["Y", "N"] * 10_000)) is None, "five bytes an entry, of which two would be left"
+    assert coded(batch_of([None] * 20_000)) is None
     assert coded(batch_of(texts_of(20_000, 100))) is not None
 
 
-def test_they_take_half_of_the_texts_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_they_take_a_third_of_the_texts_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = batch_of(texts_of(10_000, 500))
     found = coded(texts)
     assert found is not None
@@ -122,10 +130,9 @@ def test_there_are_none_of_one_text_too_many(monkeypatch: pytest.MonkeyPatch, kn
 
 
 def test_every_code_there_is_can_be_given() -> None:
-    many = batch_of([f"{'long' * 20} {place % codes.TEXTS_MAX:06}" for place in range(codes.TEXTS_MAX * 3)])
+    many = batch_of([f"{'long' * 20} {place % codes.TEXTS_MAX:06}" for place in range(codes.TEXTS_MAX * 4)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codes, "TEXTS_BYTES_MAX", 1 << 30)
-        patch.setattr(codes, "SAMPLED_AGAIN", 0)
         found = coded(many)
         assert found is not None
         assert len(found.dictionary) == codes.TEXTS_MAX
@@ -385,6 +392,60 @@ def test_columns_of_a_mapped_log_are_read_by_whoever_wants_them(large: OpLog, mo
         assert scanned(engine, unmapped, "SELECT id FROM t WHERE kind = 'put'")[1] > 0
 
 
+def test_codes_make_a_log_no_more_than_a_third_larger(tmp_path: Path) -> None:
+    chance = np.random.default_rng(3)
+
+    def sparse(part: float) -> pa.Array:
+        texts = pa.array([f"a text of some length {number}" for number in range(200)])
+        return texts.take(pa.array(chance.integers(0, 200, 200_000), mask=chance.random(200_000) > part))
+
+    table = pa.table(
+        {f"sparse{place}": sparse(0.01) for place in range(8)}
+        | {f"dense{place}": sparse(0.9) for place in range(4)}
+        | {"null": pa.nulls(200_000, pa.string()), "long": ["long" * 20_000, *[None] * 199_999]}
+    )
+    for compression in ("none", "lz4", "zstd", "auto"):
+        sizes = []
+        for columns_max in (codes.COLUMNS_MAX, 0):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(codes, "COLUMNS_MAX", columns_max)
+                with OpLog.open(str(tmp_path / f"{compression}{columns_max}"), Config(compression=compression)) as log:
+                    log.append("t", table)
+                    sizes.append(sum(file.size for file in log.snapshot().topics["t"].files))
+                    assert all(record.has_codes("dense0") == (columns_max > 0) for record in log.snapshot().records("t"))
+                    assert not log.verify()
+        assert sizes[1] < sizes[0] < (1 + 1 / codes.PART) * sizes[1], compression
+
+
+def test_texts_of_what_is_grouped_by_take_of_the_cache(large: OpLog) -> None:
+    for size, least, most in ((1 << 26, 3000 * 20, 2 << 20), (50_000, 0, 50_000)):
+        engine = Engine(Config(cache_bytes_max=size, state_bytes_max=0))
+        for number in range(2):
+            sql = f"SELECT id, count(*) + {number} AS c FROM t GROUP BY id"
+            assert len(rows(engine, large.snapshot(), sql)) == 3000
+        cache = engine._planner.cache
+        texts = sum(each.nbytes for each in cache._vocabularies.values())
+        assert least <= texts <= cache.metrics()["cache_bytes"] <= most
+
+
+def test_what_was_found_waits_for_one_more_record_to_be_looked_at_and_no_longer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapped log's records are read when they are asked for, and a LIMIT may be content with the first."""
+    monkeypatch.setattr(gathering, "_GATHERING_SECONDS", -1.0)
+    with OpLog.open(str(folder), Config(compression="none", record_entries_max=20_000)) as log:
+        numbers = np.arange(600_000)
+        log.append("t", pa.table({"n": numbers * 7919 % 1_000_003, "m": numbers, "p": numbers * 1.5, "payload": ["long" * 20] * 600_000}))
+        snapshot = log.snapshot()
+        for reads_all in (False, True):
+            context = ScanContext(ColumnCache(1 << 26), 2, reads_all=reads_all, begins_with_several=reads_all)
+            table = EntriesTable(snapshot, snapshot.topics["t"], context, with_log_columns=False)
+            first, _ = table.get_fragments((pc.field("n") == 5 * 7919) | (pc.field("n") == 45_000 * 7919 % 1_000_003) | (pc.field("p") < 0))
+            found = table.scan(first._of, pa.schema([table.schema.field(name) for name in ("m", "p")]), first._filter)
+            assert next(found)["m"].to_pylist()[0] == 5
+            assert table.counts.records_read <= 5
+            assert table.counts.records == 30
+            found.close()
+
+
 # Damaged
 
 
@@ -415,7 +476,7 @@ def test_damaged_codes_are_never_read_and_harm_nothing_else(tmp_path: Path) -> N
         assert [problem.severity for problem in log.verify()] == ["error"]
 
 
-@pytest.mark.parametrize("lie", ["another text", "fewer", "not named", "not there"])
+@pytest.mark.parametrize("lie", ["another text", "fewer", "not named", "not there", "twice", "null", "more", "no column"])
 def test_verify_finds_codes_that_are_not_those_of_the_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lie: str) -> None:
     make = appends.make_record
 
@@ -426,19 +487,28 @@ def test_verify_finds_codes_that_are_not_those_of_the_texts(tmp_path: Path, monk
             limits = {"s": {key: value for key, value in limits["s"].items() if key != "codes"}, "n": limits["n"]}
         if "s" in limits and lie == "not there":
             limits = {"s": limits["s"], "n": limits["n"] | {"codes": 3}}
+        if "s" in limits and lie == "more":
+            limits = {"s": limits["s"] | {"codes": 17}, "n": limits["n"]}
+        if lie == "no column":
+            limits = limits | {"other": {"codes": 9}}
         return replace(record, bounds=limits)
 
     honest = codes.codes_of
 
     def others(batches: Any, schema: pa.Schema, known: Any = None) -> Any:
         found = honest(batches, schema, known)["s"]
-        texts = pa.array(["never there", *found.dictionary.to_pylist()[1:]])
-        indices = found.indices if lie == "another text" else found.indices.slice(1)
-        return {"s": pa.DictionaryArray.from_arrays(indices, texts if lie == "another text" else found.dictionary)}
+        texts, indices = found.dictionary.to_pylist(), found.indices
+        if lie == "fewer":
+            indices = indices.slice(1)
+        elif lie == "another text":
+            texts[0] = "never there"
+        else:
+            texts.append(texts[0] if lie == "twice" else None)
+        return {"s": pa.DictionaryArray.from_arrays(indices, pa.array(texts))}
 
     monkeypatch.setattr("flight_oplog.oplog.make_record", lying)
     monkeypatch.setattr("flight_oplog.group.make_record", lying)
-    if lie in ("another text", "fewer"):
+    if lie in ("another text", "fewer", "twice", "null"):
         monkeypatch.setattr(codes, "codes_of", others)
     with OpLog.open(str(tmp_path / "log"), Config(compression="none")) as log:
         log.append("t", pa.table({"s": texts_of(100_000, 9), "n": range(100_000)}))
@@ -471,3 +541,43 @@ def test_more_groups_than_a_state_has_are_not_tried_by_codes(folder: Path, monke
             monkeypatch.setattr(repeated, "STATE_ROWS_MAX", groups_max)
             assert len(rows(Engine(Config()), log.snapshot(), "SELECT s, u, count(*) AS c FROM t GROUP BY s, u")) == 72
             assert bool(started) == (groups_max == 72)
+
+
+def test_a_column_that_is_null_throughout_has_none_and_is_looked_up(folder: Path) -> None:
+    with OpLog.open(str(folder), Config(compression="none")) as log:
+        log.append("t", pa.table({"u": ["a", "b", "c"] * 100_000, "n": range(300_000)}))
+        log.append("t", pa.table({"u": pa.nulls(300_000, pa.string()), "n": range(300_000)}))
+        assert [record.has_codes("u") for record in log.snapshot().records("t")] == [False, False]
+        log.append("t", pa.table({"u": ["a longer text", None, "b"] * 100_000, "n": range(300_000)}))
+        engine = Engine(Config())
+        for text, count in (("b", 200_000), ("no", 0), ("a", 100_000), ("a longer text", 100_000)) * 2:
+            assert len(rows(engine, log.snapshot(), f"SELECT n FROM t WHERE u = '{text}'")) == count
+
+
+def test_a_scan_of_one_partition_reads_in_threads(large: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    monkeypatch.setattr(reader.Reader, "begin", lambda self, record, names: bool(begun.append(record.row)))
+    monkeypatch.setattr(provider, "ALONE_ENTRIES", ENTRIES)
+    scanned(Engine(Config(state_bytes_max=0)), large, "SELECT sum(n) AS total FROM t WHERE n > 1")
+    assert not begun
+    monkeypatch.setattr(provider, "ALONE_ENTRIES", ENTRIES - 1)
+    scanned(Engine(Config(state_bytes_max=0)), large, "SELECT sum(n) AS total FROM t WHERE n > 1")
+    assert begun
+
+
+def test_what_was_read_along_is_checked_before_it_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "log"
+    with OpLog.open(str(folder), Config(compression="none")) as log:
+        log.append("t", pa.table({"a": np.arange(150_000), "b": pa.array([n % 2 == 0 for n in range(150_000)])}))
+        [record] = log.snapshot().records("t")
+    assert record.parts is not None
+    assert record.span is not None
+    found = Parts.read(record.parts)
+    with (folder / record.file.path).open("r+b") as file:
+        file.seek(record.span[1] - found.size + found.columns["b"][0].start + 64)
+        file.write(b"\xff\xff\xff")
+    with OpLog.open(str(folder), Config(mapped_bytes_max=0)) as log:
+        engine = Engine(Config(state_bytes_max=0, mapped_bytes_max=0))
+        for sql in ("SELECT sum(a) AS total FROM t", "SELECT count(*) AS c FROM t WHERE b"):
+            with pytest.raises(CorruptLog):
+                rows(engine, log.snapshot(), sql)
