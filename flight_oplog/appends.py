@@ -169,7 +169,7 @@ def make_record(
     event_time: str | None,
     compression: str,
     keys: tuple[str, ...] = (),
-    known: dict[str, pa.Array] | None = None,
+    known: codes.Known | None = None,
 ) -> Record:
     """Encode batches of one schema as one record, with filters of those columns that are keys.
 
@@ -194,7 +194,7 @@ def make_record(
 
 
 def _encoded(
-    batches: list[pa.RecordBatch], schema: pa.Schema, compression: str, known: dict[str, pa.Array] | None
+    batches: list[pa.RecordBatch], schema: pa.Schema, compression: str, known: codes.Known | None
 ) -> tuple[pa.Buffer, dict[str, tuple[pa.DictionaryArray, pa.Buffer]]]:
     """Return content, and the codes in it, as they are and as they are written; small content has none."""
     plain = codec.encode(batches, schema, compression) if compression != "none" else None

@@ -37,21 +37,24 @@ class CodesOf:
 Name = str | CodesOf
 
 
-def codes_of(
-    batches: Sequence[pa.RecordBatch], schema: pa.Schema, known: dict[str, pa.Array] | None = None
-) -> dict[str, pa.DictionaryArray]:
+Known = dict[str, pa.Array | None]
+
+
+def codes_of(batches: Sequence[pa.RecordBatch], schema: pa.Schema, known: Known | None = None) -> dict[str, pa.DictionaryArray]:
     """Return the codes of those columns whose texts repeat much: one array for all of the batches, null for null.
 
-    What is `known` are the texts of records before, by column, and then of this one too: those that have the same texts in the same
-    order are put together without looking at any.
+    What is `known` are the texts of records before, by column, None where they hardly repeat; and then of this one too. Those that have
+    the same texts have them in the same order, and are put together without looking at any.
     """
     found: dict[str, pa.DictionaryArray] = {}
     known = {} if known is None else known
     for place, field in enumerate(schema):
-        if field.type == pa.string() and len(found) < COLUMNS_MAX:
-            coded = _coded(pa.chunked_array([batch.column(place) for batch in batches]), known.get(field.name))
+        texts = known.get(field.name)
+        if field.type == pa.string() and len(found) < COLUMNS_MAX and (texts is not None or field.name not in known):
+            coded = _coded(pa.chunked_array([batch.column(place) for batch in batches]), texts)
             if coded is not None:
-                found[field.name], known[field.name] = coded, coded.dictionary
+                found[field.name] = coded
+            known[field.name] = None if coded is None else coded.dictionary
     return found
 
 

@@ -282,7 +282,7 @@ class AppendWriter:
         self._record: Record | None = None
         self._staged: StagedFile | None = None
         self._spilling: deque[Future[None]] = deque()
-        self._texts: dict[str, pa.Array] = {}  # that its records have had
+        self._texts: codes.Known = {}  # that its records have had
         self._owned = True
 
     def write(self, batch: pa.RecordBatch) -> None:

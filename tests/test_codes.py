@@ -44,7 +44,7 @@ def batch_of(texts: Any) -> pa.RecordBatch:
     return pa.record_batch([pa.array(texts, pa.string())], TEXT)
 
 
-def coded(*batches: pa.RecordBatch, known: dict[str, pa.Array] | None = None) -> pa.DictionaryArray | None:
+def coded(*batches: pa.RecordBatch, known: codes.Known | None = None) -> pa.DictionaryArray | None:
     return codes.codes_of(batches, TEXT, known).get("s")
 
 
@@ -57,7 +57,7 @@ def texts_of(entries: int, different: int) -> list[str]:
 
 @given(st.lists(st.lists(st.lists(st.sampled_from([None, "", "a", "a\0", "äöü", "日本語", "x" * 40]), max_size=9), min_size=1), min_size=1))
 def test_codes_stand_for_the_texts_in_one_record_after_the_other(records: list[list[list[str | None]]]) -> None:
-    known: dict[str, pa.Array] = {}
+    known: codes.Known = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(codes, "PART", 0)
         for record in records:
@@ -77,7 +77,7 @@ def test_codes_stand_for_the_texts_in_one_record_after_the_other(records: list[l
 
 
 def test_records_of_the_same_texts_have_them_in_the_same_order() -> None:
-    texts, known = texts_of(5000, 100), dict[str, pa.Array]()
+    texts, known = texts_of(5000, 100), codes.Known()
     first = coded(batch_of(texts), known=known)
     assert first is not None
     random.Random(1).shuffle(texts)
@@ -90,7 +90,7 @@ def test_records_of_the_same_texts_have_them_in_the_same_order() -> None:
 
 
 def test_texts_that_come_no_more_are_left_behind_once_they_are_too_many() -> None:
-    known: dict[str, pa.Array] = {}
+    known: codes.Known = {}
     for number in range(20):
         texts = [f"{number} {text}" for text in texts_of(4000, 400)]
         found = coded(batch_of(texts), known=known)
@@ -124,9 +124,12 @@ def test_they_take_a_third_of_the_texts_at_most(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("known", [False, True])
 def test_there_are_none_of_one_text_too_many(monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
     monkeypatch.setattr(codes, "TEXTS_MAX", 100)
-    before = {"s": pa.array(texts_of(99, 99))} if known else None
-    assert coded(batch_of(texts_of(5000, 100)), known=before) is not None
-    assert coded(batch_of(texts_of(5000, 101)), known=before) is None
+
+    def before() -> codes.Known | None:
+        return {"s": pa.array(texts_of(99, 99))} if known else None
+
+    assert coded(batch_of(texts_of(5000, 100)), known=before()) is not None
+    assert coded(batch_of(texts_of(5000, 101)), known=before()) is None
 
 
 def test_every_code_there_is_can_be_given() -> None:
@@ -158,7 +161,7 @@ def test_one_column_too_many_has_none() -> None:
 
 
 def test_bounds_and_filters_are_of_the_texts_that_occur() -> None:
-    known: dict[str, pa.Array] = {}
+    known: codes.Known = {}
 
     def bounds_of(texts: list[str]) -> dict[str, Any]:
         return make_record([batch_of(texts)], TEXT, "x", [{"entries": len(texts)}], None, "none", ("s",), known).bounds["s"]
@@ -184,6 +187,14 @@ def test_content_too_small_for_parts_or_of_too_many_has_no_codes(monkeypatch: py
     assert record.parts is None
     assert "codes" not in record.bounds["s"]
     assert record.content.equals(codec.encode([batch], TEXT, compression))
+
+
+def test_an_append_whose_texts_hardly_repeat_is_not_looked_at_again() -> None:
+    known: codes.Known = {}
+    assert coded(batch_of(texts_of(20_000, 19_000)), known=known) is None
+    assert known == {"s": None}
+    assert coded(batch_of(texts_of(20_000, 10)), known=known) is None
+    assert coded(batch_of(texts_of(20_000, 10)), known={}) is not None
 
 
 # Read
