@@ -225,22 +225,20 @@ class ColumnCache:
             known = self._together.get(key)
         if known is not None:
             return known.pieces[0]
-        pieces = texts()
-        numbers = [vocabulary.numbers(piece) for piece in pieces]
-        are_codes = len(numbers) == 1 and _shares(numbers[0], pieces[0])  # then there is nothing to keep of them
-        made = Together(numbers[:1] if are_codes else [pa.concat_arrays(numbers)], vocabulary)
+        numbers = [vocabulary.numbers(piece) for piece in texts()]
+        made = Together(numbers if len(numbers) == 1 else [pa.concat_arrays(numbers)], vocabulary)
         with self._lock:
-            is_known = vocabulary in self._vocabularies.values()  # else nobody asks for them again
-            of_texts = vocabulary.nbytes  # which may grow meanwhile
-            added = (0 if are_codes else made.nbytes) + of_texts - vocabulary.bytes_counted
-            if is_known and self._bytes + added > self._bytes_max:
-                if are_codes:  # there is no room for the texts
+            if vocabulary in self._vocabularies.values():  # else nobody asks for them again
+                of_texts = vocabulary.nbytes  # which may grow meanwhile
+                room = self._bytes_max - self._bytes - (of_texts - vocabulary.bytes_counted)
+                if room < 0:
                     self._let_go_of((record.file.topic, column))
-            elif is_known and (are_codes or key not in self._together):
-                if not are_codes:
-                    self._together[key] = made
-                self._bytes += added
+                    return made.pieces[0]
+                self._bytes += of_texts - vocabulary.bytes_counted
                 vocabulary.bytes_counted = of_texts
+                if key not in self._together and made.nbytes <= room:
+                    self._together[key] = made
+                    self._bytes += made.nbytes
         return made.pieces[0]
 
     def _used(self, key: tuple[Any, ...], counts: ScanCounts | None) -> _Use:
@@ -468,11 +466,6 @@ def _decode(snapshot: Snapshot, record: RecordMeta, names: Sequence[Name], stopp
 def _array_bytes(array: pa.Array) -> int:
     """About what an array takes beside its values, those within it counted."""
     return ARRAY_BYTES * max(1, len(array.buffers()) // 2)
-
-
-def _shares(numbers: pa.Array, texts: pa.Array) -> bool:
-    """Whether numbers are the very codes that they were made of."""
-    return pa.types.is_dictionary(texts.type) and numbers.buffers()[1].address == texts.indices.buffers()[1].address
 
 
 def _width(kind: pa.DataType) -> int:

@@ -50,8 +50,11 @@ def codes_of(batches: Sequence[pa.RecordBatch], schema: pa.Schema, known: Known 
     known = {} if known is None else known
     for place, field in enumerate(schema):
         texts = known.get(field.name)
-        if field.type == pa.string() and len(found) < COLUMNS_MAX and (texts is not None or field.name not in known):
-            coded = _coded(pa.chunked_array([batch.column(place) for batch in batches]), texts)
+        if field.type != pa.string() or len(found) == COLUMNS_MAX or (texts is None and field.name in known):
+            continue
+        column = pa.chunked_array([batch.column(place) for batch in batches])
+        if column.null_count < len(column):
+            coded = _coded(column, texts)
             if coded is not None:
                 found[field.name] = coded
             known[field.name] = None if coded is None else coded.dictionary

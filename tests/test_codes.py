@@ -64,9 +64,10 @@ def test_codes_stand_for_the_texts_in_one_record_after_the_other(records: list[l
             batches = [batch_of(texts) for texts in record if texts] or [batch_of([None])]
             found = coded(*batches, known=known)
             texts = pa.chunked_array([batch.column(0) for batch in batches]).combine_chunks()
-            if found is None:
-                assert texts.null_count == len(texts)
+            if texts.null_count == len(texts):
+                assert found is None
                 continue
+            assert found is not None
             assert found.type == codes.CODED
             assert found.dictionary_decode() == texts
             assert {*codes.occurring(found).to_pylist()} == {*texts.drop_null().to_pylist()}
