@@ -35,16 +35,15 @@ class CodesOf:
 
 
 Name = str | CodesOf
-
-
+# The texts that a column has had in the records of an append so far; None where a record said that they hardly repeat.
 Known = dict[str, pa.Array | None]
 
 
 def codes_of(batches: Sequence[pa.RecordBatch], schema: pa.Schema, known: Known | None = None) -> dict[str, pa.DictionaryArray]:
     """Return the codes of those columns whose texts repeat much: one array for all of the batches, null for null.
 
-    What is `known` are the texts of records before, by column, None where they hardly repeat; and then of this one too. Those that have
-    the same texts have them in the same order, and are put together without looking at any.
+    Texts that are `known` keep their codes, new ones get the next; then these are known too. So the codes of one record of an append
+    mean the same in others.
     """
     found: dict[str, pa.DictionaryArray] = {}
     known = {} if known is None else known

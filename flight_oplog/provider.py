@@ -231,10 +231,8 @@ class EntriesTable(Table):
 
         A record whose columns are there does not wait: a LIMIT may be content with it. If there is one, no more wait than it took before.
         """
-        waiting, most = (
-            deque[tuple[RecordMeta, np.ndarray | None, _Fetched | None]](),
-            self._snapshot.store.reader.reads_ahead,
-        )
+        waiting = deque[tuple[RecordMeta, np.ndarray | None, _Fetched | None]]()
+        most = self._snapshot.store.reader.reads_ahead
         room = most if self.context.reads_all else 0
         failure: Exception | None = None
         try:

@@ -108,7 +108,7 @@ def test_a_reader_written_from_the_format_alone_finds_every_entry(tmp_path: Path
 def test_that_reader_checks_the_parts_of_large_records_too(tmp_path: Path) -> None:
     folder = tmp_path / "log"
     with OpLog.open(str(folder), Config(compression="none")) as log:
-        log.append("events", pa.table({"n": range(300_000), "s": ["x", None, "yes"] * 100_000, "t": ["t"] * 300_000}))
+        log.append("events", pa.table({"n": range(300_000), "s": ["a text", None, "another text"] * 100_000, "t": ["text"] * 300_000}))
         [record] = log.snapshot().records("events")
         assert all(map(record.has_codes, ["s", "t"]))
         assert len(entries_of(folder, "events")) == 300_000
