@@ -70,9 +70,8 @@ def singly(coded: pa.DictionaryArray, rows: Sequence[int]) -> list[pa.Array]:
     """Return the texts of a few entries, each in an array of its own; they are not copied."""
     if coded.null_count:
         return [coded.dictionary.take(coded.indices.slice(row, 1)) for row in rows]
-    texts, indices = coded.dictionary, coded.indices
-    codes = np.frombuffer(indices.buffers()[1], np.uint16, len(indices), CODE_BYTES * indices.offset)
-    return [texts.slice(code, 1) for code in codes[rows].tolist()]
+    texts = coded.dictionary
+    return [texts.slice(code, 1) for code in coded.indices.to_numpy()[rows].tolist()]
 
 
 def _coded(column: pa.ChunkedArray, known: pa.Array | None) -> pa.DictionaryArray | None:

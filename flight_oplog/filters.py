@@ -275,17 +275,14 @@ class TextIndex:
     @classmethod
     def of(cls, texts: Sequence[pa.Array]) -> TextIndex | None:
         """Index the texts of a record, or codes of them; None where too few begin differently."""
-        if len(texts) == 1 and pa.types.is_dictionary(texts[0].type):
-            different = pa.array(np.ascontiguousarray(_heads(texts[0].dictionary))).dictionary_encode()
-            heads = different.dictionary.to_numpy()
-            if len(heads) < INDEXED_FROM:
-                return None
-            codes = different.indices.to_numpy()[pc.fill_null(texts[0].indices, 0).to_numpy()]  # null may be found: it is no answer
-        else:
-            coded = pa.array(np.concatenate([_heads(part) for part in texts])).dictionary_encode()
-            heads, codes = coded.dictionary.to_numpy(), coded.indices.to_numpy()
+        of_record = _codes_in(texts)
+        different = texts if of_record is None else [of_record.dictionary]
+        coded = pa.array(np.concatenate([_heads(part) for part in different])).dictionary_encode()
+        heads, codes = coded.dictionary.to_numpy(), coded.indices.to_numpy()
         if len(heads) < INDEXED_FROM:
             return None
+        if of_record is not None:
+            codes = codes[pc.fill_null(of_record.indices, 0).to_numpy()]  # null may be found: it is no answer
         ranks = np.empty(len(heads), np.uint16 if len(heads) <= 1 << 16 else np.uint32)
         rising = np.argsort(heads)
         ranks[rising] = np.arange(len(heads))
@@ -308,9 +305,10 @@ class TextIndex:
 
 def candidates(texts: Sequence[pa.Array], text: str) -> np.ndarray:
     """Return the places of texts of the same length that begin as `text` does, or that codes say are it, without an index."""
-    if len(texts) == 1 and pa.types.is_dictionary(texts[0].type):
-        code = pc.index(texts[0].dictionary, pa.scalar(text)).as_py()
-        return np.zeros(0, np.int64) if code < 0 else _places_of(texts[0].indices, np.uint16(code))
+    coded = _codes_in(texts)
+    if coded is not None:
+        code = pc.index(coded.dictionary, pa.scalar(text)).as_py()
+        return np.zeros(0, np.int64) if code < 0 else _places_of(coded.indices, np.uint16(code))
     found, start, size = [], 0, len(text.encode())
     for part in texts:
         ends = np.frombuffer(part.buffers()[1], np.int32, len(part) + 1, part.offset * 4) if len(part) else np.zeros(1, np.int32)
@@ -319,6 +317,11 @@ def candidates(texts: Sequence[pa.Array], text: str) -> np.ndarray:
             found.append(fitting[_heads(part)[fitting] == np.uint64(_head(text))] + start)
         start += len(part)
     return np.concatenate(found) if found else np.zeros(0, np.int64)
+
+
+def _codes_in(texts: Sequence[pa.Array]) -> pa.DictionaryArray | None:
+    """Return the codes that stand in the place of texts, if they do."""
+    return texts[0] if len(texts) == 1 and pa.types.is_dictionary(texts[0].type) else None
 
 
 def _places_of(codes: pa.Array, code: np.uint16) -> np.ndarray:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from flight_oplog import codec
-from flight_oplog.codes import singly
+from flight_oplog.codes import Name, singly
 from flight_oplog.filters import Filter
 from flight_oplog.numbers import Ends, ends
 from flight_oplog.records import RecordMeta
@@ -41,7 +41,7 @@ class Columns:
         self,
         schema: pa.Schema,
         lengths: Sequence[int],
-        stored: dict[str, list[pa.Array]],
+        stored: dict[Name, list[pa.Array]],
         own: dict[str, pa.Array],
         known: dict[tuple[str, pa.DataType], list[Ends]] | None = None,
     ) -> None:

@@ -484,10 +484,11 @@ def _verify_topic(snapshot: Snapshot, topic: Topic) -> Iterator[Problem]:
                 if record.schema_id not in topic.schemas:
                     yield Problem("error", record.where, f"schema_id {record.schema_id} is not registered")
                 schema = topic.schemas.get(record.schema_id)
-                if record.parts is not None and schema is not None and not Parts.read(record.parts).fit(content, schema):
+                parts = None if record.parts is None else Parts.read(record.parts)
+                if parts is not None and schema is not None and not parts.fit(content, schema):
                     yield Problem("error", record.where, "its parts are not where its columns are")
                 batches = codec.decode(content, record.entries, record.where)
-                if record.parts is not None and not _codes_agree(Parts.read(record.parts), content, record, batches):
+                if parts is not None and not _codes_agree(parts, content, record, batches):
                     yield Problem("error", record.where, "the codes of a column are not those of its texts")
                 if record in filters and not _filters_hold(filters[record], record.bounds, batches):
                     yield Problem("error", record.where, "its filters lack a key")

@@ -121,8 +121,8 @@ class Parts:
             return False
         if _need_frame(names) and _digest(content.slice(start, end - start) for start, end in self.gaps()) != self.frame:
             return False
-        of_all: list[Name] = [*self.columns, *map(CodesOf, self.codes)]
-        parts = (part for name in (of_all if names is None else names) for part in self._parts(name))
+        looked_at: Sequence[Name] = [*self.columns, *map(CodesOf, self.codes)] if names is None else names
+        parts = (part for name in looked_at for part in self._parts(name))
         return all(_digest([content.slice(part.start, part.end - part.start)]) == part.digest for part in parts)
 
     def codes_in(self, content: pa.Buffer, column: str) -> pa.Buffer | None:

@@ -411,8 +411,7 @@ class EntriesTable(Table):
             return Columns(self._plain, [record.entries], {}, own)
         decoded = self._decoded(record, of_entries)
         own |= {name.column: decoded.columns[name][0] for name in of_entries if isinstance(name, CodesOf)}
-        stored = {name: arrays for name, arrays in decoded.columns.items() if isinstance(name, str) and name not in own}
-        return Columns(self._plain, decoded.lengths, stored, own, decoded.ends)
+        return Columns(self._plain, decoded.lengths, decoded.columns, own, decoded.ends)
 
     def _are_worth_numbers(self, records: Sequence[RecordMeta], entries: int) -> bool:
         """Whether texts are to be shown by their numbers: those of many entries, and most are in memory or all that are missing can be."""

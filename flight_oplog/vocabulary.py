@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flight_oplog.codes import CODE_BYTES, CODED, TEXTS_BYTES_MAX, TEXTS_MAX
 from flight_oplog.errors import TooLarge
 
-NUMBER = pa.uint16()
-NUMBER_BYTES = 2
-TEXTS_MAX = 1 << 8 * NUMBER_BYTES
-TEXTS_BYTES_MAX = 2 << 20
+# As codes are, so that these can be numbers.
+NUMBER = CODED.index_type
+NUMBER_BYTES = CODE_BYTES
 
 
 class Vocabulary:
