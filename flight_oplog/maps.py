@@ -30,10 +30,11 @@ MAPS_KEPT = 64
 # The system gives a process 65,530 maps as a rule, its threads' stacks among them.
 MAPS_MAX = 1 << 14
 MAPPED_BYTES_MAX = 384 << 20
-# So often at most it is looked how many pages of files there are; and pages are given back for no more than this part of the time:
-# where the page cache has them in pieces of 4 KiB instead of 2 MiB, giving them back and mapping them again takes a hundred times as long.
+# So often at most it is looked how many pages of files there are; and giving them back takes no more than this part of the processor time
+# that this process takes: mapping them again is two to twelve times as much, and a question has to wait for that, however long nobody asked
+# one. Where the page cache has them in pieces of 4 KiB instead of 2 MiB, both take a hundred times as long.
 TRIM_SECONDS = 0.02
-TRIM_PART = 1 / 200
+TRIM_PART = 1 / 400
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 _LOCAL = frozenset(("bcachefs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"))
@@ -64,7 +65,8 @@ class Maps:
     def __init__(self, root: str, bytes_max: int) -> None:
         self._root = root
         self._bytes_max = bytes_max
-        self._next_trim = 0.0
+        self._next_look = 0.0  # in monotonic seconds
+        self._next_trim = 0.0  # in seconds of processor time
         self._all = weakref.WeakSet[_Map]()
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, tuple[int | None, pa.Buffer | None]] = OrderedDict()
@@ -103,16 +105,15 @@ class Maps:
     def trim(self) -> None:
         """Give the maps' pages back, if there are too many and it costs little; what is looked at again comes from the page cache."""
         now = time.monotonic()
-        if now < self._next_trim:
+        if now < self._next_look:
             return
-        self._next_trim = now + TRIM_SECONDS
-        if resident()[1] > self._bytes_max:
+        self._next_look = now + TRIM_SECONDS
+        if resident()[1] > self._bytes_max and time.process_time() >= self._next_trim:
             with self._lock:
                 maps = list(self._all)
             for each in maps:
                 _LIBC.madvise(*_pages(each.of_file.address, each.of_file.size), _MADV_DONTNEED)
-            took = time.monotonic() - now
-            self._next_trim = now + max(TRIM_SECONDS, took / TRIM_PART)
+            self._next_trim = time.process_time() + (time.monotonic() - now) / TRIM_PART
 
     def let_go(self, paths: Iterable[str] | None) -> None:
         """Let go of some files, or of all."""

@@ -167,29 +167,35 @@ def test_pages_of_maps_are_given_back_when_they_are_too_many(tmp_path: Path, mon
     assert views[1].to_pybytes() == data, "who looks again gets the same"
 
 
-def test_pages_are_given_back_for_little_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size, clock, took = 8 << 20, [100.0], [0.0]
+def test_pages_are_given_back_for_little_of_the_processor_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, clock, worked, took = 8 << 20, [100.0], [50.0], [0.0]
 
     def slowly(*given: Any) -> int:
         if given[-1] == maps._MADV_DONTNEED:
             clock[0] += took[0]
+            worked[0] += took[0]
         return int(madvise(*given))
 
     madvise = maps._LIBC.madvise
     monkeypatch.setattr(maps, "_LIBC", SimpleNamespace(madvise=slowly))
-    monkeypatch.setattr(maps, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(maps, "time", SimpleNamespace(monotonic=lambda: clock[0], process_time=lambda: worked[0]))
     some = Maps(str(tmp_path), 1)
     found = some.view(written(tmp_path, "one", size)[0], 0, size, [(0, size)])
     assert found is not None
-    for took[0], pause in ((0.0, maps.TRIM_SECONDS), (0.01, 2.0), (1e-6, maps.TRIM_SECONDS)):
-        clock[0] += 1000
-        before, began = shown(found), clock[0]
+
+    def is_given_back(seconds: float, of_work: float) -> bool:
+        clock[0] += seconds
+        worked[0] += of_work
+        before = shown(found)
         some.trim()
-        assert before - resident()[1] >= size
-        for after, is_given_back in ((0.9 * pause, False), (1.1 * pause, True)):
-            before, clock[0] = shown(found), began + after
-            some.trim()
-            assert (before - resident()[1] >= size) == is_given_back
+        return before - resident()[1] >= size
+
+    for took[0], pause in ((0.0, 0.0), (0.01, 4.0), (1e-6, 4e-4)):
+        assert is_given_back(1000, 1000)
+        assert not is_given_back(0.4 * maps.TRIM_SECONDS, 1000), "it was looked at just now"
+        assert is_given_back(0.7 * maps.TRIM_SECONDS, 0)
+        assert is_given_back(1000, 0.9 * pause) == (pause == 0), "nobody asked anything meanwhile"
+        assert is_given_back(1000, 0.2 * pause)
 
 
 def test_a_question_over_all_keeps_few_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

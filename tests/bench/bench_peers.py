@@ -1,7 +1,8 @@
 """Our server and its peers, asked the same questions by the same client: `make bench-peers` (ENTRIES=n, ROUNDS=n).
 
-The same event log lies in our log and as a plain Delta table. Every round asks each server in turn; points and slices
-are others in every round, the same for all; aggregates come with the same text again, as dashboards ask them, then in words that
+The same event log lies in our log and as a plain Delta table. Every round asks each server once, in an order of its own: whoever comes
+after another of the same program finds its code in the processor's caches, and whoever comes after a large answer, a heap to clear. Points
+and slices are others in every round, the same for all; aggregates come with the same text again, as dashboards ask them, then in words that
 were never used, and then as ones that were never asked. A ratio is a peer's time over ours in one round, and the middle one counts.
 Servers that are not asked stand still. References, which are no peers, are asked in the same rounds and shown by themselves.
 """
@@ -147,7 +148,7 @@ def ask_all(servers: Sequence[Asked], nodes: Sequence[str]) -> dict[str, Found]:
                 chance = random.Random(WARMING + turn)  # not of a number below 0: -1 gives what 1 does
                 sql = question.sql(chance.choice(nodes), chance.randrange(ENTRIES - SLICE))
                 wanted = None
-                for server, ask in asks:
+                for server, ask in asks if turn < 0 else chance.sample(asks, len(asks)):
                     if server.statements is not None and sql not in server.statements:
                         continue
                     began = time.perf_counter()
@@ -172,7 +173,7 @@ def cold(
         for question in MIX[2:]:
             chance = random.Random(turn)
             sql = question.sql(chance.choice(nodes), chance.randrange(ENTRIES - SLICE))
-            for name, start in starts.items():
+            for name, start in chance.sample([*starts.items()], len(starts)):
                 with start() as server, server.connect() as ask:
                     evict(*folders)
                     began = time.perf_counter()
