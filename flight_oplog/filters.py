@@ -9,7 +9,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from flight_oplog.numbers import Ends, is_number, numbers
 
 _FORMAT = ds.IpcFileFormat()
 _FILESYSTEM = LocalFileSystem()
+_Places = range | np.ndarray
 _EQUALS_TEXT = re.compile(r'\((\w+) == "([^"\\]*)"\)')
 
 
@@ -127,20 +128,33 @@ class Filter:
 
     def within(self, column: Sequence[pa.Array], ends: Sequence[Ends]) -> np.ndarray:
         """Return the places of the values of the filter's only column that are in its range; `ends` are those of its parts."""
-        found, start = [np.zeros(0, np.int64)], 0
-        compares = [(_COMPARES[compared], value) for compared, value in self.range]
-        for part, (least, greatest) in zip(column, ends, strict=True):
+        return _joined(self._within_each(column, ends))
+
+    def _within_each(self, column: Sequence[pa.Array], ends: Sequence[Ends]) -> Iterator[_Places]:
+        start, compares = 0, [(_COMPARES[compared], value) for compared, value in self.range]
+        for part, (least, greatest, are_rising) in zip(column, ends, strict=True):
             of_least, of_greatest = ([compare(end, value) for compare, value in compares] for end in (least, greatest))
             if all(of_least) and all(of_greatest) and not part.null_count:
-                found.append(np.arange(start, start + len(part)))
+                yield range(start, start + len(part))
             elif all(map(operator.or_, of_least, of_greatest)):  # else all are on the wrong side of one
                 values = numbers([part])
-                passes = functools.reduce(operator.and_, (compare(values, value) for compare, value in compares))
-                if part.null_count:
-                    passes &= part.is_valid().to_numpy(zero_copy_only=False)
-                found.append(np.flatnonzero(passes) + start)
+                if are_rising and not part.null_count:
+                    first, end = self._run_in(values)
+                    yield range(start + first, start + end)
+                else:
+                    passes = functools.reduce(operator.and_, (compare(values, value) for compare, value in compares))
+                    if part.null_count:
+                        passes &= part.is_valid().to_numpy(zero_copy_only=False)
+                    yield np.flatnonzero(passes) + start
             start += len(part)
-        return np.concatenate(found)
+
+    def _run_in(self, rising: np.ndarray) -> tuple[int, int]:
+        """Return where the values that are in the range begin and end, of ones that rise."""
+        low, high = 0, len(rising)
+        for compared, value in self.range:
+            place = int(np.searchsorted(rising, rising.dtype.type(value), _SIDES[compared]))
+            low, high = (max(low, place), high) if compared in (">", ">=") else (low, min(high, place))
+        return low, max(low, high)
 
     def passing_codes(self, coded: pa.DictionaryArray, kind: pa.DataType) -> np.ndarray:
         """Return the places of the codes of texts that pass, of the filter's only column, of type `kind`; looks at each text once."""
@@ -208,7 +222,21 @@ def _text_wanted(expression: pc.Expression, text: str, schema: pa.Schema, keys: 
     return None
 
 
+def _joined(found: Iterable[_Places]) -> np.ndarray:
+    """Return places as one array; of ranges that follow one another, it is made at once."""
+    joined: list[_Places] = [range(0)]
+    for each in found:
+        last = joined[-1]
+        if isinstance(last, range) and isinstance(each, range) and (last.stop == each.start or not last):
+            joined[-1] = range(last.start if last else each.start, each.stop)
+        else:
+            joined.append(each)
+    arrays = [np.arange(each.start, each.stop) if isinstance(each, range) else each for each in joined]
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
 _COMPARES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+_SIDES: dict[str, Literal["left", "right"]] = {">=": "left", ">": "right", "<": "left", "<=": "right"}
 _COMPARISON = re.compile(r"\((\w+) (>=|>|<=|<|==) ([^()\"]+)\)")
 _IN_LIST = re.compile(r"is_in\((\w+), \{value_set=[^\n]+:\[\n([^\]]*)\n\]")
 COMPARISONS_MAX = 20

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 _NUMBERS = (pa.types.is_integer, pa.types.is_float32, pa.types.is_float64, pa.types.is_timestamp, pa.types.is_date32)
 
-# The least and the greatest value of an array.
-Ends = tuple[Any, Any]
+
+class Ends(NamedTuple):
+    """The least and the greatest value of an array, and whether none is less than the one before it, as with times of a log."""
+
+    least: Any
+    greatest: Any
+    are_rising: bool
 
 
 def is_number(kind: pa.DataType) -> bool:
@@ -33,5 +38,9 @@ def numbers(column: Sequence[pa.Array]) -> np.ndarray:
 def ends(part: pa.Array) -> Ends:
     """Return the least and the greatest of an array's values, and of what is where it is null; with a NaN it may have any."""
     values = numbers([part])
-    least, greatest = (values.min().item(), values.max().item()) if len(values) else (0, 0)
-    return (-math.inf, math.inf) if math.isnan(least) else (least, greatest)
+    if not len(values):
+        return Ends(0, 0, True)
+    if (values[:-1] <= values[1:]).all():
+        return Ends(values[0].item(), values[-1].item(), True)
+    least, greatest = values.min().item(), values.max().item()
+    return Ends(-math.inf, math.inf, False) if math.isnan(least) else Ends(least, greatest, False)

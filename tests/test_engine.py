@@ -280,15 +280,18 @@ def test_a_range_of_numbers_is_what_comparing_each_says(kind: pa.DataType) -> No
             values = [chance.choice([*extremes, *range(middle, middle + 20)]) for _ in range(chance.choice([0, 1, 5]))]
             if pa.types.is_floating(kind):
                 values += chance.choice([[], [math.inf], [-math.inf, 0.5]])
+            if chance.random() < 0.5:
+                values.sort()
             parts.append(pa.array(values, kind, mask=np.array([chance.random() < 0.1 for _ in values], bool)))
             if pa.types.is_floating(kind) and chance.random() < 0.3:  # a value that nobody sees
                 hidden = np.array([math.nan, 5.0], np.float32)
                 parts.append(pa.array(hidden, kind, mask=np.array([True, False])))
         column = pa.chunked_array(parts, kind)
-        compared = {chance.choice([">", ">="]): chance.randrange(0, 120), chance.choice(["<", "<="]): chance.randrange(0, 120)}
-        if chance.random() < 0.3:
-            compared.popitem()
-        parsed = [(word, pa.array([value], kind)[0]) for word, value in compared.items()]
+        compared = [
+            (chance.choice(words), chance.randrange(0, 120))
+            for words in chance.sample(((">", ">="), ("<", "<=")) * 2, chance.choice([1, 2, 3]))
+        ]
+        parsed = [(word, pa.array([value], kind)[0]) for word, value in compared]
         expression = functools.reduce(operator.and_, (COMPARES[word](pc.field("x"), value) for word, value in parsed))
         filter = Filter.of(expression, pa.schema([("x", kind), ("y", pa.string())]))
         assert (filter.keys, len(filter.range)) == (("x",), len(compared))
