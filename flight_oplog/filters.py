@@ -254,13 +254,13 @@ def _range_of(expression: pc.Expression, text: str, schema: pa.Schema) -> tuple[
     if place < 0 or not is_number(kind := schema.field(place).type):
         return None
     try:
-        values = [pa.array([value]).cast(kind) for _, _, value in found]
+        values = pa.array([value for _, _, value in found]).cast(kind)
     except pa.ArrowInvalid:
         return None
-    parts = [_COMPARES[compared](pc.field(key), value[0]) for (_, compared, _), value in zip(found, values, strict=True)]
+    parts = [_COMPARES[compared](pc.field(key), value) for (_, compared, _), value in zip(found, values, strict=True)]
     if not expression.equals(functools.reduce(operator.and_, parts)):
         return None
-    return key, tuple((compared, numbers([value])[0].item()) for (_, compared, _), value in zip(found, values, strict=True))
+    return key, tuple((compared, value) for (_, compared, _), value in zip(found, numbers([values]).tolist(), strict=True))
 
 
 def _may_pass(expression: pc.Expression, schema: pa.Schema, guarantee: pc.Expression) -> bool:

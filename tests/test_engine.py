@@ -248,8 +248,8 @@ def test_a_run_of_a_record_is_cut_out_of_its_large_pieces(folder: Any, monkeypat
             compared.clear()
             found = rows(engine, log.snapshot(), f"SELECT count(*) AS c, sum(v) AS s, min(v) AS m FROM t WHERE n >= {first} AND n < {last}")
             assert found == [{"c": last - first, "s": sum(range(3 * first, 3 * last, 3)), "m": 3 * first}]
-            assert compared.count(1) == 2, "the ends of what is asked for"
-            assert len(compared) - 2 <= 2, "of the pieces only those that an end is in"
+            assert compared.count(2) == 1, "the ends of what is asked for"
+            assert len(compared) - 1 <= 2, "of the pieces only those that an end is in"
             assert batches
             batches.clear()
 

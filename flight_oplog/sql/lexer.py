@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from flight_oplog.errors import RequestError
 
@@ -35,8 +35,7 @@ _COMMENT_END = re.compile(r"/\*|\*/")
 _UNENDED = "the SQL text has a string, a quoted name or a comment that does not end"
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """A token: its kind (word, quoted, string, number, parameter, operator, point), its text and where it is."""
 
     kind: str
