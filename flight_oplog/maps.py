@@ -108,7 +108,7 @@ class Maps:
         if now < self._next_look:
             return
         self._next_look = now + TRIM_SECONDS
-        if resident()[1] > self._bytes_max and time.process_time() >= self._next_trim:
+        if time.process_time() >= self._next_trim and resident()[1] > self._bytes_max:
             with self._lock:
                 maps = list(self._all)
             for each in maps:
