@@ -37,7 +37,7 @@ INDEXING_SECONDS = 0.1
 VIEW_BYTES = 12
 # Records of fewer entries on average are not dealt out over the cores; nor are texts of files with fewer shown as views.
 SHARED_ENTRIES = 4096
-ALONE_ENTRIES = 1 << 18
+ALONE_ENTRIES = 1 << 18  # so few in all neither; nor do other threads read them
 # Texts of fewer entries are not shown by numbers: planning once more would take as long as they save.
 NUMBERED_ENTRIES = 1 << 19
 # A run of a record's entries is cut out of its large pieces where it is at least this part of them.
@@ -79,7 +79,7 @@ class EntriesTable(Table):
         schema = pa.schema([*topic.schema, *own]) if own else topic.schema
         super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
         self._read: set[str] = set()
-        self._are_several = False  # partitions: one alone leaves a core to threads that read for it
+        self._reads_alone = False  # whoever scans: threads that read for it would wait for it, or there is too little to read
         self._are_ordered = False  # the records that partitions look at: those first that may have the statement's first rows
         self._held: dict[str, Decoded | None] = {}  # what is known of the records that partitions look at just now
         if context.views and topic.entries >= SHARED_ENTRIES * len(topic.files):  # showing a small file's texts so costs more than it saves
@@ -101,7 +101,7 @@ class EntriesTable(Table):
         # Small records are a Python thread's work, not a core's: two would wait for each other. Few entries are not worth another.
         are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records)
         dealt = _deal(records, before, self.context.partitions if are_shared else 1)
-        self._are_several = len(dealt) > 1
+        self._reads_alone = len(dealt) > 1 or entries <= ALONE_ENTRIES
         return iter([Fragment(self, some, wanted) for some in dealt])
 
     def _top(self, filter: Filter | None) -> Top | None:
@@ -305,7 +305,7 @@ class EntriesTable(Table):
         if self._snapshot.store.reader.reads_at_once(record):
             return None
         read = functools.partial(cache.columns, self._snapshot, record, of_entries, self.counts, held, self.context.stopped)
-        if self._are_several and self._snapshot.store.reader.begin(record, of_entries):
+        if self._reads_alone and self._snapshot.store.reader.begin(record, of_entries):
             return _Later(read)
         return cache.readers.submit(read)
 

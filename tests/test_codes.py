@@ -397,6 +397,11 @@ def test_columns_of_a_mapped_log_are_read_by_whoever_wants_them(large: OpLog, mo
     monkeypatch.setattr(reader.Reader, "begin", begun)
     scanned(engine, large, "SELECT kind, sum(n) AS total FROM t WHERE n >= 0 GROUP BY kind")
     assert {row for row, _ in asked} == {0, 1, 2}
+    anew = Engine(Config(state_bytes_max=0))
+    with pytest.MonkeyPatch.context() as alone:
+        alone.setattr(provider, "ALONE_ENTRIES", ENTRIES - 1)
+        alone.setattr(anew._planner.cache.readers, "submit", lambda read: pytest.fail("asked of another thread"))
+        assert scanned(anew, large, "SELECT kind, n FROM t WHERE n < 10")[1] > 0, "so little that one thread reads it itself"
     with OpLog.open(large._store._storage.uri, Config(mapped_bytes_max=0)) as unmapped:
         record = next(iter(unmapped.snapshot().records("t")))
         assert not unmapped.snapshot().store.reader.begin(record, ["n"])
@@ -566,15 +571,16 @@ def test_a_column_that_is_null_throughout_has_none_and_is_looked_up(folder: Path
             assert len(rows(engine, log.snapshot(), f"SELECT n FROM t WHERE u = '{text}'")) == count
 
 
-def test_a_scan_of_one_partition_reads_in_threads(large: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_of_one_partition_reads_in_threads_unless_there_is_little_to_read(large: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
     monkeypatch.setattr(reader.Reader, "begin", lambda self, record, names: bool(begun.append(record.row)))
-    monkeypatch.setattr(provider, "ALONE_ENTRIES", ENTRIES)
-    scanned(Engine(Config(state_bytes_max=0)), large, "SELECT sum(n) AS total FROM t WHERE n > 1")
-    assert not begun
-    monkeypatch.setattr(provider, "ALONE_ENTRIES", ENTRIES - 1)
-    scanned(Engine(Config(state_bytes_max=0)), large, "SELECT sum(n) AS total FROM t WHERE n > 1")
-    assert begun
+    for partitions, alone_entries, is_read_alone in ((1, ENTRIES - 1, False), (2, ENTRIES - 1, True), (1, ENTRIES, True)):
+        monkeypatch.setattr(provider, "ALONE_ENTRIES", alone_entries)
+        engine = Engine(Config(state_bytes_max=0))
+        engine._planner._partitions = partitions
+        begun.clear()
+        scanned(engine, large, "SELECT sum(n) AS total FROM t WHERE n > 1")
+        assert bool(begun) == is_read_alone
 
 
 def test_what_was_read_along_is_checked_before_it_is_kept(tmp_path: Path) -> None:

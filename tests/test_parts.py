@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_codec import ARRAYS
 
-from flight_oplog import Config, OpLog, codec, parts
+from flight_oplog import Config, OpLog, codec, parts, provider
 from flight_oplog.errors import CorruptLog
 from flight_oplog.maps import MAPPED_BYTES_MAX
 from flight_oplog.parts import Part, Parts
@@ -264,6 +264,7 @@ def test_the_next_records_are_read_while_one_is_looked_at(wide_log: OpLog, monke
 
 
 def test_a_question_that_reads_all_does_not_wait_for_the_first_record(wide_log: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provider, "ALONE_ENTRIES", 0)  # so few are read by whoever scans
     watched = Watched(monkeypatch, 0.05)
     expected = ENTRIES * (2 * ENTRIES - 1)
     assert rows(one_partition(), wide_log.snapshot(), f"SELECT sum(n) AS s FROM wide WHERE n < {2 * ENTRIES}") == [{"s": expected}]
