@@ -37,7 +37,9 @@ INDEXING_SECONDS = 0.1
 VIEW_BYTES = 12
 # Records of fewer entries on average are not dealt out over the cores; nor are texts of files with fewer shown as views.
 SHARED_ENTRIES = 4096
-ALONE_ENTRIES = 1 << 18  # so few in all neither; nor do other threads read them
+ALONE_ENTRIES = 1 << 18  # so few in all neither
+# Nor do other threads read them where they are in so few records: asking one takes as long.
+ALONE_RECORDS = 4
 # Texts of fewer entries are not shown by numbers: planning once more would take as long as they save.
 NUMBERED_ENTRIES = 1 << 19
 # A run of a record's entries is cut out of its large pieces where it is at least this part of them.
@@ -101,7 +103,7 @@ class EntriesTable(Table):
         # Small records are a Python thread's work, not a core's: two would wait for each other. Few entries are not worth another.
         are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records)
         dealt = _deal(records, before, self.context.partitions if are_shared else 1)
-        self._reads_alone = len(dealt) > 1 or entries <= ALONE_ENTRIES
+        self._reads_alone = len(dealt) > 1 or (entries <= ALONE_ENTRIES and len(records) <= ALONE_RECORDS)
         return iter([Fragment(self, some, wanted) for some in dealt])
 
     def _top(self, filter: Filter | None) -> Top | None:

@@ -574,8 +574,14 @@ def test_a_column_that_is_null_throughout_has_none_and_is_looked_up(folder: Path
 def test_a_scan_of_one_partition_reads_in_threads_unless_there_is_little_to_read(large: OpLog, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
     monkeypatch.setattr(reader.Reader, "begin", lambda self, record, names: bool(begun.append(record.row)))
-    for partitions, alone_entries, is_read_alone in ((1, ENTRIES - 1, False), (2, ENTRIES - 1, True), (1, ENTRIES, True)):
-        monkeypatch.setattr(provider, "ALONE_ENTRIES", alone_entries)
+    for partitions, entries, records, is_read_alone in (
+        (1, ENTRIES - 1, 3, False),
+        (1, ENTRIES, 2, False),
+        (1, ENTRIES, 3, True),
+        (2, ENTRIES - 1, 3, True),
+    ):
+        monkeypatch.setattr(provider, "ALONE_ENTRIES", entries)
+        monkeypatch.setattr(provider, "ALONE_RECORDS", records)
         engine = Engine(Config(state_bytes_max=0))
         engine._planner._partitions = partitions
         begun.clear()
