@@ -18,11 +18,10 @@ import pyarrow.dataset as ds
 from pyarrow import acero
 from pyarrow.fs import LocalFileSystem
 
-from flight_oplog.numbers import Ends, is_number, numbers
+from flight_oplog.numbers import Ends, Places, is_number, numbers
 
 _FORMAT = ds.IpcFileFormat()
 _FILESYSTEM = LocalFileSystem()
-_Places = range | np.ndarray
 _EQUALS_TEXT = re.compile(r'\((\w+) == "([^"\\]*)"\)')
 
 
@@ -130,7 +129,7 @@ class Filter:
         """Return the places of the values of the filter's only column that are in its range; `ends` are those of its parts."""
         return _joined(self._within_each(column, ends))
 
-    def _within_each(self, column: Sequence[pa.Array], ends: Sequence[Ends]) -> Iterator[_Places]:
+    def _within_each(self, column: Sequence[pa.Array], ends: Sequence[Ends]) -> Iterator[Places]:
         start, compares = 0, [(_COMPARES[compared], value) for compared, value in self.range]
         for part, (least, greatest, are_rising) in zip(column, ends, strict=True):
             of_least, of_greatest = ([compare(end, value) for compare, value in compares] for end in (least, greatest))
@@ -222,9 +221,9 @@ def _text_wanted(expression: pc.Expression, text: str, schema: pa.Schema, keys: 
     return None
 
 
-def _joined(found: Iterable[_Places]) -> np.ndarray:
+def _joined(found: Iterable[Places]) -> np.ndarray:
     """Return places as one array; of ranges that follow one another, it is made at once."""
-    joined: list[_Places] = [range(0)]
+    joined: list[Places] = [range(0)]
     for each in found:
         last = joined[-1]
         if isinstance(last, range) and isinstance(each, range) and (last.stop == each.start or not last):
@@ -353,7 +352,7 @@ def _codes_in(texts: Sequence[pa.Array]) -> pa.DictionaryArray | None:
 
 
 def _places_of(codes: pa.Array, code: np.uint16) -> np.ndarray:
-    found = np.flatnonzero(np.frombuffer(codes.buffers()[1], np.uint16, len(codes), 2 * codes.offset) == code)
+    found = np.flatnonzero(numbers([codes]) == code)
     return found[codes.take(pa.array(found)).is_valid().to_numpy(zero_copy_only=False)] if codes.null_count else found
 
 

@@ -11,7 +11,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +19,7 @@ import pyarrow as pa
 from flight_oplog.growing import Growing
 from flight_oplog.kept import remember
 from flight_oplog.neighbours import ranges
+from flight_oplog.numbers import Places
 from flight_oplog.records import RecordMeta, joined
 
 # Columns that are kept: so many, and no more bytes an item than half of what is kept of a record anyway.
@@ -31,7 +32,6 @@ HELD_PART = 16
 RUN_RECORDS = 512
 
 Item = TypeVar("Item")
-Places: TypeAlias = range | np.ndarray  # rising
 
 
 class Listed(Generic[Item]):

@@ -23,7 +23,8 @@ from flight_oplog.codes import CodesOf, Name
 from flight_oplog.errors import Cancelled
 from flight_oplog.filters import Filter, candidates
 from flight_oplog.gathering import LOG_FIELDS, LOG_NAMES, TOGETHER_ROWS, Columns, Few, as_type, log_columns
-from flight_oplog.overview import Overview, Places
+from flight_oplog.numbers import Places
+from flight_oplog.overview import Overview
 from flight_oplog.pruning import ALONE_MAX, Pruner
 from flight_oplog.records import RecordMeta
 from flight_oplog.scans import Fragment, ScanContext, Table

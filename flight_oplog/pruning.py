@@ -23,7 +23,8 @@ from flight_oplog.cache import ColumnCache, ScanCounts
 from flight_oplog.filters import Filter, fragment, passing
 from flight_oplog.keys import hashes_of, is_key, may_hold
 from flight_oplog.neighbours import SMALL_ENTRIES
-from flight_oplog.overview import RUN_RECORDS, Listed, Overview, Places
+from flight_oplog.numbers import Places
+from flight_oplog.overview import RUN_RECORDS, Listed, Overview
 from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.rows import microseconds
 from flight_oplog.store import Snapshot
