@@ -13,13 +13,15 @@ import decimal
 import hashlib
 import json
 import math
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
+from pyarrow import lib
 
 from flight_oplog.errors import CorruptLog
 from flight_oplog.files import allocate
@@ -31,6 +33,13 @@ ALIGNED = 64
 # What is larger is not copied to be joined with others, unless something smaller came before it.
 JOINED_BYTES_MAX = 1_250_000
 SAMPLE_ENTRIES = 2048
+# Types of texts, and the letters that `memoryview` has for their offsets.
+_OFFSETS: dict[int, Literal["i", "q"]] = {
+    lib.Type_STRING: "i",
+    lib.Type_BINARY: "i",
+    lib.Type_LARGE_STRING: "q",
+    lib.Type_LARGE_BINARY: "q",
+}
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 BOUND_STRING_CHARACTERS = 64
 # The least of fewer texts than this is found as fast one by one.
@@ -244,18 +253,54 @@ def _is_ascii(column: pa.Array) -> bool:
 # Content
 
 
-def cut(batch: pa.RecordBatch, bytes_max: int = BATCH_BYTES, entries_max: int = BATCH_ENTRIES) -> Iterator[pa.RecordBatch]:
+class Sizes:
+    """How many bytes any rows of a batch take. Arrow looks at all columns anew each time it is asked; here offsets of texts are enough."""
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._batch = batch
+        self._bits = 0  # of a row, in columns of fixed width and for what is kept of each text beside its bytes
+        self._ends: list[tuple[memoryview, int]] = []  # offsets of texts, and where those of the batch begin
+        self._are_known = batch.num_rows > 0
+        for column in batch.columns if self._are_known else ():
+            kind = column.type
+            form = _OFFSETS.get(kind.id)
+            if form is not None:
+                offsets, width = column.buffers()[1], struct.calcsize(form)
+                self._ends.append((memoryview(offsets)[: offsets.size // width * width].cast(form), column.offset))
+                self._bits += 8 * width + (column.null_count > 0)
+            elif pa.types.is_primitive(kind) or pa.types.is_decimal(kind):
+                self._bits += kind.bit_width + (column.null_count > 0)
+            else:
+                self._are_known = False
+
+    def of(self, start: int, rows: int) -> int:
+        """Return the bytes of so many rows from `start` on."""
+        if not self._are_known:
+            nbytes: int = self._batch.slice(start, rows).nbytes
+            return nbytes
+        end = start + rows
+        return (rows * self._bits + 7) // 8 + sum(ends[first + end] - ends[first + start] for ends, first in self._ends)
+
+
+def cut(
+    batch: pa.RecordBatch, bytes_max: int = BATCH_BYTES, entries_max: int = BATCH_ENTRIES, sizes: Sizes | None = None
+) -> Iterator[pa.RecordBatch]:
     """Yield slices of at most `bytes_max` bytes and `entries_max` rows; a row that is larger goes alone. No copy."""
     rows = batch.num_rows
     if rows == 0:
         return
-    pieces = max(math.ceil(batch.nbytes / bytes_max), math.ceil(rows / entries_max))
+    sizes = Sizes(batch) if sizes is None else sizes
+    pieces = max(math.ceil(sizes.of(0, rows) / bytes_max), math.ceil(rows / entries_max))
     if rows == 1 or pieces <= 1:
         yield batch
         return
     step = math.ceil(rows / pieces)
-    for start in range(0, rows, step):  # rows may differ in size, so each piece is looked at again
-        yield from cut(batch.slice(start, step), bytes_max, entries_max)
+    for start in range(0, rows, step):
+        some = batch.slice(start, step)
+        if sizes.of(start, some.num_rows) <= bytes_max:
+            yield some
+        else:  # rows may differ in size
+            yield from cut(some, bytes_max, entries_max)
 
 
 def gather(batches: Iterable[pa.RecordBatch], bytes_max: int = BATCH_BYTES, entries_max: int = BATCH_ENTRIES) -> Iterator[pa.RecordBatch]:
@@ -263,12 +308,13 @@ def gather(batches: Iterable[pa.RecordBatch], bytes_max: int = BATCH_BYTES, entr
     waiting: list[pa.RecordBatch] = []
     size = rows = 0
     for batch in batches:
-        more, more_rows = batch.nbytes, batch.num_rows
+        sizes, more_rows = Sizes(batch), batch.num_rows
+        more = sizes.of(0, more_rows)
         if waiting and (size + more > bytes_max or rows + more_rows > entries_max):
             yield joined(waiting)
             waiting, size, rows = [], 0, 0
         if not waiting and (more > min(bytes_max, JOINED_BYTES_MAX) or more_rows > entries_max):
-            yield from cut(batch, bytes_max, entries_max)
+            yield from cut(batch, bytes_max, entries_max, sizes)
         elif more_rows:
             waiting.append(batch)
             size, rows = size + more, rows + more_rows

@@ -35,6 +35,9 @@ MAPPED_BYTES_MAX = 384 << 20
 # one. Where the page cache has them in pieces of 4 KiB instead of 2 MiB, both take a hundred times as long.
 TRIM_SECONDS = 0.02
 TRIM_PART = 1 / 400
+# Past so many times what is to stay, whoever is done with all of a record gives its pages back, whatever that takes: else all of a log
+# would be in memory when all of it is read. What was read before that stays, and whoever reads all again finds it.
+FAR_TOO_MANY = 2.25
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 _LOCAL = frozenset(("bcachefs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"))
@@ -51,12 +54,13 @@ def resident() -> tuple[int, int]:
 
 
 class _Map:
-    """A file's map, for as long as somebody has a part of it."""
+    """A file's map, for as long as somebody has a part of it. `number` names the file whatever its path."""
 
-    __slots__ = ("__weakref__", "of_file")
+    __slots__ = ("__weakref__", "number", "of_file")
 
-    def __init__(self, of_file: pa.Buffer) -> None:
+    def __init__(self, of_file: pa.Buffer, number: int) -> None:
         self.of_file = of_file
+        self.number = number
 
 
 class Maps:
@@ -67,9 +71,11 @@ class Maps:
         self._bytes_max = bytes_max
         self._next_look = 0.0  # in monotonic seconds
         self._next_trim = 0.0  # in seconds of processor time
+        self._are_far_too_many = False
         self._all = weakref.WeakSet[_Map]()
         self._lock = threading.Lock()
-        self._kept: OrderedDict[str, tuple[int | None, pa.Buffer | None]] = OrderedDict()
+        self._by_path = weakref.WeakValueDictionary[str, _Map]()  # the newest of each
+        self._kept: OrderedDict[str, _Map] = OrderedDict()
         self._can_map: bool | None = None
 
     def view(self, path: str, start: int, size: int, spans: Sequence[tuple[int, int]]) -> pa.Buffer | None:
@@ -108,34 +114,45 @@ class Maps:
         if now < self._next_look:
             return
         self._next_look = now + TRIM_SECONDS
-        if time.process_time() >= self._next_trim and resident()[1] > self._bytes_max:
+        shown = resident()[1]
+        self._are_far_too_many = shown > FAR_TOO_MANY * self._bytes_max
+        if shown > self._bytes_max and time.process_time() >= self._next_trim:
             with self._lock:
                 maps = list(self._all)
             for each in maps:
                 _LIBC.madvise(*_pages(each.of_file.address, each.of_file.size), _MADV_DONTNEED)
             self._next_trim = time.process_time() + (time.monotonic() - now) / TRIM_PART
+            self._are_far_too_many = False
+
+    def give_back(self, path: str, start: int, size: int) -> None:
+        """Give the pages of a part of a file back that somebody is done with, if there are far too many."""
+        self.trim()
+        found = self._part(path, start, size) if self._are_far_too_many else None
+        if found is not None:
+            _LIBC.madvise(*_pages(found.address, size), _MADV_DONTNEED)
 
     def let_go(self, paths: Iterable[str] | None) -> None:
         """Let go of some files, or of all."""
         with self._lock:
             for path in list(self._kept) if paths is None else paths:
                 self._kept.pop(path, None)
+                self._by_path.pop(path, None)
 
     def _whole(self, path: str) -> pa.Buffer | None:
-        """Return a file's map, the one that is kept if it is still of the file that has this name."""
+        """Return a file's map, the one that there is if it is still of the file that has this name."""
         try:
             status = os.stat(path)
             with self._lock:
-                number, found = self._kept.pop(path, (None, None))
-                if found is None or number != status.st_ino:
+                found = self._by_path.get(path)
+                if found is None or found.number != status.st_ino:
                     if len(self._all) >= MAPS_MAX:
                         return None
                     with pa.memory_map(path) as file:  # what was read outlives it, without a handle of the system's
-                        of_file = _Map(file.read_buffer())
-                    self._all.add(of_file)
-                    found = pa.foreign_buffer(of_file.of_file.address, of_file.of_file.size, of_file)
-                remember(self._kept, path, (status.st_ino, found), MAPS_KEPT)
-                return found
+                        found = _Map(file.read_buffer(), status.st_ino)
+                    self._all.add(found)
+                    self._by_path[path] = found
+                remember(self._kept, path, found, MAPS_KEPT)
+                return pa.foreign_buffer(found.of_file.address, found.of_file.size, found)
         except OSError:
             return None
 

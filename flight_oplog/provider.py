@@ -200,6 +200,8 @@ class EntriesTable(Table):
                     if self.context.stopped.is_set():
                         return
                     yield batch
+                if not self.context.sums_up:
+                    self._snapshot.store.reader.give_back(record)
             elif few.are_all and self._is_run(rows, record) and (found := self._together(record, projected)):
                 yield from few.taken()
                 yield from _run_of(found, int(rows[0]), len(rows))
@@ -463,6 +465,7 @@ def topic_batches(
             if skip < batch.num_rows:
                 yield from codec.cut(batch.slice(skip), bytes_max, batch.num_rows)
             skip = max(0, skip - batch.num_rows)
+        snapshot.store.reader.give_back(record)
 
 
 def codes_kept(snapshot: Snapshot, topic: Topic, column: str) -> int:

@@ -104,6 +104,11 @@ class Reader:
         """Keep no more of the log's files in memory than was said; a reader says so now and then."""
         self._storage.trim()
 
+    def give_back(self, record: RecordMeta) -> None:
+        """Be told that somebody is done with all of a record: if there is too much of the log's files in memory, that need not stay."""
+        if record.span is not None:
+            self._storage.give_back(record.file.path, record.span[0], record.span[1] - record.span[0])
+
     def reads_at_once(self, record: RecordMeta) -> bool:
         """Whether reading a record takes less than asking another thread for it."""
         return self._storage.is_local and record.span is not None and record.span[1] - record.span[0] < PARTS_FROM_BYTES

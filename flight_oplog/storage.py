@@ -184,6 +184,10 @@ class Storage(abc.ABC):
     def sweep(self) -> None:
         """Remove what a crash in `create` has left behind."""
 
+    def give_back(self, path: str, start: int, size: int) -> None:
+        """Be told that somebody is done with a part of a file, and does not expect to look at it soon."""
+        return None
+
     @abc.abstractmethod
     def trim(self) -> None:
         """Keep no more of files in memory than was said. Costs nothing where there is nothing to do."""
@@ -361,6 +365,10 @@ class Folder(Storage):
             with contextlib.suppress(OSError):
                 if name.startswith(".") and name.endswith(_STAGED_SUFFIX) and os.path.getmtime(full) < time.time() - LEFT_BEHIND_SECONDS:
                     os.unlink(full)
+
+    def give_back(self, path: str, start: int, size: int) -> None:
+        if self._maps is not None:
+            self._maps.give_back(self._full(path), start, size)
 
     def trim(self) -> None:
         if self._maps:

@@ -255,3 +255,24 @@ def test_rows_of_unequal_size_are_cut_by_their_bytes_not_their_number() -> None:
     assert pa.Table.from_batches(pieces).combine_chunks().to_batches()[0].equals(batch)
     alone = list(codec.cut(pa.record_batch({"s": ["x" * 100, "y" * 100]}), 10, 10))
     assert [piece.num_rows for piece in alone] == [1, 1], "a row over the limit goes alone"
+
+
+@given(st.lists(st.one_of(st.none(), st.text(max_size=20)), min_size=1, max_size=50), st.data())
+def test_sizes_are_what_arrow_says_a_slice_takes(texts: list[str | None], data: st.DataObject) -> None:
+    columns: dict[str, pa.Array] = {
+        "text": pa.array(texts, pa.string()),
+        "large": pa.array(texts, pa.large_string()),
+        "bytes": pa.array([None if text is None else text.encode() for text in texts], pa.binary()),
+        "flag": pa.array([text is None for text in texts]),
+        "number": pa.array([None if text is None else len(text) for text in texts], pa.int64()),
+        "decimal": pa.array([None if text is None else decimal.Decimal(len(text)) for text in texts], pa.decimal128(9, 2)),
+        "fixed": pa.array([b"0123456789"] * len(texts), pa.binary(10)),
+        "list": pa.array([[text, "x"] for text in texts], pa.list_(pa.string())),
+    }
+    names = data.draw(st.lists(st.sampled_from([*columns]), min_size=1, unique=True))
+    first = data.draw(st.integers(0, len(texts) - 1))
+    batch = pa.record_batch({name: columns[name] for name in names}).slice(first)
+    start = data.draw(st.integers(0, batch.num_rows - 1))
+    rows = data.draw(st.integers(0, batch.num_rows - start))
+    beside = len(names) * 2  # what is kept beside values begins within a byte, and may be there for nothing
+    assert abs(codec.Sizes(batch).of(start, rows) - batch.slice(start, rows).nbytes) <= beside + rows // 8 * len(names)

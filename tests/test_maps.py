@@ -8,14 +8,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from conftest import flip, rows
 from deltalake import DeltaTable
 from test_parts import ENTRIES, wide
 
 from flight_oplog import Config, OpLog, maps
+from flight_oplog.cache import ColumnCache
 from flight_oplog.errors import CorruptLog
 from flight_oplog.maps import MAPPED_BYTES_MAX, MAPS_KEPT, PAGE_BYTES, Maps, resident
+from flight_oplog.provider import topic_batches
 from flight_oplog.sql.engine import Engine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux: elsewhere files are read")
@@ -210,3 +213,45 @@ def test_a_question_over_all_keeps_few_pages(tmp_path: Path, monkeypatch: pytest
             assert sum(batch.num_rows for batch in engine.run(whole, log.snapshot()).batches) == 3 * ENTRIES
             summed += rows(engine, log.snapshot(), SUM + " WHERE half >= 0")
         assert summed == [{"s": 3 * ENTRIES * (3 * ENTRIES - 1) // 2, "c": 3 * ENTRIES}] * 3
+
+
+@pytest.mark.parametrize("of_file", ["kept", "not kept"])
+def test_who_is_done_gives_pages_back_when_there_are_far_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_file: str) -> None:
+    monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
+    monkeypatch.setattr(maps, "FAR_TOO_MANY", 2)
+    size = 8 << 20
+    path, _ = written(tmp_path, "one", 2 * size)
+    some = Maps(str(tmp_path), (resident()[1] + size + size // 2) // 2)
+    some._next_trim = math.inf  # giving all of them back has cost too much already
+    found = some.view(path, 0, 2 * size, [(0, size)])
+    assert found is not None
+    if of_file == "not kept":  # by so many others
+        for number in range(MAPS_KEPT):
+            some.view(written(tmp_path, f"other {number}")[0], 0, 1, [])
+    before = shown(found[:size])
+    some.give_back(path, 0, size)
+    assert resident()[1] >= before, "as many as that may be"
+    before = shown(found)
+    some.give_back(path, size, size)
+    assert before - size <= resident()[1] + PAGE_BYTES < before, "those, and no others"
+
+
+@pytest.mark.parametrize("how", ["by SQL", "by offset"])
+def test_reading_all_of_a_log_does_not_bring_it_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
+    monkeypatch.setattr(maps, "TRIM_PART", 1e-12)  # so that all of them are given back once at most
+    with OpLog.open(str(tmp_path / "log"), Config(compression="none")) as log:
+        for number in range(10):
+            log.append("wide", wide(number * ENTRIES))
+    started, of_record = resident()[1], wide(0).nbytes
+    config = Config(compression="none", mapped_bytes_max=int((started + 4 * of_record) / maps.FAR_TOO_MANY))
+    with OpLog.open(str(tmp_path / "log"), config) as log:
+        engine, cache, most = Engine(config), ColumnCache(config.cache_bytes_max), 0
+        for _ in range(2):
+            snapshot = log.snapshot()
+            by_offset = topic_batches(snapshot, snapshot.topic("wide"), 0, 1 << 20, cache=cache)
+            for batch in engine.run("SELECT * FROM wide", snapshot).batches if how == "by SQL" else by_offset:
+                for column in batch.columns:
+                    pc.max(column.cast(pa.binary()) if pa.types.is_fixed_size_binary(column.type) else column)
+                most = max(most, resident()[1] - started)
+        assert 3 * of_record < most < 7 * of_record

@@ -190,14 +190,16 @@ def paced(batches: Iterator[pa.RecordBatch], bytes_max: int) -> Iterator[pa.Reco
     size = 0
     since = time.monotonic() - PACE_SECONDS  # the first batch goes out at once
     for batch in batches:
-        if batch.nbytes > bytes_max // 2:
+        sizes = codec.Sizes(batch)
+        nbytes = sizes.of(0, batch.num_rows)
+        if nbytes > bytes_max // 2:
             if waiting:
                 yield codec.joined(waiting)
                 waiting, size = [], 0
-            yield from codec.cut(batch, bytes_max, batch.num_rows)
+            yield from codec.cut(batch, bytes_max, batch.num_rows, sizes)
         else:
             waiting.append(batch)
-            size += batch.nbytes
+            size += nbytes
             if size > bytes_max // 2 or time.monotonic() - since > PACE_SECONDS:
                 yield codec.joined(waiting)
                 waiting, size = [], 0
