@@ -1,9 +1,12 @@
 """What a text weighs: how often its plan has what it names, and how large a value it makes of little."""
 
+import contextlib
+import re
+
 import pytest
 
 from flight_oplog.errors import RequestError, Unsupported
-from flight_oplog.sql.measure import DEPTH_MAX, Measure, measure, measure_with
+from flight_oplog.sql.measure import DEPTH_MAX, Measure, _of_all_alike, measure, measure_with
 
 # Operators, tables and growth.
 MEASURED = {
@@ -48,6 +51,41 @@ MEASURED = {
 def test_operators_tables_and_growth_are_as_the_plan_will_have_them(sql: str) -> None:
     found = measure(sql)
     assert (found.operators, found.tables, found.growth) == MEASURED[sql]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        *MEASURED,
+        "SELECT count(*) FROM t WHERE a >= CAST('2025-01-02 03:04:05.678+00:00' AS TIMESTAMP WITH TIME ZONE) AND b = '17'",
+        "SELECT replace('11', '1', '1234567890' || repeat('12', 34)), 'a''12''' - 5 - '6' FROM t WHERE a = '' || '3'",
+        "WITH '1' AS (SELECT a || a AS a FROM t, u), '2' AS (SELECT 1) SELECT * FROM '2', '2'",
+        "WITH c AS (SELECT 1 FROM '1', '2') SELECT CAST('2' AS TIMESTAMP WITH TIME ZONE) FROM c, c",
+        'SELECT "\'12", repeat(a, 34), "\'" FROM t',
+        "SELECT 1 -- '\n, repeat(a, 34) -- '\nFROM t",
+        "SELECT 1 /* ' */, repeat(a, 34) /* ' */ FROM t",
+        "SELECT 1 /* ' */ - 12 /* ' */, repeat(a, 34) FROM t",
+        "SELECT e'\\'', repeat(a, 34), '' FROM t",
+        "SELECT $$'$$ - 34 - $$'$$ FROM t",
+        "SELECT repeat(a, 34), `'` - 34 - `'` FROM t",
+    ],
+)
+def test_a_text_weighs_what_it_does_whatever_was_measured_before(sql: str) -> None:
+    for digit in "012":
+        with contextlib.suppress(RequestError):
+            measure(re.sub("[0-9]", digit, sql))  # which is known then
+    found, alone = measure(sql), measure_with(sql, {})
+    assert (found.first, found.operators, found.tables, found.growth) == (alone.first, alone.operators, alone.tables, alone.growth)
+
+
+def test_a_text_with_other_times_is_not_measured_again() -> None:
+    def asked(second: int) -> str:
+        return f"SELECT count(*) FROM t WHERE a >= CAST('2025-01-02 03:04:{second:02}.678+00:00' AS TIMESTAMP WITH TIME ZONE) AND b = 'x'"
+
+    measure(asked(0))
+    before = _of_all_alike.cache_info().misses
+    assert len({measure(asked(second)) for second in range(60)}) == 1
+    assert _of_all_alike.cache_info().misses == before
 
 
 def test_what_views_hold_counts_where_they_are_named() -> None:

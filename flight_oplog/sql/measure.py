@@ -40,6 +40,10 @@ REMEMBERED_CHARACTERS = 4096
 _SHORT_CALLS = frozenset(("COUNT", "SUM", "MIN", "MAX", "AVG", "CAST", "IN", "AND", "OR", "NOT", "WHERE", "BETWEEN", "BY", "SELECT"))
 _SHORT_OPERATORS = frozenset(("=", "<", ">", "<=", ">=", "<>", "!=", "+", "-", "*", "/", "%"))
 _LONG = frozenset(("LIKE", "ILIKE", "SIMILAR", "OVER", "UNION", "INTERSECT", "EXCEPT"))
+_HIDES = re.compile(r"[\"`\\$]|--|/\*|\bWITH\b(?!\s+TIME\s+ZONE\b)", re.IGNORECASE)
+_STRING = re.compile(r"'[^']*'")
+_TIME = re.compile(r"'[0-9 :.+TZ-]*'")
+_ZEROS = str.maketrans("123456789", "0" * 9)
 # Growth is told in units of so many bytes. A bound parameter and what an aggregate gathers have nominal sizes, in units.
 UNIT_BYTES = 64
 _PARAMETER_UNITS, _GATHERED_UNITS = 16, 64
@@ -91,6 +95,23 @@ def measure_with(sql: str, views: Mapping[str, Measure]) -> Measure:
 # A dashboard asks the same over and over.
 @functools.lru_cache(maxsize=1024)
 def _remembered(sql: str) -> Measure:
+    return _of_all_alike(_alike(sql))
+
+
+def _alike(sql: str) -> str:
+    """Return a text that weighs the same, and is the same for other times in it: of a string without letters only its length counts.
+
+    Where quotes may begin within something else, or strings be names, the text itself.
+    """
+    return sql if _HIDES.search(sql) else _STRING.sub(_as_zeros, sql)
+
+
+def _as_zeros(found: re.Match[str]) -> str:
+    return found[0].translate(_ZEROS) if _TIME.fullmatch(found[0]) else found[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_all_alike(sql: str) -> Measure:
     found = list(tokens(sql))
     measured = _measured(found)
     return replace(measured, is_plain=_is_plain(found, measured))
