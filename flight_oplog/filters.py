@@ -130,7 +130,7 @@ class Filter:
         return _joined(self._within_each(column, ends))
 
     def _within_each(self, column: Sequence[pa.Array], ends: Sequence[Ends]) -> Iterator[Places]:
-        start, compares = 0, [(_COMPARES[compared], value) for compared, value in self.range]
+        start, compares = 0, [(COMPARES[compared], value) for compared, value in self.range]
         for part, (least, greatest, are_rising) in zip(column, ends, strict=True):
             of_least, of_greatest = ([compare(end, value) for compare, value in compares] for end in (least, greatest))
             if all(of_least) and all(of_greatest) and not part.null_count:
@@ -234,7 +234,7 @@ def _joined(found: Iterable[Places]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-_COMPARES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
+COMPARES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
 _SIDES: dict[str, Literal["left", "right"]] = {">=": "left", ">": "right", "<": "left", "<=": "right"}
 _COMPARISON = re.compile(r"\((\w+) (>=|>|<=|<|==) ([^()\"]+)\)")
 _IN_LIST = re.compile(r"is_in\((\w+), \{value_set=[^\n]+:\[\n([^\]]*)\n\]")
@@ -247,7 +247,7 @@ def _range_of(expression: pc.Expression, text: str, schema: pa.Schema) -> tuple[
     Guessed from the filter's words, then compared with it; None for any other. What is compared is of the column's type: Arrow can.
     """
     found = _COMPARISON.findall(text)
-    if len({name for name, _, _ in found}) != 1 or any(compared not in _COMPARES for _, compared, _ in found):
+    if len({name for name, _, _ in found}) != 1 or any(compared not in COMPARES for _, compared, _ in found):
         return None
     place = schema.get_field_index(key := found[0][0])
     if place < 0 or not is_number(kind := schema.field(place).type):
@@ -256,7 +256,7 @@ def _range_of(expression: pc.Expression, text: str, schema: pa.Schema) -> tuple[
         values = pa.array([value for _, _, value in found]).cast(kind)
     except pa.ArrowInvalid:
         return None
-    parts = [_COMPARES[compared](pc.field(key), value) for (_, compared, _), value in zip(found, values, strict=True)]
+    parts = [COMPARES[compared](pc.field(key), value) for (_, compared, _), value in zip(found, values, strict=True)]
     if not expression.equals(functools.reduce(operator.and_, parts)):
         return None
     return key, tuple((compared, value) for (_, compared, _), value in zip(found, numbers([values]).tolist(), strict=True))

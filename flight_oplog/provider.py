@@ -91,11 +91,16 @@ class EntriesTable(Table):
     def get_fragments(self, filter: pc.Expression | None = None) -> Iterator[Fragment]:
         try:
             # A filter on a text shown as a view does not bind to the plain text: the statement is planned without views.
-            wanted = None if filter is None else Filter.of(filter, self._plain)
-            records, of_each = self._surviving(wanted)
+            return self.fragments(None if filter is None else Filter.of(filter, self._plain))
+        except NotWorthIt:
+            raise
         except Exception as error:
             self.context.failures.append(error)
             raise
+
+    def fragments(self, wanted: Filter | None) -> Iterator[Fragment]:
+        """Return what has to be scanned for what passes a filter."""
+        records, of_each = self._surviving(wanted)
         before = np.cumsum(of_each)
         entries = int(before[-1]) if len(records) else 0
         self.context.entries += entries

@@ -67,6 +67,7 @@ ORDER = [
     "sql.planner",
     "sql.aggregates",
     "sql.repeated",
+    "sql.sums",
     "sql.engine",
     "sql.statements",
     "follow",
@@ -91,7 +92,7 @@ ORDER = [
 OWNERS = {
     "deltalake": {"store"},
     "obstore": {"storage"},
-    "datafusion": {"sql.aggregates", "sql.catalog", "sql.engine", "sql.planner", "sql.repeated"},
+    "datafusion": {"sql.aggregates", "sql.catalog", "sql.engine", "sql.planner", "sql.repeated", "sql.sums"},
     "google": {"flightsql.wire"},
     "argon2": {"accounts"},
     "jwt": {"bearers"},

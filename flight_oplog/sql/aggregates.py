@@ -266,9 +266,9 @@ def _measure(aggregate: Expr, name: str, kind: pa.DataType) -> Measure | None:
     if function.is_distinct() or "ORDER BY" in aggregate.canonical_name():
         return None
     if what == "count":
-        return Measure(name, (aggregate,), f.sum, lambda kept: f.coalesce(kept, lit(0)), *_from_bounds(aggregate, what, arguments))
+        return Measure(name, (aggregate,), f.sum, lambda kept: f.coalesce(kept, lit(0)), *simple(aggregate))
     if what in ("min", "max"):
-        return Measure(name, (aggregate,), f.min if what == "min" else f.max, lambda kept: kept, *_from_bounds(aggregate, what, arguments))
+        return Measure(name, (aggregate,), f.min if what == "min" else f.max, lambda kept: kept, *simple(aggregate))
     if what == "sum" and (pa.types.is_int64(kind) or pa.types.is_uint64(kind) or pa.types.is_float64(kind)):
         return Measure(name, (aggregate,), f.sum, lambda kept: kept)
     if what == "avg" and pa.types.is_float64(kind) and aggregate.canonical_name() == f"avg({arguments[0].canonical_name()})":
@@ -277,9 +277,13 @@ def _measure(aggregate: Expr, name: str, kind: pa.DataType) -> Measure | None:
     return None
 
 
-def _from_bounds(aggregate: Expr, what: str, arguments: tuple[Expr, ...]) -> tuple[str, str | None] | tuple[()]:
-    """Return (function, column) for an aggregate that the bounds of a topic's records may tell; no column is COUNT(*)."""
-    if len(arguments) != 1 or aggregate.canonical_name() != f"{what}({arguments[0].canonical_name()})":
+def simple(aggregate: Expr) -> tuple[str, str | None] | tuple[()]:
+    """Return (function, column) of an aggregate of a column and nothing else; COUNT(*) has no column."""
+    while aggregate.variant_name() == "Alias":
+        aggregate = Expr(aggregate.to_variant().expr())
+    function = aggregate.to_variant()
+    what, arguments = function.aggregate_type(), tuple(map(Expr, function.args()))
+    if function.is_distinct() or len(arguments) != 1 or aggregate.canonical_name() != f"{what}({arguments[0].canonical_name()})":
         return ()  # it has a FILTER, for instance
     if arguments[0].variant_name() == "Literal" and what == "count" and arguments[0].python_value().as_py() is not None:
         return "count", None

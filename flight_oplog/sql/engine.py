@@ -28,12 +28,13 @@ from flight_oplog.sql import lexer
 from flight_oplog.sql.catalog import BOUND, TIME_TRAVEL, System, table_of, tables
 from flight_oplog.sql.measure import measure
 from flight_oplog.sql.parameters import Values, bound_to, counted, nulls_of, parameters_of, row_of
-from flight_oplog.sql.planner import Asked, Planner, accountable, groups
+from flight_oplog.sql.planner import SHORT_ENTRIES, Asked, Planner, accountable, groups
 from flight_oplog.sql.plans import followed, is_constant, is_literal
 from flight_oplog.sql.queries import Queries, explained, metrics_table, settings_table, topics_table
 from flight_oplog.sql.refusals import CATALOG, PUBLIC, SERVED, cannot_filter, check_declared, in_public, keys_of, translated
 from flight_oplog.sql.repeated import REMEMBERED_CHARACTERS, Repeated, registry
 from flight_oplog.sql.stream import Running, Stopped, at_once, paced, schema_of, to_wire, widened, wire_schema
+from flight_oplog.sql.sums import Sums
 from flight_oplog.store import Snapshot
 
 NO_PARAMETERS = pa.schema([])
@@ -42,8 +43,6 @@ PREPARED_KEPT = 1000
 # Answers of statements that say them themselves, as SELECT 1 does: pools of connections ask such before each use.
 CONSTANTS_KEPT = 100
 CONSTANT_CHARACTERS = 200
-# A plain query over so many entries takes milliseconds.
-SHORT_ENTRIES = 1 << 19
 # Files that are looked into before anybody asks: a fifth of a second's work.
 WARMED_FILES = 1000
 # What a statement that changes something returns: how many entries it appended.
@@ -92,6 +91,7 @@ class Engine:
         }
         self._planner = Planner(config, self._system)
         self._repeated = Repeated(self._planner, config)
+        self._sums = Sums(self._planner, self._system)
         self._constants: OrderedDict[str, tuple[pa.Schema, list[pa.RecordBatch]]] = OrderedDict()
         self._prepared: OrderedDict[tuple[Any, ...], tuple[pa.Schema, pa.Schema, bool]] = OrderedDict()
 
@@ -119,7 +119,8 @@ class Engine:
         key = (sql, db_schema, *registry(snapshot))
         found = self._prepared.pop(key, None)
         if found is None:
-            made = self._prepare(sql, snapshot, None, db_schema)
+            schema = self._sums.schema(sql, snapshot, db_schema)
+            made = self._prepare(sql, snapshot, None, db_schema) if schema is None else Statement(snapshot, schema)
             found = made.schema, made.parameters, made.is_update
         remember(self._prepared, key, found, PREPARED_KEPT)
         return Statement(snapshot, *found)
@@ -269,6 +270,8 @@ class Engine:
         key = self._repeated.key(asked)
         if key is not None and (answered := self._repeated.answered(key, asked)) is not None:
             return answered
+        if (summed := self._sums.answered(asked)) is not None:
+            return summed
         if (whole := self._planner.whole(asked)) is not None:
             schema, batches, context = whole
             return Running(schema, paced(batches, self._config.message_bytes_max), context.counts)
@@ -284,6 +287,7 @@ class Engine:
             return Running(schema, batches)
         if self._is_short(asked, context):
             batches = at_once(stream, context, schema)
+            self._sums.note(asked, schema)
         else:
             batches = self._planner.pulled(stream, context, schema, asked)
         lasting = self._repeated.lasting(key, asked, frame)

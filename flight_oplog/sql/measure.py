@@ -95,15 +95,26 @@ def measure_with(sql: str, views: Mapping[str, Measure]) -> Measure:
 # A dashboard asks the same over and over.
 @functools.lru_cache(maxsize=1024)
 def _remembered(sql: str) -> Measure:
-    return _of_all_alike(_alike(sql))
+    return _of_all_alike(alike(sql))
 
 
-def _alike(sql: str) -> str:
+def alike(sql: str) -> str:
     """Return a text that weighs the same, and is the same for other times in it: of a string without letters only its length counts.
 
     Where quotes may begin within something else, or strings be names, the text itself.
     """
     return sql if _HIDES.search(sql) else _STRING.sub(_as_zeros, sql)
+
+
+def times_in(sql: str) -> list[str]:
+    """Return the strings of a text that `alike` does not tell from others, with their quotes."""
+    return [] if _HIDES.search(sql) else [found for found in _STRING.findall(sql) if _TIME.fullmatch(found)]
+
+
+def with_times(sql: str, times: Iterable[str]) -> str:
+    """Return a text with others of those strings."""
+    others = iter(times)
+    return _STRING.sub(lambda found: next(others) if _TIME.fullmatch(found[0]) else found[0], sql)
 
 
 def _as_zeros(found: re.Match[str]) -> str:

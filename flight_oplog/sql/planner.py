@@ -37,6 +37,8 @@ from flight_oplog.vocabulary import Vocabulary
 
 log = logging.getLogger("flight_oplog.sql")
 
+# A plain query over so many entries takes milliseconds.
+SHORT_ENTRIES = 1 << 19
 # Plans of statements that were prepared, until they are run.
 PLANS_KEPT = 32
 PLAN_SECONDS = 1.0
@@ -64,7 +66,7 @@ _GROUPS = re.compile(r"\b(?:GROUP\s+BY|DISTINCT)\b", re.IGNORECASE)
 _SUMS_UP = re.compile(r"\b(?:GROUP\s+BY|DISTINCT|(?:count|sum|min|max|avg)\s*\()", re.IGNORECASE)
 _WHOLE = re.compile(r"\s*SELECT\s+\*\s+FROM\s+([\w.\"]+)\s*;?\s*", re.IGNORECASE)
 # What a plan takes the time of its making for, or who asks.
-_DATED = re.compile(r"\b(?:now|today|current_\w+|system|queries)\b", re.IGNORECASE)
+DATED = re.compile(r"\b(?:now|today|current_\w+|system|queries)\b", re.IGNORECASE)
 _CROSSES = re.compile(r"\b(?:CrossJoin|NestedLoopJoin)Exec\b")
 _LIMITS = re.compile(r"\b(?:LIMIT|FETCH)\b", re.IGNORECASE)
 _SPILLS = re.compile(r"\b(?:ORDER|GROUP|DISTINCT|JOIN|OVER|UNION|INTERSECT|EXCEPT)\b", re.IGNORECASE)
@@ -178,7 +180,7 @@ class Planner:
 
     def keep(self, sql: str, snapshot: Snapshot, db_schema: str, planned: Plan) -> None:
         """Keep the plan of a statement that was prepared, in the way it is first run, for the run that is about to follow."""
-        if not any(map(_DATED.search, (sql, *self.views.of(snapshot).values()))):
+        if not any(map(DATED.search, (sql, *self.views.of(snapshot).values()))):
             now = time.monotonic()
             with self._lock:
                 self._planned.pop((sql, db_schema), None)
