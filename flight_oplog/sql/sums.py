@@ -1,8 +1,8 @@
 """Sums over a range of time, without a plan.
 
 A dashboard asks how many entries there are between two times, and what they add up to, again and again, each time with other
-times. Planning such a text takes longer than reading the few entries it asks for. So the plan of the first one is looked at,
-and texts that are the same but for their times are answered as that plan says: the topic is scanned, and Arrow sums up.
+times. Planning such a text takes longer than reading the few entries it asks for. So the plan of one that comes again is looked
+at, and texts that are the same but for their times are answered as that plan says: the topic is scanned, and Arrow sums up.
 
 Taken is a text whose plan counts or adds up columns of one topic and compares one column of times with the text's own, each
 of them once and to its last digit. That is tried with times that have no round parts: a text that cuts them off, as a CAST to
@@ -72,6 +72,7 @@ class Sums:
     def __init__(self, planner: Planner, system: System) -> None:
         self._planner = planner
         self._system = system
+        self._once: OrderedDict[Any, None] = OrderedDict()  # asked once: looking at a form takes as long as a plan
         self._forms: OrderedDict[Any, Form | None] = OrderedDict()  # none for what has to be planned
 
     def schema(self, sql: str, snapshot: Snapshot, db_schema: str) -> pa.Schema | None:
@@ -98,12 +99,15 @@ class Sums:
         return None if context.entries > SHORT_ENTRIES else Running(form.schema, _summed(form, fragments, context), context.counts)
 
     def note(self, asked: Asked, schema: pa.Schema) -> None:
-        """Look at the form of a query that was planned, that reads few entries of one topic, and gives this schema."""
+        """Look at the form of a query that was planned, reads few entries and gives this schema, if it comes again."""
         times = _times(asked.sql)
         if times is None or asked.values is not None or asked.offsets is not None or len({*times}) < len(times):
             return
         key, form = _key(asked.sql, asked.snapshot, asked.db_schema), None
         if key in self._forms:
+            return
+        if key not in self._once:
+            remember(self._once, key, None, FORMS_KEPT)
             return
         if sums_up(asked.sql) and not DATED.search(asked.sql):
             try:

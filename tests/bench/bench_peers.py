@@ -67,6 +67,10 @@ def by_node(value: str = "value", also: str = "") -> str:
     return f"SELECT node_id, count(*) AS n, sum({value}) AS total{also} FROM events GROUP BY node_id ORDER BY n DESC, node_id LIMIT 10"
 
 
+def within(place: int, also: str = "") -> str:
+    return f"SELECT count(*) AS n, sum(value) AS total{also} FROM events WHERE timestamp >= {at(place)} AND timestamp < {at(place + SLICE)}"
+
+
 def distinct(also: str = "", where: str = "") -> str:
     return f"SELECT count(DISTINCT node_id) AS n{also} FROM events{where}"
 
@@ -76,17 +80,13 @@ QUESTIONS = [
     Question("SELECT 1", lambda node, place: ONE, 200),
     Question("COUNT(*)", lambda node, place: "SELECT count(*) AS n FROM events", 50),
     Question("point lookup", lambda node, place: f"SELECT {FEW} FROM events WHERE node_id = '{node}' ORDER BY sequence"),
-    Question(
-        "1 % time slice",
-        lambda node, place: (
-            f"SELECT count(*) AS n, sum(value) AS total FROM events WHERE timestamp >= {at(place)} AND timestamp < {at(place + SLICE)}"
-        ),
-    ),
+    Question("1 % time slice", lambda node, place: within(place)),
     Question("group by kind", lambda node, place: by_kind()),
     Question("group by node_id", lambda node, place: by_node()),
     Question("distinct", lambda node, place: distinct()),
     Question("top 10", lambda node, place: f"SELECT {FEW} FROM events ORDER BY value DESC LIMIT 10"),
     Question("SELECT *", lambda node, place: ALL, is_ordered=False),
+    Question("1 % time slice, new words", lambda node, place: within(place, f", {place} AS anew"), in_mix=False),
     Question("group by kind, new words", lambda node, place: by_kind(also=f", {place} AS anew"), in_mix=False),
     Question("group by node_id, new words", lambda node, place: by_node(also=f", {place} AS anew"), in_mix=False),
     Question("distinct, new words", lambda node, place: distinct(also=f", {place} AS anew"), in_mix=False),
