@@ -178,6 +178,8 @@ def test_answers_are_those_of_a_plan(topics: OpLog, twice: Twice, topic: str, se
         'SELECT count(*) FROM risen WHERE "us" >= TIMESTAMP {}',
         "SELECT count(*) FROM risen -- it's\nWHERE us >= TIMESTAMP {}",
         "SELECT count(*) FROM zoned WHERE t >= {}",
+        "SELECT count(*) FROM records.risen WHERE min_time >= TIMESTAMP {}",
+        "SELECT count(*) FROM system.queries WHERE started >= TIMESTAMP {}",
         "SELECT count(*) FROM (SELECT us FROM risen LIMIT 9) WHERE us >= TIMESTAMP {}",
         "SELECT count(*) FROM risen, mixed WHERE risen.us >= TIMESTAMP {}",
     ],

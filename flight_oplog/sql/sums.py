@@ -34,7 +34,7 @@ from flight_oplog.sql.catalog import System, table_of
 from flight_oplog.sql.measure import REMEMBERED_CHARACTERS, alike, measure, times_in, with_times
 from flight_oplog.sql.planner import DATED, SHORT_ENTRIES, Asked, Planner, sums_up
 from flight_oplog.sql.plans import chain
-from flight_oplog.sql.refusals import translated
+from flight_oplog.sql.refusals import PUBLIC, translated
 from flight_oplog.sql.repeated import registry
 from flight_oplog.sql.stream import Running
 from flight_oplog.store import Snapshot
@@ -131,7 +131,8 @@ class Sums:
             return None
         scan, aggregate = nodes[-1].to_variant(), nodes[-2].to_variant()
         _, db_schema, topic = scan.fqn()
-        if aggregate.group_by_exprs() or scan.fetch() is not None or topic not in asked.snapshot.topics:
+        db_schema = db_schema or asked.db_schema
+        if aggregate.group_by_exprs() or scan.fetch() is not None or db_schema not in (PUBLIC, "log"):
             return None
         made = [simple(Expr(each)) for each in aggregate.aggregate_exprs()]
         shown = list(range(len(made)))
@@ -148,7 +149,7 @@ class Sums:
         if kind.tz not in _UTC or sorted(value for _, _, value in compared) != sorted(exact):
             return None
         ends = tuple((how, exact.index(value)) for _, how, value in compared)
-        return Form(db_schema or asked.db_schema, topic, column, ends, tuple(each for each in sums if each), schema)
+        return Form(db_schema, topic, column, ends, tuple(each for each in sums if each), schema)
 
 
 def _key(sql: str, snapshot: Snapshot, db_schema: str) -> Any:
