@@ -258,7 +258,8 @@ class Sizes:
 
     def __init__(self, batch: pa.RecordBatch) -> None:
         self._batch = batch
-        self._bits = 0  # of a row, in columns of fixed width and for what is kept of each text beside its bytes
+        self._bytes = 0  # of a row, in columns of fixed width and for where each text ends
+        self._bits = 0  # of a row, for whether values are there, and in columns of truths
         self._ends: list[tuple[memoryview, int]] = []  # offsets of texts, and where those of the batch begin
         self._are_known = batch.num_rows > 0
         for column in batch.columns if self._are_known else ():
@@ -267,11 +268,13 @@ class Sizes:
             if form is not None:
                 offsets, width = column.buffers()[1], struct.calcsize(form)
                 self._ends.append((memoryview(offsets)[: offsets.size // width * width].cast(form), column.offset))
-                self._bits += 8 * width + (column.null_count > 0)
+                self._bytes += width
             elif pa.types.is_primitive(kind) or pa.types.is_decimal(kind):
-                self._bits += kind.bit_width + (column.null_count > 0)
+                self._bytes += kind.bit_width // 8
+                self._bits += kind.bit_width == 1
             else:
                 self._are_known = False
+            self._bits += column.null_count > 0
 
     def of(self, start: int, rows: int) -> int:
         """Return the bytes of so many rows from `start` on."""
@@ -279,7 +282,9 @@ class Sizes:
             nbytes: int = self._batch.slice(start, rows).nbytes
             return nbytes
         end = start + rows
-        return (rows * self._bits + 7) // 8 + sum(ends[first + end] - ends[first + start] for ends, first in self._ends)
+        return (
+            rows * self._bytes + (rows + 7) // 8 * self._bits + sum(ends[first + end] - ends[first + start] for ends, first in self._ends)
+        )
 
 
 def cut(

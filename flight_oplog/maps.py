@@ -127,9 +127,10 @@ class Maps:
     def give_back(self, path: str, start: int, size: int) -> None:
         """Give the pages of a part of a file back that somebody is done with, if there are far too many."""
         self.trim()
-        found = self._part(path, start, size) if self._are_far_too_many else None
-        if found is not None:
-            _LIBC.madvise(*_pages(found.address, size), _MADV_DONTNEED)
+        with self._lock:
+            found = self._by_path.get(path) if self._are_far_too_many else None
+        if found is not None and start + size <= found.of_file.size:
+            _LIBC.madvise(*_pages(found.of_file.address + start, size), _MADV_DONTNEED)
 
     def let_go(self, paths: Iterable[str] | None) -> None:
         """Let go of some files, or of all."""

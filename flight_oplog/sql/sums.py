@@ -47,7 +47,9 @@ _SUMS = {"sum": pc.sum, "avg": pc.mean, "min": pc.min, "max": pc.max}
 _ADDED = {"sum": (pa.int64(), pa.uint64(), pa.float64()), "avg": (pa.float64(),)}
 # In any other zone a time without one is not always as far from UTC.
 _UTC = (None, "UTC", "+00:00")
+_MOVES = re.compile(r"\bAT\b", re.IGNORECASE)  # AT TIME ZONE, by hours that the time of year decides
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+_MICROS = {"us": 1, "ms": 1000, "s": 1_000_000}
 # DataFusion's own times have nanoseconds: it refuses what these cannot say.
 _MICROS_MAX = (1 << 63) // 1000 - 1
 _TRIED = datetime.datetime(1987, 10, 23, 17, 49, 58, 765432, datetime.UTC)
@@ -109,7 +111,7 @@ class Sums:
         if key not in self._once:
             remember(self._once, key, None, FORMS_KEPT)
             return
-        if sums_up(asked.sql) and not DATED.search(asked.sql):
+        if sums_up(asked.sql) and not DATED.search(asked.sql) and not _MOVES.search(asked.sql):
             try:
                 form = self._form(asked, times, schema)
             except Exception as error:  # plans have more kinds of expressions than are known here
@@ -145,7 +147,10 @@ class Sums:
         if not all(each and _can_sum(*each, of_topic) for each in sums) or len({column for column, _, _ in compared}) != 1:
             return None
         column, kind = compared[0][0], of_topic.field(compared[0][0]).type
-        exact = [_in_unit(time, kind) for time in _times(sql) or ()]
+        micros = _times(sql) or []
+        exact = [_in_unit(time, kind) for time in micros]
+        if any(time % _MICROS.get(kind.unit, 1) for time in micros):  # DataFusion cuts off digits that the column does not have
+            return None
         if kind.tz not in _UTC or sorted(value for _, _, value in compared) != sorted(exact):
             return None
         ends = tuple((how, exact.index(value)) for _, how, value in compared)
@@ -189,8 +194,8 @@ def _written(time: datetime.datetime, like: str) -> str:
 
 
 def _in_unit(micros: int, kind: pa.DataType) -> int:
-    """Return a time as a column's values are: texts of one form have no more digits than that."""
-    return micros * {"ns": 1_000_000_000, "us": 1_000_000, "ms": 1000, "s": 1}[kind.unit] // 1_000_000
+    """Return a time as a column's values are: texts of a form have no more digits than these."""
+    return micros * 1000 if kind.unit == "ns" else micros // _MICROS[kind.unit]
 
 
 # Plans
