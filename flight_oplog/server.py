@@ -14,7 +14,6 @@ import logging
 import queue
 import re
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -52,8 +51,6 @@ FOLLOW_HEADER = "oplog-follow"
 FROM_HEADER = "oplog-from"
 MIN_VERSION_HEADER = "oplog-min-version"
 WORDS_BYTES_MAX = 1024
-# How often it is asked whether a call is still wanted: gRPC looks at its connections for that, which takes as long as a batch.
-CANCELLED_SECONDS = 0.05
 
 
 class _Acks:
@@ -175,16 +172,7 @@ class Server(fl.FlightServerBase):
         )
 
     def _stopped(self, context: Any) -> Callable[[], bool]:
-        looked = time.monotonic()
-
-        def stopped() -> bool:
-            nonlocal looked
-            if time.monotonic() - looked > CANCELLED_SECONDS:
-                looked = time.monotonic()
-                return self._stopping.is_set() or context.is_cancelled()
-            return self._stopping.is_set()
-
-        return stopped
+        return lambda: self._stopping.is_set() or context.is_cancelled()
 
     # Streaming in
 
