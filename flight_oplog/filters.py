@@ -51,7 +51,7 @@ class Filter:
             raise CannotFilter(str(expression))
         text = str(expression)
         if (found := _range_of(expression, text, schema)) is not None:
-            return cls(expression, (found[0],), range=found[1])
+            return found
         named = [column for column in schema if column.name in text]
         try:
             _bind(expression, pa.schema(named))
@@ -61,6 +61,12 @@ class Filter:
         if len(named) > 1:
             keys = [column.name for column in named if not _binds(expression, pa.schema([other for other in named if other != column]))]
         return cls(expression, tuple(keys), _text_wanted(expression, text, schema, keys))
+
+    @classmethod
+    def of_range(cls, key: str, compared: Sequence[str], values: pa.Array) -> Filter:
+        """Return the filter of numbers or times that have to compare so (">=", "<", ...) with each of some values of their type."""
+        parts = [COMPARES[each](pc.field(key), value) for each, value in zip(compared, values, strict=True)]
+        return cls(functools.reduce(operator.and_, parts), (key,), range=tuple(zip(compared, numbers([values]).tolist(), strict=True)))
 
     def check(self, schema: pa.Schema, may_hold_nan: Callable[[str], bool]) -> None:
         """Raise CannotFilter where Arrow would answer otherwise than SQL does, going by which columns may hold a NaN.
@@ -241,8 +247,8 @@ _IN_LIST = re.compile(r"is_in\((\w+), \{value_set=[^\n]+:\[\n([^\]]*)\n\]")
 COMPARISONS_MAX = 20
 
 
-def _range_of(expression: pc.Expression, text: str, schema: pa.Schema) -> tuple[str, tuple[tuple[str, Any], ...]] | None:
-    """Return the column of numbers or times, and the comparisons of it ("<", number as `numbers` shows it), that are all of a filter.
+def _range_of(expression: pc.Expression, text: str, schema: pa.Schema) -> Filter | None:
+    """Return a filter that compares one column of numbers or times, and nothing else.
 
     Guessed from the filter's words, then compared with it; None for any other. What is compared is of the column's type: Arrow can.
     """
@@ -256,10 +262,8 @@ def _range_of(expression: pc.Expression, text: str, schema: pa.Schema) -> tuple[
         values = pa.array([value for _, _, value in found]).cast(kind)
     except pa.ArrowInvalid:
         return None
-    parts = [COMPARES[compared](pc.field(key), value) for (_, compared, _), value in zip(found, values, strict=True)]
-    if not expression.equals(functools.reduce(operator.and_, parts)):
-        return None
-    return key, tuple((compared, value) for (_, compared, _), value in zip(found, numbers([values]).tolist(), strict=True))
+    guessed = Filter.of_range(key, [compared for _, compared, _ in found], values)
+    return guessed if expression.equals(guessed.expression) else None
 
 
 def _may_pass(expression: pc.Expression, schema: pa.Schema, guarantee: pc.Expression) -> bool:

@@ -92,8 +92,6 @@ class EntriesTable(Table):
         try:
             # A filter on a text shown as a view does not bind to the plain text: the statement is planned without views.
             return self.fragments(None if filter is None else Filter.of(filter, self._plain))
-        except NotWorthIt:
-            raise
         except Exception as error:
             self.context.failures.append(error)
             raise

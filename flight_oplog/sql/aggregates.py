@@ -258,8 +258,7 @@ def _bytes(expressions: Iterable[Expr]) -> tuple[bytes, ...]:
 
 
 def _measure(aggregate: Expr, name: str, kind: pa.DataType) -> Measure | None:
-    while aggregate.variant_name() == "Alias":  # the optimizer gives what it rewrote the name that it had
-        aggregate = Expr(aggregate.to_variant().expr())
+    aggregate = bare(aggregate)
     function = aggregate.to_variant()
     arguments = tuple(map(Expr, function.args()))
     what = function.aggregate_type()
@@ -277,10 +276,16 @@ def _measure(aggregate: Expr, name: str, kind: pa.DataType) -> Measure | None:
     return None
 
 
+def bare(expression: Expr) -> Expr:
+    """Return an expression without its names: the optimizer gives what it rewrote the one that it had."""
+    while expression.variant_name() == "Alias":
+        expression = Expr(expression.to_variant().expr())
+    return expression
+
+
 def simple(aggregate: Expr) -> tuple[str, str | None] | tuple[()]:
     """Return (function, column) of an aggregate of a column and nothing else; COUNT(*) has no column."""
-    while aggregate.variant_name() == "Alias":
-        aggregate = Expr(aggregate.to_variant().expr())
+    aggregate = bare(aggregate)
     function = aggregate.to_variant()
     what, arguments = function.aggregate_type(), tuple(map(Expr, function.args()))
     if function.is_distinct() or len(arguments) != 1 or aggregate.canonical_name() != f"{what}({arguments[0].canonical_name()})":

@@ -103,12 +103,12 @@ def alike(sql: str) -> str:
 
     Where quotes may begin within something else, or strings be names, the text itself.
     """
-    return sql if _HIDES.search(sql) else _STRING.sub(_as_zeros, sql)
+    return _apart(sql)[0]
 
 
-def times_in(sql: str) -> list[str]:
+def times_in(sql: str) -> Sequence[str]:
     """Return the strings of a text that `alike` does not tell from others, with their quotes."""
-    return [] if _HIDES.search(sql) else [found for found in _STRING.findall(sql) if _TIME.fullmatch(found)]
+    return _apart(sql)[1]
 
 
 def with_times(sql: str, times: Iterable[str]) -> str:
@@ -117,8 +117,14 @@ def with_times(sql: str, times: Iterable[str]) -> str:
     return _STRING.sub(lambda found: next(others) if _TIME.fullmatch(found[0]) else found[0], sql)
 
 
-def _as_zeros(found: re.Match[str]) -> str:
-    return found[0].translate(_ZEROS) if _TIME.fullmatch(found[0]) else found[0]
+# One call asks for both, several times over.
+@functools.lru_cache(maxsize=64)
+def _apart(sql: str) -> tuple[str, Sequence[str]]:
+    """Return a text with zeros in its times, and those."""
+    if _HIDES.search(sql):
+        return sql, ()
+    times = [found for found in _STRING.findall(sql) if _TIME.fullmatch(found)]
+    return with_times(sql, (time.translate(_ZEROS) for time in times)), times
 
 
 @functools.lru_cache(maxsize=1024)

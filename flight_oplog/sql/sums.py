@@ -12,9 +12,7 @@ DATE does, is planned. So is whatever reads more than few entries.
 from __future__ import annotations
 
 import datetime
-import functools
 import logging
-import operator
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -29,7 +27,7 @@ from flight_oplog.filters import COMPARES, Filter
 from flight_oplog.kept import remember
 from flight_oplog.provider import EntriesTable
 from flight_oplog.scans import ScanContext
-from flight_oplog.sql.aggregates import simple
+from flight_oplog.sql.aggregates import bare, simple
 from flight_oplog.sql.catalog import System, table_of
 from flight_oplog.sql.measure import REMEMBERED_CHARACTERS, alike, measure, times_in, with_times
 from flight_oplog.sql.planner import DATED, SHORT_ENTRIES, Asked, Planner, sums_up
@@ -140,7 +138,7 @@ class Sums:
         shown = list(range(len(made)))
         if kinds[0] == "Projection":
             names = aggregate.schema().field_names()
-            shown = [names.index(_column(Expr(each))) for each in nodes[0].to_variant().projections()]
+            shown = [names.index(bare(Expr(each)).to_variant().name()) for each in nodes[0].to_variant().projections()]
         of_topic = asked.snapshot.topics[topic].schema
         sums = [made[place] for place in shown]
         compared = [_compared(Expr(each)) for each in scan.filters()]
@@ -201,13 +199,6 @@ def _in_unit(micros: int, kind: pa.DataType) -> int:
 # Plans
 
 
-def _column(expression: Expr) -> str:
-    while expression.variant_name() == "Alias":
-        expression = Expr(expression.to_variant().expr())
-    name: str = expression.to_variant().name()
-    return name
-
-
 def _compared(expression: Expr) -> tuple[str, str, int]:
     """Return the column of times that a condition compares, how, and with which value, as its values are."""
     found = expression.to_variant()
@@ -231,9 +222,8 @@ def _can_sum(function: str, column: str | None, schema: pa.Schema) -> bool:
 
 
 def _filter(form: Form, times: Sequence[int], kind: pa.DataType) -> Filter:
-    ends = tuple((how, _in_unit(times[place], kind)) for how, place in form.ends)
-    parts = [COMPARES[how](pc.field(form.column), pa.scalar(value, pa.int64()).cast(kind)) for how, value in ends]
-    return Filter(functools.reduce(operator.and_, parts), (form.column,), range=ends)
+    values = [_in_unit(times[place], kind) for _, place in form.ends]
+    return Filter.of_range(form.column, [how for how, _ in form.ends], pa.array(values, pa.int64()).cast(kind))
 
 
 def _summed(form: Form, fragments: Sequence[Any], context: ScanContext) -> Iterator[pa.RecordBatch]:
@@ -242,12 +232,11 @@ def _summed(form: Form, fragments: Sequence[Any], context: ScanContext) -> Itera
     try:
         batches = [batch for fragment in fragments for batch in fragment.scanner(columns=columns).to_batches()]
         rows = sum(batch.num_rows for batch in batches)
-        found = {}
-        for place, (function, column) in enumerate(form.sums):
-            kind = form.schema.field(place).type
+        found = []
+        for (function, column), field in zip(form.sums, form.schema, strict=True):
             values = None if column is None or not batches else pa.chunked_array([batch.column(column) for batch in batches])
-            found[place] = _sum(function, values, rows if column is None else 0, kind)
-        yield pa.RecordBatch.from_arrays([*found.values()], schema=form.schema)
+            found.append(_sum(function, values, rows if column is None else 0, field.type))
+        yield pa.RecordBatch.from_arrays(found, schema=form.schema)
     except Exception as error:
         raise translated(error, context) from error
 
