@@ -115,7 +115,13 @@ class Follower:
         self._config = config
         self._tail = ColumnCache(TAIL_BYTES)
         self._waiting = 0
+        self._is_over = False
         self._looking = threading.Condition()
+
+    def end(self) -> None:
+        """Let everybody go who has what there is: they would wait for as long as this server lasts."""
+        self._is_over = True
+        self._oplog.wake()
 
     def schema(self, request: TopicRead, snapshot: Snapshot, sql: str | None = None) -> pa.Schema:
         """Return what the batches of a read will look like; its entries pass through `sql`, or what the request says.
@@ -205,6 +211,8 @@ class Follower:
 
     def _newer(self, snapshot: Snapshot, topic: str, stopped: Stopped) -> Snapshot:
         """Wait for entries after the snapshot's, or until a keep-alive may be due."""
+        if self._is_over:
+            raise TryAgain("the server is shutting down; try again when it is back")
         before = snapshot.topic(topic).next_offset
         with self._looking:
             self._waiting += 1
@@ -213,7 +221,9 @@ class Follower:
         try:
             if stopped():
                 raise Cancelled("the read was stopped")
-            return self._oplog.wait_for(lambda newest: newest.topic(topic).next_offset > before or stopped(), CHECK_SECONDS)
+            return self._oplog.wait_for(
+                lambda newest: newest.topic(topic).next_offset > before or self._is_over or stopped(), CHECK_SECONDS
+            )
         finally:
             with self._looking:
                 self._waiting -= 1

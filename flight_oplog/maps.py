@@ -38,6 +38,10 @@ TRIM_PART = 1 / 400
 # Past so many times what is to stay, whoever is done with all of a record gives its pages back, whatever that takes: else all of a log
 # would be in memory when all of it is read. What was read before that stays, and whoever reads all again finds it.
 FAR_TOO_MANY = 2.25
+# Past so many times all are given back, whatever that takes: half at most of what mapping them took.
+MOST = 2.5
+# Of a page that it is not told to read, the system reads what is around too: up to some MiB, which takes longer than so few bytes.
+FEW_BYTES = 1 << 20
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 _LOCAL = frozenset(("bcachefs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"))
@@ -88,8 +92,8 @@ class Maps:
             return None
         self.trim()
         ranges = [_pages(found.address + low, high - low) for low, high in spans]
-        if len(ranges) > 1:  # all are begun before the first is waited for
-            for pages in ranges:
+        if len(ranges) > 1 or sum(high - low for low, high in spans) <= FEW_BYTES:
+            for pages in ranges:  # all are begun before the first is waited for
                 _LIBC.madvise(*pages, _MADV_WILLNEED)
         return found if all(_LIBC.madvise(*pages, _MADV_POPULATE_READ) == 0 for pages in ranges) else None
 
@@ -116,7 +120,7 @@ class Maps:
         self._next_look = now + TRIM_SECONDS
         shown = resident()[1]
         self._are_far_too_many = shown > FAR_TOO_MANY * self._bytes_max
-        if shown > self._bytes_max and time.process_time() >= self._next_trim:
+        if shown > self._bytes_max and (time.process_time() >= self._next_trim or shown > MOST * self._bytes_max):
             with self._lock:
                 maps = list(self._all)
             for each in maps:
@@ -148,14 +152,21 @@ class Maps:
                 if found is None or found.number != status.st_ino:
                     if len(self._all) >= MAPS_MAX:
                         return None
-                    with pa.memory_map(path) as file:  # what was read outlives it, without a handle of the system's
-                        found = _Map(file.read_buffer(), status.st_ino)
+                    found = _Map(_mapped(path), status.st_ino)
                     self._all.add(found)
                     self._by_path[path] = found
                 remember(self._kept, path, found, MAPS_KEPT)
                 return pa.foreign_buffer(found.of_file.address, found.of_file.size, found)
         except OSError:
             return None
+
+
+def _mapped(path: str) -> pa.Buffer:
+    """Return a file's map. Arrow has the system read what it is asked for, as much as that reads ahead at once: it is asked for a byte."""
+    with pa.memory_map(path) as file:  # what was read outlives it, without a handle of the system's
+        size = file.size()
+        first = file.read_buffer(min(1, size))
+        return pa.foreign_buffer(first.address, size, first) if size else first
 
 
 def _pages(address: int, size: int) -> tuple[ctypes.c_void_p, ctypes.c_size_t]:

@@ -151,9 +151,13 @@ class Server(fl.FlightServerBase):
         self._gate.reload()
 
     def drain(self, seconds: float) -> bool:
-        """Take no new calls, let those under way finish for up to `seconds`, then stop queries. True when all ended."""
+        """Take no new calls, let those under way finish for up to `seconds`, then stop queries. True when all ended.
+
+        Followers do not finish: they are told at once to come back.
+        """
         done = threading.Thread(target=self.shutdown, daemon=True)
         done.start()
+        self._service.end_following()
         done.join(seconds)
         self._stopping.set()
         self._oplog.wake()

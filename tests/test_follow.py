@@ -236,17 +236,36 @@ def test_a_consumer_that_comes_back_misses_and_repeats_nothing(start: Callable[.
 
 
 def test_a_quiet_topic_says_so_and_a_drain_says_come_back(start: Callable[..., ServerProcess]) -> None:
-    server = start("--keep-alive-seconds", "1", "--drain-seconds-max", "1")
+    server = start("--keep-alive-seconds", "1")
     with flight.connect(server.uri) as client:
         put(client, "t", batch(0, 1))
         tail = Tail(client.do_get(ticket(topic="t", follow=True)))
         none = Tail(client.do_get(ticket(topic="t", follow=True, where="mark > 5")))
         assert eventually(lambda: tail.found[:3] == [([0, 1], 2), ([], 2), ([], 2)], 8)
         assert eventually(lambda: none.found[:1] == [([], 2)], 8)
-        server.stop(signal.SIGTERM)
+        assert server.stop(signal.SIGTERM, seconds=10) == 0, "it does not wait drain_seconds_max for who never ends"
+        for each in (tail, none):
+            assert eventually(lambda each=each: each.error is not None)
+            assert isinstance(each.error, flight.FlightUnavailableError)
+            assert message(each.error) == "the server is shutting down; try again when it is back"
+
+
+def test_what_is_committed_while_a_server_drains_is_followed(start: Callable[..., ServerProcess]) -> None:
+    server = start()
+    with flight.connect(server.uri) as client:
+        put(client, "t", batch(0))
+        writer, _ = client.do_put(flight.FlightDescriptor.for_path("t"), batch(0).schema)
+        writer.write_batch(batch(1))
+        time.sleep(1.0)
+        tail = Tail(client.do_get(ticket(topic="t", follow=True)))
+        assert eventually(lambda: tail.marks == [0])
+        server.process.send_signal(signal.SIGTERM)
         assert eventually(lambda: tail.error is not None)
-        assert isinstance(tail.error, flight.FlightUnavailableError)
-        assert message(tail.error) == "the server is shutting down; try again when it is back"
+        writer.close()
+        assert server.process.wait(10) == 0
+    again = start(folder=server.folder)
+    with flight.connect(again.uri) as client:
+        assert [marks for marks, _ in pieces(client.do_get(ticket(topic="t", **{"from": tail.found[-1][1]})))] == [[1]]
 
 
 def test_a_change_of_schema_ends_the_stream_with_the_place_to_come_back_to(client: flight.FlightClient) -> None:

@@ -1,6 +1,8 @@
 """Files of a local disk are mapped: the same bytes as read, no handle and no removed file kept, no death by a short file."""
 
+import ctypes
 import math
+import mmap
 import os
 import sys
 from pathlib import Path
@@ -32,6 +34,24 @@ def written(folder: Path, name: str, size: int = 5 * PAGE_BYTES) -> tuple[str, b
     return str(folder / name), data
 
 
+def evicted(path: str) -> None:
+    """Have the system forget what it has of a file in memory."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def pages_in_memory(path: str) -> int:
+    """How many pages of a file the system has in memory, whoever maps them."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, prot=mmap.PROT_READ | mmap.PROT_WRITE, flags=mmap.MAP_PRIVATE) as shown:
+        start = ctypes.c_char.from_buffer(shown)
+        found = (ctypes.c_ubyte * (size // PAGE_BYTES))()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), found) == 0
+        del start
+        return sum(each & 1 for each in found)
+
+
 def mapped(folder: Path) -> set[str]:
     """The files of a folder that this process has mapped; a removed one with "(deleted)" after its name."""
     names = {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
@@ -43,6 +63,18 @@ def test_a_view_shows_the_bytes_of_the_file(tmp_path: Path) -> None:
     found = Maps(str(tmp_path), MAPPED_BYTES_MAX).view(path, 64, 3 * PAGE_BYTES, [(0, 1), (PAGE_BYTES - 1, 2 * PAGE_BYTES + 1)])
     assert found is not None, "this test needs a folder on a local disk, as a temporary one is"
     assert found.to_pybytes() == data[64 : 64 + 3 * PAGE_BYTES]
+
+
+@pytest.mark.parametrize("spans", [[(0, 1)], [(0, PAGE_BYTES), (5 * PAGE_BYTES, 6 * PAGE_BYTES)]], ids=["one span", "two spans"])
+def test_no_more_is_read_than_is_looked_at(tmp_path: Path, spans: list[tuple[int, int]]) -> None:
+    path, _ = written(tmp_path, "one", 16 << 20)
+    evicted(path)
+    if pages_in_memory(path):
+        pytest.skip("needs a folder whose file system forgets what it has read when told to")
+    found = Maps(str(tmp_path), MAPPED_BYTES_MAX).view(path, 8 << 20, 4 << 20, spans)
+    assert found is not None
+    looked_at = sum(math.ceil((high - low) / PAGE_BYTES) for low, high in spans)
+    assert looked_at <= pages_in_memory(path) <= looked_at + 1, "mapping a file has its first page read, sooner or later"
 
 
 def test_a_file_that_ends_before_is_not_mapped(tmp_path: Path) -> None:
@@ -171,6 +203,7 @@ def test_pages_of_maps_are_given_back_when_they_are_too_many(tmp_path: Path, mon
 
 
 def test_pages_are_given_back_for_little_of_the_processor_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "MOST", math.inf)
     size, clock, worked, took = 8 << 20, [100.0], [50.0], [0.0]
 
     def slowly(*given: Any) -> int:
@@ -201,6 +234,24 @@ def test_pages_are_given_back_for_little_of_the_processor_time(tmp_path: Path, m
         assert is_given_back(1000, 0.2 * pause)
 
 
+def test_past_the_most_all_pages_are_given_back_whatever_that_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
+    monkeypatch.setattr(maps, "MOST", 2)
+    size = 8 << 20
+    path, _ = written(tmp_path, "one", 2 * size)
+    some = Maps(str(tmp_path), (resident()[1] + size + size // 2) // 2)
+    some._next_trim = math.inf  # giving them back has cost too much already
+    found = some.view(path, 0, 2 * size, [(0, size)])
+    assert found is not None
+    before = shown(found[:size])
+    some.trim()
+    assert resident()[1] >= before, "as many as that may be"
+    before = shown(found)
+    some.trim()
+    assert before - resident()[1] >= 2 * size
+    assert some._next_trim < math.inf, "the time it takes counts"
+
+
 def test_a_question_over_all_keeps_few_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
     monkeypatch.setattr(maps, "TRIM_PART", math.inf)
@@ -219,6 +270,7 @@ def test_a_question_over_all_keeps_few_pages(tmp_path: Path, monkeypatch: pytest
 def test_who_is_done_gives_pages_back_when_there_are_far_too_many(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of_file: str) -> None:
     monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
     monkeypatch.setattr(maps, "FAR_TOO_MANY", 2)
+    monkeypatch.setattr(maps, "MOST", math.inf)
     size = 8 << 20
     path, _ = written(tmp_path, "one", 2 * size)
     some = Maps(str(tmp_path), (resident()[1] + size + size // 2) // 2)
@@ -240,6 +292,7 @@ def test_who_is_done_gives_pages_back_when_there_are_far_too_many(tmp_path: Path
 def test_reading_all_of_a_log_does_not_bring_it_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
     monkeypatch.setattr(maps, "TRIM_PART", 1e-12)  # so that all of them are given back once at most
+    monkeypatch.setattr(maps, "MOST", math.inf)
     with OpLog.open(str(tmp_path / "log"), Config(compression="none")) as log:
         for number in range(10):
             log.append("wide", wide(number * ENTRIES))

@@ -26,6 +26,7 @@ from flight_oplog.calls import Call, Calls, rpc, streamed
 from flight_oplog.client import Client
 from flight_oplog.errors import RequestError
 from flight_oplog.flightsql import wire
+from flight_oplog.follow import CHECK_SECONDS
 from flight_oplog.server import Server
 
 Start = Callable[..., ServerProcess]
@@ -434,6 +435,32 @@ def test_a_query_that_never_pauses_does_not_hold_up_others(connection: adbc.Conn
 # Starting and stopping
 
 
+_FOLLOWS = """
+import sys
+from pyarrow import flight
+reader = flight.connect(sys.argv[1]).do_get(flight.Ticket(b'{"topic": "events", "follow": true}'))
+print(reader.read_chunk(), flush=True)
+reader.read_chunk()
+"""
+_ASKS = """
+import sys
+import adbc_driver_flightsql.dbapi as adbc
+cursor = adbc.connect(sys.argv[1], autocommit=True).cursor()
+print("asks", flush=True)
+cursor.execute(sys.argv[2])
+cursor.fetchall()
+"""
+_STALLS = """
+import sys, time
+import adbc_driver_flightsql.dbapi as adbc
+cursor = adbc.connect(sys.argv[1], autocommit=True).cursor()
+cursor.execute(sys.argv[2])
+print(cursor.fetchone(), flush=True)
+time.sleep(100)
+"""
+_A, _B = (f"generate_series(1, 3000000) AS {name}" for name in "ab")
+
+
 def test_sigterm_lets_the_append_under_way_finish_and_takes_no_new_call(start: Start) -> None:
     server = start()
     client = flight.connect(server.uri)
@@ -470,6 +497,51 @@ def test_a_stalled_client_cannot_stop_the_shutdown(start: Start) -> None:
     assert "stopped before every call had ended; nothing acknowledged was lost" in server.errors.read_text()
     with OpLog.open(str(server.folder)) as log:
         assert log.topics() == []
+
+
+@pytest.mark.parametrize(
+    ("does", "sql"),
+    [
+        (_FOLLOWS, ""),
+        (_ASKS, f"SELECT count(*) FROM {_A}, {_B} WHERE a.value * b.value % 7 = 11"),
+        (_ASKS, f"SELECT a.value FROM {_A}, {_B}"),
+        (_STALLS, "SELECT * FROM large"),
+    ],
+    ids=["a follower", "a query", "a query that streams", "a read that it did not take"],
+)
+def test_nobody_waits_for_a_client_that_has_gone(start: Start, does: str, sql: str) -> None:
+    server = start()
+    with flight.connect(server.uri) as client:
+        put(client, "events", SEED)
+        for number in range(4):
+            put(client, "large", pa.record_batch({"n": pa.array([number] * 2_000_000, pa.int64())}))
+    with subprocess.Popen([sys.executable, "-c", does, server.uri, sql], stdout=subprocess.PIPE, text=True) as gone:
+        assert gone.stdout is not None
+        assert gone.stdout.readline()
+        time.sleep(1.0)
+        gone.kill()
+    time.sleep(0.5)
+    assert server.stop(seconds=10) == 0
+    assert "stopped before every call had ended" not in server.errors.read_text()
+
+
+def test_the_call_of_a_follower_that_has_gone_ends(start: Start) -> None:
+    server = start("--calls-max", "1")
+    with flight.connect(server.uri) as client:
+        put(client, "events", SEED)
+        with subprocess.Popen([sys.executable, "-c", _FOLLOWS, server.uri], stdout=subprocess.PIPE, text=True) as gone:
+            assert gone.stdout is not None
+            assert gone.stdout.readline()
+            with pytest.raises(flight.FlightUnavailableError, match="calls_max"):
+                list(client.list_flights())
+            gone.kill()
+
+        def is_free() -> bool:
+            with contextlib.suppress(flight.FlightUnavailableError):
+                return len(list(client.list_flights())) == 1
+            return False
+
+        assert eventually(is_free, 2 * CHECK_SECONDS + 2), "long before a keep-alive would tell that nobody is there"
 
 
 def test_a_second_signal_ends_at_once(start: Start) -> None:

@@ -322,6 +322,10 @@ class Service:
         snapshot = self.newest(caller)
         return self._follower.schema(request, snapshot), snapshot.topic(request.topic)
 
+    def end_following(self) -> None:
+        """Let everybody go who follows a topic and has all of it."""
+        self._follower.end()
+
     def read(self, request: TopicRead, caller: Caller, sql: str | None = None) -> Result:
         """Read a topic in offset order; each batch says in its app_metadata which offset comes next.
 

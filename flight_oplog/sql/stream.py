@@ -78,14 +78,21 @@ def _overdue(seconds_max: int) -> TooLarge:
 def scanned(
     table: ds.Dataset, context: ScanContext, schema: pa.Schema, deadline: float, seconds_max: int, stopped: Stopped
 ) -> Iterator[pa.RecordBatch]:
-    """Yield all of a table as `schema` says, until `stopped` is true or the deadline has come."""
+    """Yield all of a table as `schema` says, until `stopped` is true or the deadline has come.
+
+    That is asked now and then: gRPC looks at its connections to tell whether a call is still wanted, which takes as long as a batch.
+    """
+    asked = 0.0
     try:
         for fragment in table.get_fragments():
             for batch in fragment.scanner(columns=schema.names).to_batches():
-                if time.monotonic() > deadline:
-                    raise _overdue(seconds_max)
-                if stopped():
-                    raise Cancelled("the query was stopped")
+                now = time.monotonic()
+                if now > asked + POLL_SECONDS:
+                    asked = now
+                    if now > deadline:
+                        raise _overdue(seconds_max)
+                    if stopped():
+                        raise Cancelled("the query was stopped")
                 if batch.num_rows:
                     yield to_wire(batch, schema)
     except Exception as error:
