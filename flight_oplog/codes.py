@@ -66,12 +66,14 @@ def occurring(coded: pa.DictionaryArray) -> pa.Array:
     return coded.dictionary.filter(pa.array(occurs))
 
 
-def singly(coded: pa.DictionaryArray, rows: Sequence[int]) -> list[pa.Array]:
+def singly(coded: pa.DictionaryArray, rows: np.ndarray) -> list[pa.Array]:
     """Return the texts of a few entries, each in an array of its own; they are not copied."""
+    texts, codes = coded.dictionary, coded.indices
     if coded.null_count:
-        return [coded.dictionary.take(coded.indices.slice(row, 1)) for row in rows]
-    texts = coded.dictionary
-    return [texts.slice(code, 1) for code in coded.indices.to_numpy()[rows].tolist()]
+        return [texts.take(codes.slice(row, 1)) for row in rows.tolist()]
+    of_rows = codes.to_numpy()[rows].tolist()
+    found = {code: texts.slice(code, 1) for code in {*of_rows}}
+    return [found[code] for code in of_rows]
 
 
 def _coded(column: pa.ChunkedArray, known: pa.Array | None) -> pa.DictionaryArray | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +11,7 @@ import pyarrow as pa
 from flight_oplog import codec
 from flight_oplog.codes import Name, singly
 from flight_oplog.filters import Filter
-from flight_oplog.numbers import Ends, ends
+from flight_oplog.numbers import Ends, Known, ends, is_number, numbers
 from flight_oplog.records import RecordMeta
 
 # The log's own columns, beside those of the clients.
@@ -29,8 +28,9 @@ JOINED_ROWS = 32_768
 _JOINED_BYTES = 1 << 18
 # Columns that are summed up again and again are kept in pieces of so many rows: the fewer, the less they cost to hand over.
 TOGETHER_ROWS = 1 << 16
-# So few rows of a record are cut out one by one; and few rows wait this long for company.
-_SINGLE_ROWS = 64
+# So few rows of a record are not taken by Arrow, which has its price: they are cut out one by one, numbers of more than a handful
+# copied together. And few rows wait this long for company.
+_FEW_ROWS, _HANDFUL = 64, 4
 _GATHERING_SECONDS = 0.005
 
 
@@ -43,11 +43,11 @@ class Columns:
         lengths: Sequence[int],
         stored: dict[Name, list[pa.Array]],
         own: dict[str, pa.Array],
-        known: dict[tuple[str, pa.DataType], list[Ends]] | None = None,
+        known: Known | None = None,
     ) -> None:
         self.lengths = lengths
         self._schema, self._stored, self._own = schema, stored, own
-        self._known = {} if known is None else known  # ends of stored columns, as they are asked for
+        self._known = Known() if known is None else known
 
     def array(self, name: str, place: int) -> pa.Array:
         return codec.recast(self._piece(name, place), self._schema.field(name).type)
@@ -58,11 +58,22 @@ class Columns:
     def ends(self, name: str) -> list[Ends]:
         """Return the ends of the pieces of a column of numbers or times."""
         key = name, self._schema.field(name).type
-        found = self._known.get(key)
+        found = self._known.ends.get(key)
         if found is None:
             found = [ends(piece) for piece in self.arrays(name)]
             if name in self._stored:
-                self._known[key] = found
+                self._known.ends[key] = found
+        return found
+
+    def _numbers(self, name: str) -> list[np.ndarray] | None:
+        """Return a stored column of numbers or times as numpy sees its pieces; None for another, or one with nulls."""
+        if name in self._known.numbers:
+            return self._known.numbers[name]
+        pieces = self._stored.get(name)
+        if pieces is None:
+            return None
+        are_numbers = is_number(pieces[0].type) and not any(piece.null_count for piece in pieces)
+        found = self._known.numbers[name] = [numbers([piece]) for piece in pieces] if are_numbers else None
         return found
 
     def together(self, name: str, kind: pa.DataType) -> list[pa.Array]:
@@ -82,17 +93,18 @@ class Columns:
         found = piece.slice(first, len(rows)) if rows[-1] - first == len(rows) - 1 else piece.take(pa.array(rows))
         return codec.recast(found, self._schema.field(name).type)
 
-    def singly(self, name: str, places: list[int], rows: list[int]) -> list[pa.Array]:
-        """Return single values, each by its piece and its place in that."""
+    def few(self, name: str, rows: np.ndarray, within: Sequence[tuple[int, np.ndarray]]) -> list[pa.Array]:
+        """Return values of a few rows, which rise; `within` has their pieces and their places in these."""
         kind = self._schema.field(name).type
         own = self._own.get(name)
-        if own is None:
-            pieces = {place: self._piece(name, place) for place in {*places}}
-            found = [pieces[place].slice(row, 1) for place, row in zip(places, rows, strict=True)]
+        if own is not None:
+            found = singly(own, rows) if pa.types.is_dictionary(own.type) else [own.slice(row, 1) for row in rows.tolist()]
+        elif len(rows) > _HANDFUL and (pieces := self._numbers(name)) is not None:
+            values = [pieces[place][local] for place, local in within]
+            buffer = pa.py_buffer(values[0] if len(values) == 1 else np.concatenate(values))
+            found = [pa.Array.from_buffers(self._stored[name][0].type, len(rows), [None, buffer])]
         else:
-            starts = [0, *itertools.accumulate(self.lengths)]
-            within = [starts[place] + row for place, row in zip(places, rows, strict=True)]
-            found = singly(own, within) if pa.types.is_dictionary(own.type) else [own.slice(row, 1) for row in within]
+            found = [piece.slice(row, 1) for place, local in within for piece in [self._piece(name, place)] for row in local.tolist()]
         return found if found[0].type == kind else [codec.recast(value, kind) for value in found]
 
     def _piece(self, name: str, place: int) -> pa.Array:
@@ -122,29 +134,24 @@ class Few:
 
     def add(self, columns: Columns, rows: np.ndarray) -> Iterator[pa.RecordBatch]:
         """Take rows of a record, whose places rise; yield what is enough for a batch."""
-        ends = np.cumsum(columns.lengths)
-        if len(rows) <= _SINGLE_ROWS:
-            places = np.searchsorted(ends, rows, "right")
-            local = (rows - (ends - columns.lengths)[places]).tolist()
+        within = list(_within(columns.lengths, rows))
+        if len(rows) <= _FEW_ROWS:
             for name, gathered in self._gathered.items():
-                gathered.extend(columns.singly(name, places.tolist(), local))
+                gathered.extend(columns.few(name, rows, within))
             self._rows += len(rows)
         else:
-            yield from self._add_many(columns, rows, ends)
+            yield from self._add_many(columns, within)
         if self._rows >= JOINED_ROWS or time.monotonic() - self._since > _GATHERING_SECONDS:
             yield from self.taken()
 
-    def _add_many(self, columns: Columns, rows: np.ndarray, ends: np.ndarray) -> Iterator[pa.RecordBatch]:
-        cuts = [0, *np.searchsorted(rows, ends).tolist()]
-        for place, end in enumerate(ends.tolist()):
-            if cuts[place + 1] > cuts[place]:
-                local = rows[cuts[place] : cuts[place + 1]] - (end - columns.lengths[place])
-                for name, gathered in self._gathered.items():
-                    gathered.append(columns.some(name, place, local))
-                    self._bytes += gathered[-1].nbytes
-                self._rows += len(local)
-                if self._rows >= JOINED_ROWS or self._bytes >= _JOINED_BYTES:
-                    yield from self.taken()
+    def _add_many(self, columns: Columns, within: Sequence[tuple[int, np.ndarray]]) -> Iterator[pa.RecordBatch]:
+        for place, local in within:
+            for name, gathered in self._gathered.items():
+                gathered.append(columns.some(name, place, local))
+                self._bytes += gathered[-1].nbytes
+            self._rows += len(local)
+            if self._rows >= JOINED_ROWS or self._bytes >= _JOINED_BYTES:
+                yield from self.taken()
 
     def taken(self) -> Iterator[pa.RecordBatch]:
         """Yield what was gathered."""
@@ -158,6 +165,15 @@ class Few:
                 yield codec.with_rows(shown, self._projected, batch.num_rows)
             self._clear()
         self._since = time.monotonic()
+
+
+def _within(lengths: Sequence[int], rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield in which of the pieces of such lengths some rows are, which rise, and their places in it."""
+    ends = np.cumsum(lengths)
+    cuts = [0, *np.searchsorted(rows, ends).tolist()]
+    for place, end in enumerate(ends.tolist()):
+        if cuts[place + 1] > cuts[place]:
+            yield place, rows[cuts[place] : cuts[place + 1]] - (end - lengths[place])
 
 
 def log_columns(record: RecordMeta, names: Sequence[str]) -> dict[str, pa.Array]:

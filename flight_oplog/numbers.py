@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -21,6 +22,14 @@ class Ends(NamedTuple):
     least: Any
     greatest: Any
     are_rising: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What was found out of a record's stored columns when it was asked for: ends, and the values of those that have no nulls."""
+
+    ends: dict[tuple[str, pa.DataType], list[Ends]] = field(default_factory=dict)
+    numbers: dict[str, list[np.ndarray] | None] = field(default_factory=dict)
 
 
 def is_number(kind: pa.DataType) -> bool:

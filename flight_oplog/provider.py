@@ -41,6 +41,8 @@ SHARED_ENTRIES = 4096
 ALONE_ENTRIES = 1 << 18  # so few in all neither
 # Nor do other threads read them where they are in so few records: asking one takes as long.
 ALONE_RECORDS = 4
+# So many records tell whether a column is in memory.
+SAMPLED_RECORDS = 8
 # Texts of fewer entries are not shown by numbers: planning once more would take as long as they save.
 NUMBERED_ENTRIES = 1 << 19
 # A run of a record's entries is cut out of its large pieces where it is at least this part of them.
@@ -82,6 +84,7 @@ class EntriesTable(Table):
         schema = pa.schema([*topic.schema, *own]) if own else topic.schema
         super().__init__(snapshot, topic, schema, context, "log" if with_log_columns else "public")
         self._read: set[str] = set()
+        self._stored: dict[str, frozenset[str]] = {}  # the names of columns in content of each schema
         self._reads_alone = False  # whoever scans: threads that read for it would wait for it, or there is too little to read
         self._are_ordered = False  # the records that partitions look at: those first that may have the statement's first rows
         self._held: dict[str, Decoded | None] = {}  # what is known of the records that partitions look at just now
@@ -104,11 +107,19 @@ class EntriesTable(Table):
         self.context.entries += entries
         if self.context.numbered and not self._are_worth_numbers(records, entries):
             raise NotWorthIt("the numbers of texts")
-        # Small records are a Python thread's work, not a core's: two would wait for each other. Few entries are not worth another.
-        are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records)
+        # Small records are a Python thread's work, not a core's, as is looking a text up: two would wait for each other. Few entries
+        # are not worth another.
+        are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records) and not self._is_looked_up(wanted, records)
         dealt = _deal(records, before, self.context.partitions if are_shared else 1)
         self._reads_alone = len(dealt) > 1 or (entries <= ALONE_ENTRIES and len(records) <= ALONE_RECORDS)
         return iter([Fragment(self, some, wanted) for some in dealt])
+
+    def _is_looked_up(self, filter: Filter | None, records: Sequence[RecordMeta]) -> bool:
+        """Whether a text is looked for in what is in memory, going by a few of the records."""
+        if filter is None or filter.wanted is None:
+            return False
+        few = records[:: len(records) // SAMPLED_RECORDS + 1]
+        return all(self.context.cache.holds(record, self._of_entries(record, filter.wanted[:1], by_codes=True)) for record in few)
 
     def _top(self, filter: Filter | None) -> Top | None:
         """What of the statement's first rows tells which entries it wants."""
@@ -399,8 +410,10 @@ class EntriesTable(Table):
 
     def _of_entries(self, record: RecordMeta, names: Sequence[str], by_codes: bool = False) -> Sequence[Name]:
         """Return those of some columns that a record's content has; with `by_codes`, texts as codes where they are."""
-        stored = self._topic.stored(record)
-        found = [name for name in names if name in stored.names and name not in LOG_NAMES]
+        stored = self._stored.get(record.schema_id)
+        if stored is None:
+            stored = self._stored[record.schema_id] = frozenset(self._topic.stored(record).names) - LOG_NAMES
+        found = [name for name in names if name in stored]
         return [CodesOf(name) if record.has_codes(name) else name for name in found] if by_codes else found
 
     def _decoded(self, record: RecordMeta, names: Sequence[Name]) -> Decoded:
@@ -419,7 +432,7 @@ class EntriesTable(Table):
             return Columns(self._plain, [record.entries], {}, own)
         decoded = self._decoded(record, of_entries)
         own |= {name.column: decoded.columns[name][0] for name in of_entries if isinstance(name, CodesOf)}
-        return Columns(self._plain, decoded.lengths, decoded.columns, own, decoded.ends)
+        return Columns(self._plain, decoded.lengths, decoded.columns, own, decoded.known)
 
     def _are_worth_numbers(self, records: Sequence[RecordMeta], entries: int) -> bool:
         """Whether texts are to be shown by their numbers: those of many entries, and most are in memory or all that are missing can be."""

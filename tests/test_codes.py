@@ -74,7 +74,7 @@ def test_codes_stand_for_the_texts_in_one_record_after_the_other(records: list[l
             assert len(found.dictionary.unique()) == len(found.dictionary)
             for compression in ("none", "lz4", "zstd"):
                 assert codes.read(codes.written(found, compression), len(texts), "here").equals(found)
-            assert [each.to_pylist() for each in codes.singly(found, range(len(texts)))] == [[text] for text in texts.to_pylist()]
+            assert [each.to_pylist() for each in codes.singly(found, np.arange(len(texts)))] == [[text] for text in texts.to_pylist()]
 
 
 def test_records_of_the_same_texts_have_them_in_the_same_order() -> None:
