@@ -107,19 +107,24 @@ class EntriesTable(Table):
         self.context.entries += entries
         if self.context.numbered and not self._are_worth_numbers(records, entries):
             raise NotWorthIt("the numbers of texts")
-        # Small records are a Python thread's work, not a core's, as is looking a text up: two would wait for each other. Few entries
-        # are not worth another.
-        are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records) and not self._is_looked_up(wanted, records)
+        # Small records are a Python thread's work, not a core's, as are few entries of many in memory: two would wait for each other.
+        # Few entries in all are not worth another.
+        are_shared = entries > ALONE_ENTRIES and entries >= SHARED_ENTRIES * len(records) and not self._are_found_in_memory(wanted, records)
         dealt = _deal(records, before, self.context.partitions if are_shared else 1)
         self._reads_alone = len(dealt) > 1 or (entries <= ALONE_ENTRIES and len(records) <= ALONE_RECORDS)
         return iter([Fragment(self, some, wanted) for some in dealt])
 
-    def _is_looked_up(self, filter: Filter | None, records: Sequence[RecordMeta]) -> bool:
-        """Whether a text is looked for in what is in memory, going by a few of the records."""
-        if filter is None or filter.wanted is None:
+    def _are_found_in_memory(self, filter: Filter | None, records: Sequence[RecordMeta]) -> bool:
+        """Whether a text, or the first of an order, is looked for in what is in memory, going by a few of the records."""
+        top = self._top(filter)
+        if filter is not None and filter.wanted is not None:
+            names = filter.wanted[:1]
+        elif top is not None:
+            names = (top.column,)
+        else:
             return False
         few = records[:: len(records) // SAMPLED_RECORDS + 1]
-        return all(self.context.cache.holds(record, self._of_entries(record, filter.wanted[:1], by_codes=True)) for record in few)
+        return all(self.context.cache.holds(record, self._of_entries(record, names, by_codes=top is None)) for record in few)
 
     def _top(self, filter: Filter | None) -> Top | None:
         """What of the statement's first rows tells which entries it wants."""

@@ -66,22 +66,25 @@ def test_a_column_that_is_shown_in_another_type_is_gathered_in_that(monkeypatch:
     assert found[0].schema == schema
 
 
-def test_a_text_is_looked_up_by_one_thread_where_it_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_entries_of_many_in_memory_are_found_by_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several would wait for each other; from a disk, each has its own to wait for."""
     monkeypatch.setattr(provider, "ALONE_ENTRIES", 0)
     fragments: list[int] = []
     monkeypatch.setattr(provider, "Fragment", lambda *of: fragments.append(1) or Fragment(*of))
     with OpLog.open(str(tmp_path / "log"), Config()) as log:
-        for _ in range(9):
-            log.append("t", pa.table({"key": [f"key {n % 500:03}" for n in range(20_000)], "n": range(20_000)}))
-        engine = Engine(Config())
+        for start in range(0, 9 * 20_000, 20_000):
+            entries = {"key": [f"key {n % 500:03}" for n in range(20_000)], "n": range(20_000), "m": range(start, start + 20_000)}
+            log.append("t", pa.table(entries))
+        engine = Engine(Config(state_bytes_max=0))
         engine._planner._partitions = 2
-        for sql, in_memory in (("key = 'key 007'", 1), ("key = 'key 008'", 1), ("n = 7", 2)):
-            counts = []
-            for _ in range(2):
-                fragments.clear()
-                assert len(rows(engine, log.snapshot(), f"SELECT n FROM t WHERE {sql}")) == (9 if sql == "n = 7" else 9 * 40)
-                counts.append(len(fragments))
-            assert counts[-1] == in_memory
-            if sql == "key = 'key 007'":
-                assert counts[0] == 2
+
+        def read_by(sql: str, found: int) -> int:
+            fragments.clear()
+            assert len(rows(engine, log.snapshot(), f"SELECT m FROM t {sql}")) == found
+            return len(fragments)
+
+        for sql, found in (("WHERE key = 'key 007'", 9 * 40), ("ORDER BY n DESC LIMIT 3", 3)):
+            assert [read_by(sql, found) for _ in range(3)] == [2, 1, 1]
+        assert read_by("WHERE key = 'key 008'", 9 * 40) == 1
+        assert read_by("ORDER BY n LIMIT 4", 4) == 1
+        assert read_by("WHERE n % 500 = 7", 9 * 40) == 2
