@@ -164,21 +164,25 @@ class Filter:
     def passing_codes(self, coded: pa.DictionaryArray, kind: pa.DataType) -> np.ndarray:
         """Return the places of the codes of texts that pass, of the filter's only column, of type `kind`; looks at each text once."""
         texts = pa.concat_arrays([coded.dictionary, pa.nulls(1, pa.string())]).cast(kind)
+        found = self.passing([pa.RecordBatch.from_arrays([texts], [self.keys[0]])])
         passes = np.zeros(len(texts), bool)
-        passes[self.passing([pa.RecordBatch.from_arrays([texts], [self.keys[0]])])] = True
+        passes[slice(None) if found is None else found] = True
         codes, null = coded.indices, len(texts) - 1
         return np.flatnonzero(passes[pc.fill_null(codes.cast(pa.uint32()), null).to_numpy() if codes.null_count else codes.to_numpy()])
 
-    def passing(self, batches: Iterable[pa.RecordBatch]) -> np.ndarray:
-        """Return the places of the rows that pass, in batches of the filter's columns counted through."""
+    def passing(self, batches: Iterable[pa.RecordBatch]) -> np.ndarray | None:
+        """Return the places of the rows that pass, in batches of the filter's columns counted through; None where all do."""
         found = list(batches)
         if not found:
             return np.zeros(0, np.int64)
         plan = [acero.Declaration("table_source", acero.TableSourceNodeOptions(pa.Table.from_batches(found)))]
         plan.append(acero.Declaration("project", acero.ProjectNodeOptions([self.expression], ["passes"])))
         passes = acero.Declaration.from_sequence(plan).to_table(use_threads=False).column("passes")
-        parts = [_truths(chunk) for chunk in pc.fill_null(passes, False).chunks]
-        return np.flatnonzero(np.concatenate(parts)) if parts else np.zeros(0, np.int64)
+        chunks = pc.fill_null(passes, False).chunks
+        count = sum(chunk.true_count for chunk in chunks)
+        if 0 < count == len(passes):
+            return None
+        return np.flatnonzero(np.concatenate([_truths(chunk) for chunk in chunks])) if count else np.zeros(0, np.int64)
 
 
 def fragment(name: str, guarantee: pc.Expression | None) -> ds.Fragment:

@@ -158,8 +158,9 @@ class Few:
         if self._rows:
             arrays = [pa.concat_arrays(gathered) for gathered in self._gathered.values()]
             batch = codec.with_rows(arrays, self._gathered_schema, self._rows)
-            if self._filter is not None:
-                batch = batch.take(pa.array(self._filter.passing([batch])))
+            passing = None if self._filter is None else self._filter.passing([batch])
+            if passing is not None:
+                batch = batch.take(pa.array(passing))
             if batch.num_rows:
                 shown = [as_type(batch.column(f.name), f.type) for f in self._projected]
                 yield codec.with_rows(shown, self._projected, batch.num_rows)

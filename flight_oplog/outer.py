@@ -79,7 +79,8 @@ class RecordsTable(Table):
             some = records[start : start + _ROWS_PER_RECORDS_BATCH]
             if filter is not None and _MADE.isdisjoint(filter.keys):  # content is fetched of those that pass
                 looked_at = self._rows(some, pa.schema([self._schema.field(name) for name in filter.keys]), iter(()))
-                some = [some[place] for place in filter.passing([looked_at]).tolist()]
+                passing = filter.passing([looked_at])
+                some = some if passing is None else [some[place] for place in passing.tolist()]
             contents, step = self._snapshot.store.reader.contents(some), 1 if "content" in schema.names else _ROWS_PER_RECORDS_BATCH
             for first in range(0, len(some), step):
                 yield self._rows(some[first : first + step], schema, contents)

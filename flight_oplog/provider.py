@@ -345,6 +345,7 @@ class EntriesTable(Table):
         names = _looked_for(filter)
         coded = self._codes(record, names[0]) if len(names) == 1 else None
         if filter.wanted is None:
+            found: np.ndarray | None
             if filter.range:
                 columns = self.columns(record, filter.keys)
                 found = filter.within(columns.arrays(filter.keys[0]), columns.ends(filter.keys[0]))
@@ -352,7 +353,7 @@ class EntriesTable(Table):
                 found = filter.passing_codes(coded, self._plain.field(names[0]).type)
             else:
                 found = filter.passing(self.batches(record, filter.keys))
-            return None if len(found) == record.entries else found
+            return None if found is None or len(found) == record.entries else found
         name, text = filter.wanted
         texts = self.columns(record, [name]).arrays(name) if coded is None else [coded]
         began = time.monotonic()
