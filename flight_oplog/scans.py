@@ -43,6 +43,7 @@ class ScanContext:
     indexing_seconds: float = 0.0
     looks_into: bool = True  # its optimized plan may be asked for: it is small
     tables: int = 1  # that it reads
+    is_plain: bool = False  # asks nothing of an entry that could take long, its views included
     numbered: dict[str, tuple[str, Vocabulary]] = field(default_factory=dict)  # columns that show the numbers of another's texts
     makes_numbers: bool = False  # where they are not in memory
     entries: int = 0  # of the records that its scans have to look at

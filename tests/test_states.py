@@ -13,7 +13,7 @@ from deltalake import DeltaTable
 from test_reads import APPENDS, LITERALS, TIME, bag, entries, plain, reference
 
 from flight_oplog import Config, OpLog, Snapshot
-from flight_oplog.errors import Cancelled, NotFound
+from flight_oplog.errors import Cancelled, NotFound, TooLarge
 from flight_oplog.filters import TextIndex
 from flight_oplog.growing import Growing
 from flight_oplog.schema import VIEWS_SCHEMA
@@ -21,6 +21,7 @@ from flight_oplog.sql import repeated
 from flight_oplog.sql.aggregates import Known, State, States
 from flight_oplog.sql.engine import Engine
 from flight_oplog.sql.statements import Statements
+from flight_oplog.sql.stream import at_once
 
 pytestmark = pytest.mark.usefixtures("eager")
 
@@ -51,6 +52,30 @@ def ask(engine: Engine, snapshot: Snapshot, sql: str, times: int = 3, **how: Any
 @pytest.fixture
 def fresh() -> Engine:
     return Engine(Config())
+
+
+ENDLESS = "SELECT count(*) AS n FROM t p JOIN t q ON p.a * q.a % 7 <> 11 JOIN t r ON r.a * q.a % 7 <> 11"
+
+
+@pytest.mark.parametrize("sql", ["SELECT n FROM v", "SELECT n FROM w WHERE n > 0", "SELECT sum(n) AS s FROM v"])
+def test_a_short_text_over_a_view_of_much_is_ended_by_the_limit(log: OpLog, sql: str) -> None:
+    log.append("t", data(a=list(range(5000))))
+    define(log, "v", ENDLESS)
+    define(log, "w", "SELECT n FROM v")
+    with pytest.raises(TooLarge, match=r"statement_seconds_max \(1\)"):
+        list(Engine(Config(statement_seconds_max=1)).run(sql, log.snapshot()).batches)
+
+
+def test_what_follows_a_state_can_be_stopped_unless_it_is_plain(log: OpLog, fresh: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.append("t", data(a=[1, 2, 3], s=["x", "y", "x"]))
+    define(log, "v", "SELECT s, count(*) AS n, repeat(s, 5) AS r FROM t GROUP BY s")
+    made: list[str] = []
+    monkeypatch.setattr(repeated, "at_once", lambda *given: made.append("at once") or at_once(*given))
+    for sql, at_once_too in (("SELECT s, count(*) FROM t GROUP BY s", True), ("SELECT s, n, r FROM v", False)):
+        made.clear()
+        for new in range(3):
+            rows(fresh, log.snapshot(), f"{sql} LIMIT {new + 1}")
+        assert bool(made) == at_once_too
 
 
 SUMS = "SELECT count(*) AS n, sum(a) AS s, max(a) AS m FROM t WHERE s = 'x'"

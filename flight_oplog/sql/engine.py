@@ -309,7 +309,7 @@ class Engine:
 
     def _is_short(self, asked: Asked, context: ScanContext) -> bool:
         """Whether a query that has begun takes no time worth stopping it, which takes a detour of a millisecond."""
-        return context.entries <= SHORT_ENTRIES and asked.snapshot.store.is_local and measure(asked.sql).is_plain
+        return context.entries <= SHORT_ENTRIES and asked.snapshot.store.is_local and context.is_plain
 
     def change(
         self,

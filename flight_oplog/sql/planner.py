@@ -246,7 +246,7 @@ class Planner:
         context.looks_into = (
             measured.operators <= LOOKED_INTO_OPERATORS and measured.growth <= LOOKED_INTO_GROWTH and characters <= REMEMBERED_CHARACTERS
         )
-        context.tables = measured.tables
+        context.tables, context.is_plain = measured.tables, measured.is_plain
         rows = self._config.statement_bytes_max // (BATCHES_AT_ONCE * UNIT_BYTES * measured.growth)
         does_sum_up = sums_up(sql)
         context.sums_up = does_sum_up and rows >= TOGETHER_ROWS

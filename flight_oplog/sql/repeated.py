@@ -40,7 +40,7 @@ from flight_oplog.sql.parameters import Values
 from flight_oplog.sql.planner import Asked, Planner, groups, limits, sums_up
 from flight_oplog.sql.plans import chain
 from flight_oplog.sql.refusals import PUBLIC
-from flight_oplog.sql.stream import Running, paced, schema_of, wire_schema
+from flight_oplog.sql.stream import Running, at_once, paced, schema_of, wire_schema
 from flight_oplog.store import Snapshot
 from flight_oplog.topics import Topic
 
@@ -182,8 +182,9 @@ class Repeated:
             self._do_not_help(key)
             return None
         schema = schema_of(frame, context)
-        batches = paced(self._planner.pulled(stream, context, schema, asked), self._config.message_bytes_max)
-        return Running(schema, self.kept(key, topic, schema, batches), context.counts)
+        # What is left to do is to sort, cut and reckon with a state's rows: it takes no time worth stopping it.
+        found = at_once(stream, context, schema) if context.is_plain else self._planner.pulled(stream, context, schema, asked)
+        return Running(schema, self.kept(key, topic, schema, paced(found, self._config.message_bytes_max)), context.counts)
 
     def _state_of(self, key: Key, apart: Aggregation, topic: Topic, asked: Asked, context: ScanContext) -> pa.Table | None:
         """Return a statement's state: the one of its shape, brought up, or one made by numbers. None where there is to be none."""
