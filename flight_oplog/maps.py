@@ -38,7 +38,8 @@ TRIM_PART = 1 / 400
 # Past so many times what is to stay, whoever is done with all of a record gives its pages back, whatever that takes: else all of a log
 # would be in memory when all of it is read. What was read before that stays, and whoever reads all again finds it.
 FAR_TOO_MANY = 2.25
-# Past so many times all are given back, whatever that takes: half at most of what mapping them took.
+# Past so many times all are given back, whatever that takes: half at most of what mapping them took. Libraries are never given back, so
+# that there are so many is not enough: there must be more by what is to stay than were left the last time.
 MOST = 2.5
 # Of a page that it is not told to read, the system reads what is around too: up to some MiB, which takes longer than so few bytes.
 FEW_BYTES = 1 << 20
@@ -76,6 +77,7 @@ class Maps:
         self._next_look = 0.0  # in monotonic seconds
         self._next_trim = 0.0  # in seconds of processor time
         self._are_far_too_many = False
+        self._left = 0  # that could not be given back
         self._all = weakref.WeakSet[_Map]()
         self._lock = threading.Lock()
         self._by_path = weakref.WeakValueDictionary[str, _Map]()  # the newest of each
@@ -120,12 +122,14 @@ class Maps:
         self._next_look = now + TRIM_SECONDS
         shown = resident()[1]
         self._are_far_too_many = shown > FAR_TOO_MANY * self._bytes_max
-        if shown > self._bytes_max and (time.process_time() >= self._next_trim or shown > MOST * self._bytes_max):
+        are_too_many_again = shown > MOST * self._bytes_max and shown - self._left > self._bytes_max
+        if shown > self._bytes_max and (time.process_time() >= self._next_trim or are_too_many_again):
             with self._lock:
                 maps = list(self._all)
             for each in maps:
                 _LIBC.madvise(*_pages(each.of_file.address, each.of_file.size), _MADV_DONTNEED)
             self._next_trim = time.process_time() + (time.monotonic() - now) / TRIM_PART
+            self._left = resident()[1]
             self._are_far_too_many = False
 
     def give_back(self, path: str, start: int, size: int) -> None:
