@@ -115,14 +115,14 @@ class EntriesTable(Table):
         return iter([Fragment(self, some, wanted) for some in dealt])
 
     def _are_found_in_memory(self, filter: Filter | None, records: Sequence[RecordMeta]) -> bool:
-        """Whether a text, or the first of an order, is looked for in what is in memory, going by a few of the records."""
+        """Whether a text, or the first of an order and maybe a range, is looked for in what is in memory, going by a few of the records."""
         top = self._top(filter)
         if filter is not None and filter.wanted is not None:
-            names = filter.wanted[:1]
-        elif top is not None:
-            names = (top.column,)
+            names: Sequence[str] = filter.wanted[:1]
+        elif top is not None and (filter is None or filter.range):
+            names = [top.column, *(filter.keys if filter else ())]
         else:
-            return False
+            return False  # any other condition is Arrow's work on all entries
         few = records[:: len(records) // SAMPLED_RECORDS + 1]
         return all(self.context.cache.holds(record, self._of_entries(record, names, by_codes=top is None)) for record in few)
 

@@ -20,7 +20,7 @@ from test_server import message, refused
 from flight_oplog import Config, OpLog
 from flight_oplog.errors import NotFound, RequestError
 from flight_oplog.flightsql import wire
-from flight_oplog.follow import Follower, TopicRead, _check_there
+from flight_oplog.follow import CHECK_SECONDS, Follower, TopicRead, _check_there
 from flight_oplog.reader import Reader
 from flight_oplog.sql.engine import Engine
 from flight_oplog.topics import Topic
@@ -243,7 +243,9 @@ def test_a_quiet_topic_says_so_and_a_drain_says_come_back(start: Callable[..., S
         none = Tail(client.do_get(ticket(topic="t", follow=True, where="mark > 5")))
         assert eventually(lambda: tail.found[:3] == [([0, 1], 2), ([], 2), ([], 2)], 8)
         assert eventually(lambda: none.found[:1] == [([], 2)], 8)
+        began = time.monotonic()
         assert server.stop(signal.SIGTERM, seconds=10) == 0, "it does not wait drain_seconds_max for who never ends"
+        assert time.monotonic() - began < CHECK_SECONDS / 2, "nor until they look around the next time"
         for each in (tail, none):
             assert eventually(lambda each=each: each.error is not None)
             assert isinstance(each.error, flight.FlightUnavailableError)

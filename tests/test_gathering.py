@@ -87,4 +87,7 @@ def test_few_entries_of_many_in_memory_are_found_by_one_thread(tmp_path: Path, m
             assert [read_by(sql, found) for _ in range(3)] == [2, 1, 1]
         assert read_by("WHERE key = 'key 008'", 9 * 40) == 1
         assert read_by("ORDER BY n LIMIT 4", 4) == 1
+        assert read_by("WHERE n > 7 ORDER BY n LIMIT 5", 5) == 1
+        assert [read_by("WHERE key > 'key 2' ORDER BY n LIMIT 6", 6) for _ in range(2)] == [2, 2], "Arrow compares all of them"
+        assert [read_by("WHERE m > 7 ORDER BY n LIMIT 6", 6) for _ in range(2)][-1] == 1
         assert read_by("WHERE n % 500 = 7", 9 * 40) == 2

@@ -12,6 +12,7 @@ from flight_oplog.errors import Cancelled, CorruptLog, TooLarge
 from flight_oplog.sql.engine import Engine
 from flight_oplog.sql.planner import Asked
 from flight_oplog.sql.statements import Statements
+from flight_oplog.sql.stream import POLL_SECONDS
 
 
 def is_whole(engine: Engine, log: OpLog, sql: str, db_schema: str = "public") -> bool:
@@ -76,6 +77,23 @@ def test_it_can_be_stopped_and_has_its_time(filled: OpLog) -> None:
     with pytest.raises(Cancelled):
         list(running.batches)
     running = Engine(Config(statement_seconds_max=1)).run("SELECT * FROM events", filled.snapshot())
+    time.sleep(1.1)
+    with pytest.raises(TooLarge, match="statement_seconds_max"):
+        list(running.batches)
+
+
+def test_it_can_be_stopped_and_has_its_time_once_it_has_begun(log: OpLog) -> None:
+    for _ in range(10):
+        log.append("events", pa.table({"n": range(1000)}))
+    stop: list[bool] = []
+    running = Engine(Config()).run("SELECT * FROM events", log.snapshot(), lambda: bool(stop))
+    next(running.batches)
+    stop.append(True)
+    time.sleep(1.5 * POLL_SECONDS)
+    with pytest.raises(Cancelled):
+        list(running.batches)
+    running = Engine(Config(statement_seconds_max=1)).run("SELECT * FROM events", log.snapshot())
+    next(running.batches)
     time.sleep(1.1)
     with pytest.raises(TooLarge, match="statement_seconds_max"):
         list(running.batches)
