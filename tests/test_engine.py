@@ -32,7 +32,7 @@ from flight_oplog.sql.engine import Engine
 Query = Callable[..., list[dict[str, Any]]]
 
 COMPARES = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}
-ARROWS = {">": pc.greater, ">=": pc.greater_equal, "<": pc.less, "<=": pc.less_equal}
+ARROWS = {">": pc.greater, ">=": pc.greater_equal, "<": pc.less, "<=": pc.less_equal, "==": pc.equal}
 
 
 def counts(engine: Engine, log: OpLog, sql: str) -> Any:
@@ -289,12 +289,13 @@ def test_a_range_of_numbers_is_what_comparing_each_says(kind: pa.DataType) -> No
         column = pa.chunked_array(parts, kind)
         compared = [
             (chance.choice(words), chance.randrange(0, 120))
-            for words in chance.sample(((">", ">="), ("<", "<=")) * 2, chance.choice([1, 2, 3]))
+            for words in chance.sample(((">", ">="), ("<", "<=")) * 2 + (("==",),), chance.choice([1, 2, 3]))
         ]
         parsed = [(word, pa.array([value], kind)[0]) for word, value in compared]
-        expression = functools.reduce(operator.and_, (COMPARES[word](pc.field("x"), value) for word, value in parsed))
+        compares = COMPARES | {"==": operator.eq}
+        expression = functools.reduce(operator.and_, (compares[word](pc.field("x"), value) for word, value in parsed))
         filter = Filter.of(expression, pa.schema([("x", kind), ("y", pa.string())]))
-        assert (filter.keys, len(filter.range)) == (("x",), len(compared))
+        assert (filter.keys, len(filter.range)) == (("x",), sum(2 if word == "==" else 1 for word, _ in compared))
         expected = pc.fill_null(functools.reduce(pc.and_, (ARROWS[word](column, value) for word, value in parsed)), False)
         found = filter.within(parts, [ends(part) for part in parts])
         assert found.tolist() == [place for place, passes in enumerate(expected.to_pylist()) if passes], (parts, expression)
