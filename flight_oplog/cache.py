@@ -26,7 +26,7 @@ from flight_oplog.errors import CorruptLog
 from flight_oplog.filters import TextIndex, fragment
 from flight_oplog.kept import remember
 from flight_oplog.keys import is_filter
-from flight_oplog.numbers import Known
+from flight_oplog.numbers import Noted
 from flight_oplog.overview import Listed, Overview
 from flight_oplog.records import DataFile, RecordMeta
 from flight_oplog.store import Snapshot
@@ -106,7 +106,7 @@ class ColumnCache:
         decoded, read = _decode(snapshot, record, missing, stopped)
         if known is not None:
             lengths = decoded.lengths if any(isinstance(name, str) for name in missing) else known.lengths
-            decoded = Decoded(lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes, known.known)
+            decoded = Decoded(lengths, known.columns | decoded.columns, known.nbytes + decoded.nbytes, known.noted)
         with self._lock:
             counts.content_bytes += read
             self._keep(key, decoded, is_fresh=read == 0)
@@ -394,7 +394,7 @@ class Decoded:
     lengths: list[int]
     columns: dict[Name, list[pa.Array]]
     nbytes: int
-    known: Known = field(default_factory=Known)
+    noted: Noted = field(default_factory=Noted)
 
     def has(self, names: Sequence[Name]) -> bool:
         return all(name in self.columns for name in names)

@@ -24,7 +24,7 @@ import pyarrow.flight as fl
 from flight_oplog import logs
 from flight_oplog.auth import OPEN, Admission, Gate, check_size
 from flight_oplog.config import Config
-from flight_oplog.errors import Cancelled, OplogError, TryAgain, Unauthenticated
+from flight_oplog.errors import SHUTTING_DOWN, Cancelled, OplogError, TryAgain, Unauthenticated
 from flight_oplog.flightsql.caller import Caller
 from flight_oplog.grants import NOBODY, Principal
 from flight_oplog.shares import Shares
@@ -133,7 +133,7 @@ def streamed(items: Iterator[Any], stopping: threading.Event, call: Call) -> Ite
         raise
     except BaseException as error:
         if isinstance(error, Cancelled) and stopping.is_set():
-            error = TryAgain("the server is shutting down; try again when it is back")
+            error = TryAgain(SHUTTING_DOWN)
         call.failed = error
         with logs.during(call.words):
             raise to_wire(error) from None

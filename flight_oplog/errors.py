@@ -60,6 +60,9 @@ class Unsupported(OplogError):
     status = "UNIMPLEMENTED"
 
 
+SHUTTING_DOWN = "the server is shutting down; try again when it is back"
+
+
 class TryAgain(OplogError):
     status = "UNAVAILABLE"
 

@@ -65,7 +65,7 @@ class Filter:
     @classmethod
     def of_range(cls, key: str, compared: Sequence[str], values: pa.Array) -> Filter:
         """Return the filter of numbers or times that have to compare so (">=", "<", ..., "==") with each of some values of their type."""
-        parts = [(COMPARES | _EQUALS)[each](pc.field(key), value) for each, value in zip(compared, values, strict=True)]
+        parts = [_OPERATORS[each](pc.field(key), value) for each, value in zip(compared, values, strict=True)]
         ends = [(how, value) for each, value in zip(compared, numbers([values]).tolist(), strict=True) for how in _ENDS.get(each, (each,))]
         return cls(functools.reduce(operator.and_, parts), (key,), range=tuple(ends))
 
@@ -148,13 +148,13 @@ class Filter:
                     first, end = self._run_in(values)
                     yield range(start + first, start + end)
                 else:
-                    passes = self._pass(values)
+                    passes = self._passing_numbers(values)
                     if part.null_count:
                         passes &= part.is_valid().to_numpy(zero_copy_only=False)
                     yield np.flatnonzero(passes) + start
             start += len(part)
 
-    def _pass(self, values: np.ndarray) -> np.ndarray:
+    def _passing_numbers(self, values: np.ndarray) -> np.ndarray:
         """Return which of some values are in the range."""
         one = self.range[0][1]
         if {*self.range} == {(">=", one), ("<=", one)}:
@@ -253,7 +253,7 @@ def _joined(found: Iterable[Places]) -> np.ndarray:
 
 
 COMPARES = {">=": operator.ge, ">": operator.gt, "<=": operator.le, "<": operator.lt}
-_EQUALS, _ENDS = {"==": operator.eq}, {"==": (">=", "<=")}
+_OPERATORS, _ENDS = COMPARES | {"==": operator.eq}, {"==": (">=", "<=")}
 _SIDES: dict[str, Literal["left", "right"]] = {">=": "left", ">": "right", "<": "left", "<=": "right"}
 _COMPARISON = re.compile(r"\((\w+) (>=|>|<=|<|==) ([^()\"]+)\)")
 _IN_LIST = re.compile(r"is_in\((\w+), \{value_set=[^\n]+:\[\n([^\]]*)\n\]")
@@ -266,7 +266,7 @@ def _range_of(expression: pc.Expression, text: str, schema: pa.Schema) -> Filter
     Guessed from the filter's words, then compared with it; None for any other. What is compared is of the column's type: Arrow can.
     """
     found = _COMPARISON.findall(text)
-    if len({name for name, _, _ in found}) != 1 or any(compared not in COMPARES | _EQUALS for _, compared, _ in found):
+    if len({name for name, _, _ in found}) != 1 or any(compared not in _OPERATORS for _, compared, _ in found):
         return None
     place = schema.get_field_index(key := found[0][0])
     if place < 0 or not is_number(kind := schema.field(place).type):

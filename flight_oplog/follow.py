@@ -21,7 +21,7 @@ import pyarrow as pa
 from flight_oplog import codec
 from flight_oplog.cache import ColumnCache
 from flight_oplog.config import Config
-from flight_oplog.errors import Cancelled, NotFound, OplogError, RequestError, TryAgain
+from flight_oplog.errors import SHUTTING_DOWN, Cancelled, NotFound, OplogError, RequestError, TryAgain
 from flight_oplog.oplog import OpLog
 from flight_oplog.provider import topic_batches
 from flight_oplog.schema import TOPIC_PATTERN
@@ -212,7 +212,7 @@ class Follower:
     def _newer(self, snapshot: Snapshot, topic: str, stopped: Stopped) -> Snapshot:
         """Wait for entries after the snapshot's, or until a keep-alive may be due."""
         if self._is_over:
-            raise TryAgain("the server is shutting down; try again when it is back")
+            raise TryAgain(SHUTTING_DOWN)
         before = snapshot.topic(topic).next_offset
         with self._looking:
             self._waiting += 1

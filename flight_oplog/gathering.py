@@ -11,7 +11,7 @@ import pyarrow as pa
 from flight_oplog import codec
 from flight_oplog.codes import Name, singly
 from flight_oplog.filters import Filter
-from flight_oplog.numbers import Ends, Known, ends, is_number, numbers
+from flight_oplog.numbers import Ends, Noted, ends, is_number, numbers
 from flight_oplog.records import RecordMeta
 
 # The log's own columns, beside those of the clients.
@@ -43,11 +43,11 @@ class Columns:
         lengths: Sequence[int],
         stored: dict[Name, list[pa.Array]],
         own: dict[str, pa.Array],
-        known: Known | None = None,
+        noted: Noted | None = None,
     ) -> None:
         self.lengths = lengths
         self._schema, self._stored, self._own = schema, stored, own
-        self._known = Known() if known is None else known
+        self._noted = Noted() if noted is None else noted
 
     def array(self, name: str, place: int) -> pa.Array:
         return codec.recast(self._piece(name, place), self._schema.field(name).type)
@@ -58,22 +58,22 @@ class Columns:
     def ends(self, name: str) -> list[Ends]:
         """Return the ends of the pieces of a column of numbers or times."""
         key = name, self._schema.field(name).type
-        found = self._known.ends.get(key)
+        found = self._noted.ends.get(key)
         if found is None:
             found = [ends(piece) for piece in self.arrays(name)]
             if name in self._stored:
-                self._known.ends[key] = found
+                self._noted.ends[key] = found
         return found
 
     def _numbers(self, name: str) -> list[np.ndarray] | None:
         """Return a stored column of numbers or times as numpy sees its pieces; None for another, or one with nulls."""
-        if name in self._known.numbers:
-            return self._known.numbers[name]
+        if name in self._noted.numbers:
+            return self._noted.numbers[name]
         pieces = self._stored.get(name)
         if pieces is None:
             return None
         are_numbers = is_number(pieces[0].type) and not any(piece.null_count for piece in pieces)
-        found = self._known.numbers[name] = [numbers([piece]) for piece in pieces] if are_numbers else None
+        found = self._noted.numbers[name] = [numbers([piece]) for piece in pieces] if are_numbers else None
         return found
 
     def together(self, name: str, kind: pa.DataType) -> list[pa.Array]:

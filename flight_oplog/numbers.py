@@ -25,7 +25,7 @@ class Ends(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class Noted:
     """What was found out of a record's stored columns when it was asked for: ends, and the values of those that have no nulls."""
 
     ends: dict[tuple[str, pa.DataType], list[Ends]] = field(default_factory=dict)

@@ -438,7 +438,7 @@ class EntriesTable(Table):
             return Columns(self._plain, [record.entries], {}, own)
         decoded = self._decoded(record, of_entries)
         own |= {name.column: decoded.columns[name][0] for name in of_entries if isinstance(name, CodesOf)}
-        return Columns(self._plain, decoded.lengths, decoded.columns, own, decoded.known)
+        return Columns(self._plain, decoded.lengths, decoded.columns, own, decoded.noted)
 
     def _are_worth_numbers(self, records: Sequence[RecordMeta], entries: int) -> bool:
         """Whether texts are to be shown by their numbers: those of many entries, and most are in memory or all that are missing can be."""

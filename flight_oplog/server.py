@@ -157,7 +157,7 @@ class Server(fl.FlightServerBase):
         """
         done = threading.Thread(target=self.shutdown, daemon=True)
         done.start()
-        self._service.end_following()
+        self._service.follower.end()
         done.join(seconds)
         self._stopping.set()
         self._oplog.wake()

@@ -12,7 +12,7 @@ from conftest import rows
 
 from flight_oplog import Config, OpLog, gathering, provider
 from flight_oplog.gathering import Columns, Few
-from flight_oplog.numbers import Known
+from flight_oplog.numbers import Noted
 from flight_oplog.scans import Fragment
 from flight_oplog.sql.engine import Engine
 
@@ -41,7 +41,7 @@ VALUES: dict[pa.DataType, Any] = {
 @pytest.mark.parametrize("nulls", [0, 1, 100], ids=["no nulls", "some nulls", "only nulls"])
 @pytest.mark.parametrize("kind", VALUES, ids=str)
 def test_a_few_rows_are_those_that_arrow_takes(kind: pa.DataType, nulls: int) -> None:
-    chance, make, known = random.Random(f"{kind} {nulls}"), VALUES[kind], Known()
+    chance, make, noted = random.Random(f"{kind} {nulls}"), VALUES[kind], Noted()
     whole = pa.array([None if chance.randrange(100) < nulls else make(n) for n in range(300)], kind)
     pieces = [whole[:7], whole[7:7], whole[7:150], whole[150:]]
     schema = pa.schema([("stored", kind), ("own", kind), ("coded", pa.string()), ("absent", kind)])
@@ -49,7 +49,7 @@ def test_a_few_rows_are_those_that_arrow_takes(kind: pa.DataType, nulls: int) ->
     table = pa.table([whole, whole, texts, pa.nulls(300, kind)], schema)
     own = {"own": whole, "coded": texts.dictionary_encode()}
     for wanted in (*range(1, 12), 64, 65, 200):
-        columns = Columns(schema, [len(piece) for piece in pieces], {"stored": pieces}, own, known)  # type: ignore[arg-type]
+        columns = Columns(schema, [len(piece) for piece in pieces], {"stored": pieces}, own, noted)  # type: ignore[arg-type]
         of = np.array(sorted(chance.sample(range(300), wanted)))
         few = Few(schema, schema, None)
         found = pa.Table.from_batches([*few.add(columns, of), *few.taken()], schema)

@@ -234,40 +234,35 @@ def test_pages_are_given_back_for_little_of_the_processor_time(tmp_path: Path, m
         assert is_given_back(1000, 0.2 * pause)
 
 
+def keeps_half_and_gives_all_back(some: Maps, folder: Path, size: int) -> bool:
+    """Whether one half of a file stays in memory and all of it goes when the other comes, though giving back has cost too much already."""
+    some._next_trim = math.inf
+    found = some.view(written(folder, "one", 2 * size)[0], 0, 2 * size, [(0, size)])
+    assert found is not None
+    before = shown(found[:size])
+    some.trim()
+    is_kept = resident()[1] >= before
+    before = shown(found)
+    some.trim()
+    return is_kept and before - resident()[1] >= 2 * size
+
+
 def test_past_the_most_all_pages_are_given_back_whatever_that_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
     monkeypatch.setattr(maps, "MOST", 2)
     size = 8 << 20
-    path, _ = written(tmp_path, "one", 2 * size)
     some = Maps(str(tmp_path), (resident()[1] + size + size // 2) // 2)
-    some._next_trim = math.inf  # giving them back has cost too much already
-    found = some.view(path, 0, 2 * size, [(0, size)])
-    assert found is not None
-    before = shown(found[:size])
-    some.trim()
-    assert resident()[1] >= before, "as many as that may be"
-    before = shown(found)
-    some.trim()
-    assert before - resident()[1] >= 2 * size
+    assert keeps_half_and_gives_all_back(some, tmp_path, size)
     assert some._next_trim < math.inf, "the time it takes counts"
 
 
 def test_libraries_alone_are_no_reason_to_give_pages_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maps, "TRIM_SECONDS", 0.0)
     size = 8 << 20
-    path, _ = written(tmp_path, "one", 2 * size)
     some = Maps(str(tmp_path), size + size // 2)
     assert resident()[1] > maps.MOST * 2 * size
     some.trim()
-    some._next_trim = math.inf  # giving them back has cost too much already
-    found = some.view(path, 0, 2 * size, [(0, size)])
-    assert found is not None
-    before = shown(found[:size])
-    some.trim()
-    assert resident()[1] >= before, "not more than is to stay came since"
-    before = shown(found)
-    some.trim()
-    assert before - resident()[1] >= 2 * size
+    assert keeps_half_and_gives_all_back(some, tmp_path, size), "not until more than is to stay came since"
 
 
 def test_a_question_over_all_keeps_few_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ class Service:
         self._answers = Answers(config.ticket_seconds_max)
         self._under_way = UnderWay()
         self._turns = Turns(config.statements_max, config.statements_waiting_max, config.statement_wait_seconds_max)
-        self._follower = Follower(oplog, engine, config)
+        self.follower = Follower(oplog, engine, config)
         self.transactions = Transactions(oplog, config)
 
     def flight_info(self, command: bytes, caller: Caller, follow: Place | None = None) -> Planned:
@@ -320,18 +320,14 @@ class Service:
     def plan_read(self, request: TopicRead, caller: Caller) -> tuple[pa.Schema, Topic]:
         """Return what the batches of a topic's ticket will look like, and the topic."""
         snapshot = self.newest(caller)
-        return self._follower.schema(request, snapshot), snapshot.topic(request.topic)
-
-    def end_following(self) -> None:
-        """Let everybody go who follows a topic and has all of it."""
-        self._follower.end()
+        return self.follower.schema(request, snapshot), snapshot.topic(request.topic)
 
     def read(self, request: TopicRead, caller: Caller, sql: str | None = None) -> Result:
         """Read a topic in offset order; each batch says in its app_metadata which offset comes next.
 
         Whoever follows it for long sees it for as long as they have the right to.
         """
-        schema, runs = self._follower.read(request, caller.stopped, sql, lambda snapshot: snapshot.seen_by(caller.again()))
+        schema, runs = self.follower.read(request, caller.stopped, sql, lambda snapshot: snapshot.seen_by(caller.again()))
         return Result(schema, ((run.batch, words(run)) for run in runs))
 
     def _create_prepared(self, message: wire.ActionCreatePreparedStatementRequest, caller: Caller) -> list[bytes]:
